@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-Command = Callable[..., tuple[int, str, str]]  # conftest's `command` and `nnlite`
+from samples import Command
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,13 @@ class BadData:
     make: Callable[[Path], object]
     file: str
     says: tuple[str, ...] = ()
+
+
+class Evil:
+    """Makes a file where it is unpickled by a careless reader."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mknod, ("was_run",)
 
 
 def contents(folder: Path) -> dict[str, bytes | str]:

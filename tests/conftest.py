@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -13,9 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from samples import FAST, HIPPOCAMPUS, TINY, as_options, first_cases
-
-Ended = tuple[int, str, str]  # exit code, standard output, standard error
+from samples import FAST, HIPPOCAMPUS, TINY, Command, Copy, Counts, as_options, first_cases
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +30,7 @@ def scans(hippocampus: Path) -> list[Path]:
 
 
 @pytest.fixture
-def copy_dataset(tmp_path: Path) -> Callable[..., Path]:
+def copy_dataset(tmp_path: Path) -> Copy:
     """Make a copy of the first cases that a test may break: copy_dataset(n=5, name="broken")."""
 
     def copy(n: int = 5, name: str = "broken") -> Path:
@@ -41,7 +40,7 @@ def copy_dataset(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def copy_nnunet(copy_dataset: Callable[..., Path]) -> Callable[..., Path]:
+def copy_nnunet(copy_dataset: Copy) -> Copy:
     """The same in nnU-Net v2 layout (`_0000`, channel_names, file_ending), each image given once per channel."""
 
     def copy(n: int = 5, channels: tuple[str, ...] = ("T1",), name: str = "broken", **more: Any) -> Path:
@@ -64,7 +63,7 @@ def copy_nnunet(copy_dataset: Callable[..., Path]) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def nnlite() -> Callable[..., Ended]:
+def nnlite() -> Command:
     """The installed command in a process of its own: nnlite("train", "2d", 0, cwd=folder).
 
     Only what is given counts: the workspace of the person who runs the tests does not. One thread: those of a tiny
@@ -73,7 +72,7 @@ def nnlite() -> Callable[..., Ended]:
     environment = {k: v for k, v in os.environ.items() if k not in ("NNLITE_WORKSPACE", "nnUNet_raw", "PYTHONPATH")}
     environment["OMP_NUM_THREADS"] = "1"
 
-    def run(*arguments: object, cwd: Path) -> Ended:
+    def run(*arguments: object, cwd: Path) -> tuple[int, str, str]:
         command = [str(Path(sysconfig.get_path("scripts")) / "nnlite"), *map(str, arguments)]
         done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
         assert "Traceback" not in done.stderr, done.stderr
@@ -83,11 +82,11 @@ def nnlite() -> Callable[..., Ended]:
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
     """The same in the process of the tests, which spares the imports where the process does not matter."""
     from nnunet_lite import cli, log
 
-    def run(*arguments: object, cwd: Path) -> Ended:
+    def run(*arguments: object, cwd: Path) -> tuple[int, str, str]:
         monkeypatch.delenv("NNLITE_WORKSPACE", raising=False)
         monkeypatch.delenv("nnUNet_raw", raising=False)
         monkeypatch.chdir(cwd)
@@ -115,6 +114,7 @@ def tiny_workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     workspace = tmp_path_factory.mktemp("workspace")
     nnunet_lite.plan(raw, workspace=workspace, workers=0)
     nnunet_lite.preprocess(["2d", "3d_fullres"], workspace=workspace, workers=0)
+    gc.freeze()  # each training collects garbage: half of its time is spent on the objects of the libraries
     return workspace
 
 
@@ -150,17 +150,23 @@ def place(tiny_model: Path, hippocampus: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_cases(tiny_workspace: Path) -> list[Any]:
-    """The ten cases of `tiny_workspace`, preprocessed for 3d_fullres."""
-    from nnunet_lite.data.dataset import dataset_from_json
-    from nnunet_lite.files import read_json
+def tiny_plan(tiny_workspace: Path) -> Any:
+    """The `Plan` of `tiny_workspace`."""
     from nnunet_lite.planning.schema import Plan
+
+    return Plan.read(tiny_workspace / "Task04_Hippocampus" / "plans.json")
+
+
+@pytest.fixture(scope="session")
+def tiny_cases(tiny_workspace: Path, tiny_plan: Any) -> list[Any]:
+    """The ten cases of `tiny_workspace`, preprocessed; both configurations have the same arrays."""
+    from nnunet_lite.data.dataset import stored_dataset
     from nnunet_lite.preprocessing.store import open_case
     from nnunet_lite.workspace import planned_paths
 
     paths = planned_paths(tiny_workspace)
-    cases, plan = dataset_from_json(read_json(paths.dataset)).cases, Plan.read(paths.plans)
-    return [open_case(paths.preprocessed, plan, "3d_fullres", case.id) for case in cases]
+    cases = stored_dataset(paths.dataset).cases
+    return [open_case(paths.preprocessed, tiny_plan, "3d_fullres", case.id) for case in cases]
 
 
 @pytest.fixture(scope="session")
@@ -178,21 +184,17 @@ def tiny_settings() -> dict[str, Any]:
 
 
 @pytest.fixture
-def job(
-    tmp_path: Path, tiny_workspace: Path, tiny_cases: list[Any], tiny_settings: dict[str, Any]
-) -> Callable[..., Any]:
+def job(tmp_path: Path, tiny_plan: Any, tiny_cases: list[Any], tiny_settings: dict[str, Any]) -> Callable[..., Any]:
     """Make the `Job` of a fold: job(configuration, cases=..., plan=changes, **settings)."""
     import torch
 
-    from nnunet_lite.planning.schema import Plan
     from nnunet_lite.settings import Settings, with_changes
     from nnunet_lite.training.job import Job, configure_plan
-    from nnunet_lite.workspace import planned_paths
 
     def make(configuration: str = "3d_fullres", cases: Any = None, plan: Any = None, **changes: Any) -> Job:
         patch = {"training.patch_size": [32, 24]} if configuration == "2d" else {}
         settings = with_changes(Settings(), {**tiny_settings, **patch, "training.batch_size": 5, **changes})
-        planned = Plan.read(planned_paths(tiny_workspace).plans).model_copy(update=plan or {})
+        planned = tiny_plan.model_copy(update=plan or {})
         planned, chosen = configure_plan(planned, configuration, settings), tiny_cases if cases is None else cases
         return Job(planned, configuration, settings, 5, tmp_path, torch.device("cpu"), chosen, chosen)
 
@@ -203,7 +205,7 @@ def job(
 def train_three(tmp_path: Path, tiny_workspace: Path, tiny_settings: dict[str, Any]) -> list[str]:
     """The arguments of a training of a batch of three, in `tmp_path`; `samples.fold_of` is where it lands."""
     shutil.copytree(tiny_workspace, tmp_path / "workspace")
-    changes = tiny_settings | {"training.batch_size": 3, "training.patch_size": [16, 16, 16]}
+    changes = tiny_settings | FAST | {"training.batch_size": 3, "training.patch_size": [16, 16, 16]}
     return ["train", "3d_fullres", "0", "-w", str(tmp_path / "workspace"), "--device", "cpu", *as_options(changes)]
 
 
@@ -236,7 +238,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture
-def counts(record_property: Callable[[str, object], None]) -> Callable[..., None]:
+def counts(record_property: Callable[[str, object], None]) -> Counts:
     """Something that is counted over all tests: counts("kills survived", 20); its sum is printed at the end."""
     return lambda what, n=1: record_property("counted", [what, n])
 

@@ -26,6 +26,11 @@ from nnunet_lite.planning.nnunet import plan_from_nnunet
 from nnunet_lite.planning.planner import make_plan
 from nnunet_lite.planning.schema import Plan
 
+# what fixtures of conftest.py are
+Command = Callable[..., tuple[int, str, str]]  # `command` and `nnlite`: exit code, standard output, standard error
+Copy = Callable[..., Path]  # `copy_dataset` and `copy_nnunet`
+Counts = Callable[..., None]  # `counts`
+
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("NNLITE_WORKSPACE", "nnUNet_raw")}
 ENVIRONMENT |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
 HIPPOCAMPUS = Path(__file__).parent / "data" / "Task04_Hippocampus"
@@ -131,6 +136,12 @@ def wait_until(happens: Callable[[], Any], *processes: subprocess.Popen[str]) ->
             assert process.poll() is None, process.stderr and process.stderr.read()
         assert time.monotonic() < until
         time.sleep(0.01)
+
+
+def read_metrics(fold: Path) -> list[dict[str, Any]]:
+    """The metrics of the epochs of a fold, none where it has no file of them yet."""
+    file = fold / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
 def fold_of(tmp_path: Path, name: str) -> Path:

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+
+import pytest
+from samples import TINIEST
 
 LENGTH = ("training.epochs", "training.iterations")
 SCRIPT = Path(__file__).parent.parent / "scripts" / "ablation.py"
 
 
-def test_table_of_an_ablation(tiny_workspace: Path, tiny_settings: dict[str, Any], tmp_path: Path) -> None:
+def test_table_of_an_ablation(
+    tiny_workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     workspace, table = tmp_path / "workspace", tmp_path / "table.md"
     shutil.copytree(tiny_workspace, workspace, ignore=shutil.ignore_patterns("models"))  # other tests train there
-    changes = [f"--set={key}={str(value).lower()}" for key, value in tiny_settings.items() if key not in LENGTH]
+    settings = TINIEST | {"training.patch_size": [16, 16, 16]}
+    changes = [f"--set={key}={str(value).lower()}" for key, value in settings.items() if key not in LENGTH]
     options = ["--recipe", "cpu", "--iterations", "4", "--device", "cpu", "-w", str(workspace), "--output", str(table)]
 
     def run(*more: str) -> str:
-        command = [sys.executable, str(SCRIPT), str(tmp_path / "Task04_Hippocampus"), *options, *changes, *more]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stderr
-        return done.stderr
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(tmp_path / "Task04_Hippocampus"), *options, *changes, *more])
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+        return capfd.readouterr().err
+
+    monkeypatch.syspath_prepend(SCRIPT.parent)
 
     run("--only", "relu")
     again = run("--only", "relu")

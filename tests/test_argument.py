@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -12,8 +11,8 @@ from zipfile import ZipFile
 import numpy as np
 import pytest
 import torch
-from bad_inputs import Command, edit, setting
-from samples import FAST, NNUNET_MODELS
+from bad_inputs import edit, setting
+from samples import FAST, NNUNET_MODELS, Command, Counts
 
 import nnunet_lite
 from nnunet_lite.data.dataset import stored_dataset
@@ -78,7 +77,7 @@ def test_a_model_in_a_zip_of_nnunet_is_unpacked_alone(exported: Path, results: P
 
 
 @pytest.mark.parametrize("name", ["../out", "/out", "a/../../out", "C:/out", "a\\..\\out", ".hidden"])
-def test_paths_out_of_a_zip_of_nnunet_are_no_models(exported: Path, name: str, counts: Callable[..., None]) -> None:
+def test_paths_out_of_a_zip_of_nnunet_are_no_models(exported: Path, name: str, counts: Counts) -> None:
     counts("bad inputs refused in one line")
     with ZipFile(exported.with_name("odd.zip"), "w") as odd, ZipFile(exported) as good:
         for part in ("plans.json", "dataset.json", CHECKPOINT):
@@ -87,7 +86,7 @@ def test_paths_out_of_a_zip_of_nnunet_are_no_models(exported: Path, name: str, c
         find_model(exported.with_name("odd.zip"), exported.parent)
 
 
-def test_a_zip_bomb_of_nnunet_is_refused(exported: Path, counts: Callable[..., None]) -> None:
+def test_a_zip_bomb_of_nnunet_is_refused(exported: Path, counts: Counts) -> None:
     counts("bad inputs refused in one line")
     bomb = exported.with_name("bomb.zip")
     with ZipFile(bomb, "w", 8) as archive:
@@ -177,7 +176,7 @@ def test_models_of_other_plans_and_trainers_get_other_names(results: Path, tmp_p
 
 
 def test_a_configuration_chooses_among_all_models(
-    results: Path, tiny_model: Path, tmp_path: Path, counts: Callable[..., None]
+    results: Path, tiny_model: Path, tmp_path: Path, counts: Counts
 ) -> None:
     nnunet_lite.export_model([tiny_model, tmp_path / "tiny.zip"])
     shutil.copytree(results / NAMES["3d_fullres"], tmp_path / "renamed")

@@ -17,8 +17,8 @@ import nibabel
 import numpy as np
 import pytest
 import tifffile
-from bad_inputs import BadData, Command, edit, refuse_dataset
-from samples import move_nifti, rewrite_nifti
+from bad_inputs import BadData, edit, refuse_dataset
+from samples import Command, Copy, Counts, move_nifti, rewrite_nifti
 
 IMAGE, LABEL = "imagesTr/hippocampus_001.nii.gz", "labelsTr/hippocampus_001.nii.gz"
 
@@ -269,7 +269,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_file(command: Command, copy_dataset: Callable[..., Path], counts: Callable[..., None], name: str) -> None:
+def test_file(command: Command, copy_dataset: Copy, counts: Counts, name: str) -> None:
     """One error line names the file, in less than five seconds: nothing impossible is tried."""
     counts("bad inputs refused in one line")
     root, start = copy_dataset(2), time.process_time()

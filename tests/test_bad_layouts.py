@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bad_inputs import BadData, Command, contents, refuse_dataset
-from samples import blocks, described, save_arrays, save_cases, save_maps, scan
+from bad_inputs import BadData, contents, refuse_dataset
+from samples import Command, Counts, blocks, described, save_arrays, save_cases, save_maps, scan
 
 Make = Callable[[Path], object]
 ROOT = "."  # the dataset itself
@@ -238,7 +238,7 @@ ALL = NAMES | FILES | FOLDERS | VALUES
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_layout(command: Command, tmp_path: Path, counts: Callable[..., None], name: str) -> None:
+def test_layout(command: Command, tmp_path: Path, counts: Counts, name: str) -> None:
     """The line also says what to do."""
     counts("bad inputs refused in one line")
     refuse_dataset(ALL[name], command, tmp_path / "broken")

@@ -18,10 +18,10 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from bad_inputs import Bad, Command, contents, copies_of_scan, edit, refuse, setting
+from bad_inputs import Bad, Evil, contents, copies_of_scan, edit, refuse, setting
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from samples import NNUNET_MODELS
+from samples import NNUNET_MODELS, Command, Counts
 
 PREDICT = "predict -i scan.nii.gz -o out -m model"
 FOLDER = "predict -i in -o out -m model"
@@ -29,13 +29,6 @@ IMPORT = "import model.zip -o new"
 WEIGHTS = "model/fold_0/model.safetensors"
 NNUNET = NNUNET_MODELS / "plain_3d"
 CIRCLE = {"inherits_from": "3d_fullres"}
-
-
-class Evil:
-    """Runs a command where it is unpickled by a careless reader."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, ("was_run",)
 
 
 def given(command: str, *says: str) -> Bad:
@@ -131,7 +124,7 @@ def image(array: np.ndarray, *says: str, name: str = "scan", command: str = PRED
 
 REFUSED = {
     # a model folder
-    "no model there": given("predict -i scan.nii.gz -o out -m nowhere", "nowhere"),
+    "no model there": given("predict -i scan.nii.gz -o out -m nowhere", "nowhere: is no model folder (it does"),
     "a file for the model": given("predict -i scan.nii.gz -o out -m scan.nii.gz", "scan.nii.gz"),
     "no run.json": missing("run.json"),
     "an empty run.json": file("model/run.json", "", PREDICT),
@@ -194,9 +187,9 @@ REFUSED = {
     "a manifest of a later format": zipped({"manifest.json": b'{"format": "nnlite-bundle-9"}'}, "newer"),
     "a manifest that is a list": zipped({"manifest.json": b"[]"}, "manifest.json"),
     # models of nnU-Net
-    "a pickle with code": theirs(with_code, "posix.mkdir", "was not run"),
+    "a pickle with code": theirs(with_code, "posix.mknod", "was not run"),
     "a pickle with code, to predict": theirs(
-        with_code, "posix.mkdir", "was not run", command="predict -i scan.nii.gz -o out -m theirs"
+        with_code, "posix.mknod", "was not run", command="predict -i scan.nii.gz -o out -m theirs"
     ),
     "a checkpoint cut off": theirs(lambda f: os.truncate(checkpoint_of(f), 5000)),
     "a checkpoint of text": theirs(lambda f: checkpoint_of(f).write_text("x")),
@@ -297,7 +290,7 @@ REFUSED = {
     "a reference of another shape": image(
         np.zeros((3, 4, 5), np.uint8), name="ref", command="evaluate scan.nii.gz ref.nii.gz"
     ),
-    "info of nothing": given("info nowhere", "nowhere"),
+    "info of nothing": given("info nowhere", "nowhere: is no model folder (it does not exist)"),
     "info of an image": given("info scan.nii.gz", "scan.nii.gz"),
     "info of a fold": given("info model/fold_0", "model/fold_0", "model, the model folder"),
     "info of two models": given("info model -m model", "two models"),
@@ -316,14 +309,14 @@ IMAGES = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_bad_model_or_command(command: Command, place: Path, counts: Callable[..., None], name: str) -> None:
+def test_a_bad_model_or_command(command: Command, place: Path, counts: Counts, name: str) -> None:
     counts("bad inputs refused in one line")
     refuse(REFUSED[name], command, place)
     assert not (place / "was_run").exists()
 
 
 @pytest.mark.parametrize("name", IMAGES)
-def test_image(command: Command, place: Path, counts: Callable[..., None], name: str) -> None:
+def test_image(command: Command, place: Path, counts: Counts, name: str) -> None:
     """The image is named on a line of its own, for other images are predicted nevertheless; here there is none."""
     counts("bad inputs refused in one line")
     bad = IMAGES[name]

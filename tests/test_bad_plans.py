@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bad_inputs import Bad, Command, copy_workspace, edit, refuse, setting
+import torch
+from bad_inputs import Bad, Evil, copy_workspace, edit, refuse, setting
+from samples import Command, Copy, Counts
 
 HERE = "nnlite_workspace/Task04_Hippocampus"
 TRAIN = "train 3d_fullres 0 --device cpu"
+CASES = ("01", "08", "38", "45", "53")  # of the raw data
 Change = Callable[[Any], Any]
 
 
@@ -105,30 +108,48 @@ PLANS = {
     "a negative patch": plan_with(setting(patch_size=[-40, 56, 40]), "patch_size.0", "greater than 0", "-40"),
     "a patch of zero": plan_with(setting(patch_size=[0, 56, 40]), "patch_size.0"),
     "a patch of two numbers for three": plan_with(setting(patch_size=[56, 40]), "per axis of the patch"),
-    "a patch of four numbers": plan_with(setting(patch_size=[8, 8, 8, 8]), "two or three axes"),
+    "a patch of four numbers": plan_with(
+        setting(patch_size=[8] * 4), "3d_fullres: patch_size = [8, 8, 8, 8] must have two or three axes"
+    ),
     "a patch of text": plan_with(setting(patch_size="large"), "patch_size"),
     "a patch of fractions": plan_with(setting(patch_size=[40.5, 56, 40]), "patch_size.0"),
-    "a patch that cannot be pooled": plan_with(setting(patch_size=[41, 56, 40]), "multiple of"),
+    "a patch that cannot be pooled": plan_with(
+        setting(patch_size=[40, 55, 40]), "patch_size[1] = 55", "multiple of 8", "48 and 56"
+    ),
     "a patch of 10^9 a side": Bad(plan_with(setting(patch_size=[2**30] * 3)).make, TRAIN, ("GB of memory",)),
     "a batch of nothing": plan_with(setting(batch_size=0), "batch_size"),
     "a batch of 10^12": Bad(plan_with(setting(batch_size=10**12)).make, TRAIN, ("GB of memory",)),
     "an unknown field": plan_with(setting(pach_size=[8, 8, 8]), "pach_size"),
     "a spacing of zero": plan_with(setting(spacing=[0, 1, 1]), "spacing.0"),
-    "a spacing of NaN": plan_with(setting(spacing=[float("nan"), 1, 1]), "spacing.0"),
-    "a spline of order 9": plan_with(setting(resampling={"image_order": 9}), "image_order"),
-    "a previous stage that is not there": plan_with(setting(previous_stage="3d_lowres"), "previous_stage"),
-    "its own previous stage": plan_with(setting(previous_stage="3d_fullres"), "previous_stage"),
+    "a spacing of NaN": plan_with(
+        setting(spacing=[float("nan"), 1, 1]), "3d_fullres.spacing.0: ", "finite number (found nan)"
+    ),
+    "a spline of order 9": plan_with(
+        setting(resampling={"image_order": 9}), "3d_fullres.resampling.image_order: ", "(found 9)"
+    ),
+    "a previous stage that is not there": plan_with(
+        setting(previous_stage="3d_lwres"), "previous_stage = '3d_lwres' is no other", "there are: 2d"
+    ),
+    "its own previous stage": plan_with(
+        setting(previous_stage="3d_fullres"), "3d_fullres.previous_stage = '3d_fullres' is no other"
+    ),
     "no network": plan_with(lambda c: c.pop("network") and None, "network"),
     "no features": network_with(setting(features=[]), "features"),
     "negative features": network_with(lambda n: n["features"].__setitem__(0, -4), "features.0"),
-    "fewer strides than stages": network_with(lambda n: n["strides"].pop() and None, "strides"),
+    "fewer kernels than stages": network_with(
+        lambda n: n["kernels"].pop() and None, "network: kernels has 3 entries for 4 stages"
+    ),
     "a stride of zero": network_with(lambda n: n["strides"].__setitem__(1, [0, 2, 2]), "strides.1.0"),
-    "an even kernel": network_with(lambda n: n["kernels"].__setitem__(0, [2, 3, 3]), "odd"),
+    "an even kernel": network_with(
+        lambda n: n["kernels"].__setitem__(1, [3, 2, 3]), "network.kernels.1.1: must be odd", "(found 2)"
+    ),
     "another kind of network": network_with(setting(kind="transformer"), "kind"),
     "another norm": network_with(setting(norm="layer"), "norm"),
     "10^9 features": Bad(network_with(lambda n: n["features"].__setitem__(-1, 10**9)).make, TRAIN, ("GB of memory",)),
     "an unknown format": whole_plan(setting(format="nnlite-plan-99"), "format"),
-    "an axis order of 0, 0, 1": whole_plan(setting(axis_order=[0, 0, 1]), "permutation"),
+    "an axis order of 0, 0, 1": whole_plan(
+        setting(axis_order=[0, 0, 1]), "axis_order: must be a permutation of 0, 1, 2 (found [0, 0, 1])"
+    ),
     "no channel": whole_plan(setting(channels=[]), "channels"),
     "another normalisation": whole_plan(lambda p: p["channels"][0].update(normalization="magic"), "normalization"),
     "statistics of text": whole_plan(lambda p: p["channels"][0]["statistics"].update(mean="big"), "mean"),
@@ -145,11 +166,15 @@ PLANS = {
     "no configuration": whole_plan(setting(configurations={})),
     "configurations in a list": whole_plan(setting(configurations=[]), "configurations"),
     "a configuration that is a number": whole_plan(setting(configurations={"3d_fullres": 1})),
-    "inheritance of itself": whole_plan(also("x", inherits_from="x"), "circle"),
+    "inheritance of itself": whole_plan(
+        also("x", inherits_from="x"), "configurations.x.inherits_from goes in a circle: x -> x"
+    ),
     "inheritance in a circle of two": whole_plan(
         lambda p: p["configurations"].update(x={"inherits_from": "y"}, y={"inherits_from": "x"}), "circle"
     ),
-    "inheritance of nothing": whole_plan(also("x", inherits_from="3d_fulres"), "3d_fulres"),
+    "inheritance of nothing": whole_plan(
+        also("x", inherits_from="2D"), "x.inherits_from '2D', which does not exist", "there are: 2d, 3d"
+    ),
     "a plan that is a list": whole_plan(lambda plan: [plan]),
     "a plan that is null": written("plans.json", "null"),
     "an empty plan": written("plans.json", ""),
@@ -196,16 +221,18 @@ WORKSPACE = {
 }
 
 SETTINGS = {
-    "no such recipe": asked(f"{TRAIN} --recipe fats", "fats", "'fast'"),
+    "no such recipe": asked(f"{TRAIN} --recipe fats", "fats", "Did you mean 'fast'?"),
     "a recipe that is a folder": Bad(lambda p: (p / "a.toml").mkdir(), f"{TRAIN} --recipe a.toml", ("a.toml",)),
     "a recipe that builds on itself": recipe('base = "mine.toml"\n', "mine.toml: builds on itself"),
     "two recipes that build on each other": Bad(two_recipes, f"{TRAIN} --recipe mine.toml", ("builds on itself",)),
     "a recipe that builds on nothing": recipe('base = "nothing"\n', "nothing"),
     "a recipe that builds on a number": recipe("base = 5\n", "5"),
-    "a recipe that is no TOML": recipe("epochs = = 3\n", "line 1, column"),
+    "a recipe that is no TOML": recipe("epochs = = 3\n", "mine.toml: invalid TOML", "line 1, column 10"),
     "a recipe in UTF-16": recipe("[training]".encode("utf-16"), "UTF-8"),
     "a recipe with a key twice": recipe("[training]\nepochs = 1\nepochs = 2\n", "line 3"),
-    "a recipe with an unknown section": recipe("[trainings]\nepochs = 3\n", "trainings.epochs", "training.epochs"),
+    "a recipe with an unknown section": recipe(
+        "[trainings]\nepochs = 3\n", "mine.toml: unknown setting 'trainings.epochs'", "'training.epochs'"
+    ),
     "a recipe with an unknown key": recipe("[training]\nepoch = 3\n", "training.epoch", "training.epochs"),
     "a recipe whose section is a number": recipe("training = 3\n", "training"),
     "a recipe whose value is a table": recipe("[training.epochs]\nx = 3\n", "training.epochs"),
@@ -213,7 +240,7 @@ SETTINGS = {
     "a recipe with a rate of infinity": recipe("[optimizer]\nlr = inf\n", "optimizer.lr"),
     "no epochs": asked(f"{TRAIN} --epochs 0", "training.epochs"),
     "negative iterations": asked(f"{TRAIN} --iterations -5", "training.iterations"),
-    "epochs of text": asked(f"{TRAIN} --epochs many", "--epochs"),
+    "epochs of text": asked(f"{TRAIN} --epochs many", "'--epochs': "),
     "a time limit of text": asked(f"{TRAIN} --time-limit soon", "time_limit"),
     "a time limit in words": asked(f"{TRAIN} --time-limit 3minutes", "such as 90s, 3m or 8h"),
     "no time at all": asked(f"{TRAIN} --time-limit 0", "time_limit"),
@@ -231,10 +258,10 @@ SETTINGS = {
     "a negative scaling": set_to("augmentation.scaling=[-0.7,1.4]", "augmentation.scaling"),
     "an average of all weights for ever": set_to("optimizer.ema=1", "optimizer.ema"),
     "a patch of too few voxels": set_to("training.patch_voxels=8", "training.patch_voxels"),
-    "a patch of letters": asked(f"{TRAIN} --patch-size axb", "--patch-size"),
+    "a patch of letters": asked(f"{TRAIN} --patch-size axb", "--patch-size", "Write 40x56x40"),
     "a negative patch for train": asked(f"{TRAIN} --patch-size -8x8x8", "-8"),
     "a patch of two sides": asked(f"{TRAIN} --patch-size 32x32", "32x32"),
-    "a rate of nothing": asked(f"{TRAIN} --lr 0", "optimizer.lr"),
+    "a rate below nothing": asked(f"{TRAIN} --lr -1", "optimizer.lr = -1.0"),
     "another precision": asked(f"{TRAIN} --precision fp8", "training.precision"),
     "no equals sign": set_to("training.epochs", "key=value"),
     "a section alone": set_to("training=3", "training"),
@@ -249,6 +276,10 @@ SETTINGS = {
     "a network from no file": set_to("network.factory=nofile.py:make", "nofile.py"),
     "a network from no function": set_to("network.factory=nofunction", "network.factory"),
     "a model to start from that is not there": asked(f"{TRAIN} --init nowhere", "nowhere"),
+    "a checkpoint with code to start from": Bad(
+        lambda place: torch.save({"network_weights": Evil()}, place / "pretrained.pth"),
+        f"{TRAIN} --init pretrained.pth", ("pretrained.pth: names posix.mknod, ", "it was not run"),
+    ),
     "frozen weights without any": asked(f"{TRAIN} --freeze everything", "freeze"),
     "a transform that is not there": set_to(
         'augmentation.extra=[{name="Nonsense"}] --set augmentation.pipeline=batchgenerators', "Nonsense"
@@ -264,7 +295,7 @@ SETTINGS = {
     "nothing to resume": asked(f"{TRAIN} --resume", "nothing to resume"),
     "resume and restart": asked(f"{TRAIN} --resume --restart", "exclude each other"),
     "one fold": asked("plan raw --folds 1", "--folds"),
-    "more folds than cases": asked("plan raw --folds 99", "99"),
+    "more folds than cases": asked("plan raw --folds 99", "5 cases cannot be split into 99 folds"),
     "no memory": asked("plan raw --memory 0", "memory"),
     "negative memory": asked("plan raw --memory -8", "memory"),
     "a storage for plan that is not there": asked("plan raw --store float8", "float8"),
@@ -272,11 +303,14 @@ SETTINGS = {
     "percentiles the wrong way round": asked("plan raw --clip-percentiles 99 1", "99"),
     "percentiles beyond 100": asked("plan raw --clip-percentiles 1 101", "--clip-percentiles"),
     "a plan from no file": asked("plan raw --plans nowhere.json", "nowhere.json"),
-    "groups by a broken expression": asked("plan raw --group-by (", "regular expression"),
-    "groups by an expression that matches nothing": asked("plan raw --group-by patient", "matches nothing"),
+    "groups by a broken expression": asked("plan raw --group-by (", "is no regular expression: missing )"),
+    "groups by an expression that matches nothing": asked("plan raw --group-by patient", "matches nothing in cases"),
     "groups without a case": table("groups.csv", "case,group\nhippocampus_001,a\n", "--group-by", "has no group"),
-    "groups of three columns": table("groups.csv", "a,b,c\n", "--group-by", "3 columns"),
-    "groups that contradict": table("groups.csv", "hippocampus_001,a\nhippocampus_001,b\n", "--group-by"),
+    "groups of three columns": table("groups.csv", "a,b\na,b,c\n", "--group-by", "line 2 has 3 columns, not two: "),
+    "groups that contradict": table(
+        "groups.csv", "".join(f"hippocampus_0{n},{group}\n" for n in CASES for group in "ab"),
+        "--group-by", "has more than one group for cases hippocampus_001, ",
+    ),
     "folds from no file": asked("plan raw --splits nowhere.json", "nowhere.json"),
     "folds from no table": asked("plan raw --splits nowhere.csv", "nowhere.csv"),
     "splits_final.json of an unknown case, for run": found_folds(
@@ -330,9 +364,9 @@ def test_refused_in_one_line(
     command: Command,
     tiny_workspace: Path,
     tiny_model: Path,
-    copy_dataset: Callable[..., Path],
+    copy_dataset: Copy,
     tmp_path: Path,
-    counts: Callable[..., None],
+    counts: Counts,
     name: str,
 ) -> None:
     counts("bad inputs refused in one line")

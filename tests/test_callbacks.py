@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import os
 import threading
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from samples import TINIEST, wait_until
+from samples import TINIEST, read_metrics, wait_until
 
 import nnunet_lite
 from nnunet_lite.cli import command_of
@@ -24,13 +23,10 @@ from nnunet_lite.training import callbacks
 from nnunet_lite.training.callbacks import follow_epochs, require_logger
 from nnunet_lite.training.distributed import Ranks
 from nnunet_lite.training.loop import train_fold
-from nnunet_lite.training.metrics import METRICS, Metrics
+from nnunet_lite.training.metrics import Metrics
 
+SMALL = {"training.patch_size": [16, 16, 16]}
 ROW: Metrics = {"train_loss": -0.5, "lr": 0.01, "mean_dice": None, "dice": {"liver": 0.25, "Läsion (a, b)": None}}
-
-
-def rows(folder: Path) -> list[Metrics]:
-    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
 
 
 @pytest.fixture
@@ -58,9 +54,9 @@ def test_a_callback_gets_each_line_of_the_metrics(tiny_workspace: Path, job: Cal
     def spoil(metrics: Metrics) -> None:
         metrics["dice"].clear()
 
-    one = replace(job(), callbacks=(spoil, found.append))
+    one = replace(job(**SMALL), callbacks=(spoil, found.append))
     train_fold(one)
-    expected = [{"configuration": "3d_fullres", "fold": one.folder.name, **row} for row in rows(one.folder)]
+    expected = [{"configuration": "3d_fullres", "fold": one.folder.name, **row} for row in read_metrics(one.folder)]
     assert found == expected and [row["epoch"] for row in found] == [1, 2] and found[0]["dice"]
 
 
@@ -68,13 +64,14 @@ def test_what_a_callback_raises_ends_the_training_and_the_checkpoint_stays(job: 
     def stop(metrics: Metrics) -> None:
         raise RuntimeError("enough")
 
-    one = job()
+    one = job(**SMALL)
     with pytest.raises(RuntimeError, match="enough"):
         train_fold(replace(one, callbacks=(stop,)))
     assert read_weights_header(one.folder / CHECKPOINT)["epoch"] == 1 and not (one.folder / MODEL).exists()
     found: list[int] = []
     train_fold(replace(one, callbacks=(lambda metrics: found.append(metrics["epoch"]),)))
-    assert found == [2] and (one.folder / MODEL).is_file() and [row["epoch"] for row in rows(one.folder)] == [1, 2]
+    assert found == [2] and (one.folder / MODEL).is_file()
+    assert [row["epoch"] for row in read_metrics(one.folder)] == [1, 2]
 
 
 def test_only_the_first_process_calls_them(job: Callable[..., Any]) -> None:

@@ -15,14 +15,7 @@ from nnunet_lite.files import write_json
 from nnunet_lite.inference.first_stage import find_holders, first_stage_folder
 from nnunet_lite.models.folder import FORMAT
 from nnunet_lite.settings import AugmentationSettings
-from nnunet_lite.training.cascade import (
-    LARGEST_RADIUS,
-    OPERATIONS,
-    CascadeDraw,
-    append_previous,
-    dilate,
-    draw_cascade,
-)
+from nnunet_lite.training.cascade import LARGEST_RADIUS, OPERATIONS, CascadeDraw, append_previous, dilate, draw_cascade
 from nnunet_lite.training.splits import Split
 from nnunet_lite.workspace import Paths
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +11,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from bad_inputs import Bad, Command, copies_of_scan, refuse
+from bad_inputs import Bad, copies_of_scan, refuse
+from samples import Command, Counts, start_nnlite, wait_until
 
 from nnunet_lite import log
 from nnunet_lite.data.cases import Case, find_cases
@@ -64,7 +61,7 @@ ARRAYS: dict[str, tuple[Any, Any, str]] = {
 
 
 @pytest.mark.parametrize("name", ARRAYS)
-def test_arrays_that_are_no_image_are_refused(model: Predictor, counts: Callable[..., None], name: str) -> None:
+def test_arrays_that_are_no_image_are_refused(model: Predictor, counts: Counts, name: str) -> None:
     counts("bad inputs refused in one line")
     array, spacing, says = ARRAYS[name]
     with pytest.raises(UserError) as error:
@@ -101,8 +98,6 @@ def test_a_missing_spacing_is_reported_once(
 
 
 # -------------------------------------------------------------------------------------------------------------- outputs
-
-ROOT = Path(__file__).parents[1]
 
 
 def linked(place: Path) -> None:
@@ -152,7 +147,7 @@ OUTPUTS = {
 
 
 @pytest.mark.parametrize("name", OUTPUTS)
-def test_an_output_or_device_that_cannot_be(command: Command, place: Path, counts: Any, name: str) -> None:
+def test_an_output_or_device_that_cannot_be(command: Command, place: Path, counts: Counts, name: str) -> None:
     counts("bad inputs refused in one line")
     refuse(OUTPUTS[name], command, place)
     assert not (place / "new").exists(), "no folder is made for it"
@@ -217,30 +212,26 @@ def test_a_label_map_beside_the_channels_that_would_be_one_of_them(tmp_path: Pat
     check_output([images[0]], cases, tmp_path / "out", labels, False)
 
 
-def test_killed_while_it_writes_maps_it_leaves_nothing_temporary(place: Path, counts: Any) -> None:
+def test_killed_while_it_writes_maps_it_leaves_nothing_temporary(command: Command, place: Path, counts: Counts) -> None:
     """By SIGKILL in the middle of predictions with maps; the same command with --continue does the rest."""
     counts("faults survived", 3)
     names = [f"in/{letter}_0000.nii.gz" for letter in "abcdefgh"]
     copies_of_scan(*names)(place)
-    arguments = [sys.executable, "-m", "nnunet_lite", "predict", "-m", "model", "-i", "in", "-o", "out", "--continue",
-                 "--save-probabilities", "--save-uncertainty", "--device", "cpu"]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    arguments = ["predict", "-m", "model", "-i", "in", "-o", "out", "--continue", "--no-mirroring", "--device", "cpu"]
+    maps = ["--save-probabilities", "--save-uncertainty"]
     for n in (1, 2, 3):
-        process = subprocess.Popen(arguments, cwd=place, env=environment, stderr=subprocess.DEVNULL)
-        until = time.monotonic() + 60
-        while len(list(place.glob("out/*.nii.gz"))) < n and time.monotonic() < until and process.poll() is None:
-            time.sleep(0.005)
+        process = start_nnlite(*arguments, *maps, cwd=place)
+        wait_until(lambda n=n: len(list(place.glob("out/*.nii.gz"))) >= n, process)
         process.kill()
-        process.wait()
+        process.communicate()
         assert not [path for path in (place / "out").glob(".tmp*") if path.is_dir()]
     (place / "out/uncertainty/.tmp-01234567-a_entropy.nii.gz").touch()
-    no_maps = [argument for argument in arguments if not argument.startswith("--save")]
-    subprocess.run(no_maps, cwd=place, env=environment, check=True)
+    assert command(*arguments, cwd=place)[0] == 0
     assert not list(place.rglob(".tmp*"))
     for file in place.glob("out/*.nii.gz"):
         file.unlink()
-    done = subprocess.run(arguments, cwd=place, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and len(list(place.glob("out/*.nii.gz"))) == 8, done.stderr
+    code, _, err = command(*arguments, *maps, cwd=place)
+    assert code == 0 and len(list(place.glob("out/*.nii.gz"))) == 8, err
     assert len(list(place.glob("out/probabilities/*_Posterior.nii.gz"))) == 8
     assert not list(place.rglob(".tmp*"))
 

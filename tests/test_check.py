@@ -14,9 +14,9 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
-from bad_inputs import Command, contents, edit, setting
+from bad_inputs import contents, edit, setting
 from PIL import Image as Pillow
-from samples import described, move_nifti, rewrite_nifti
+from samples import Command, Copy, described, move_nifti, rewrite_nifti
 
 from nnunet_lite.commands.plan import check
 from nnunet_lite.data.check import broken_dataset, check_dataset
@@ -26,7 +26,6 @@ from nnunet_lite.data.problems import ACCEPTED_KINDS, KINDS, Report
 from nnunet_lite.errors import UserError
 from nnunet_lite.training.splits import Split, read_splits
 
-Copy = Callable[..., Path]
 Make = Callable[[Path], object]
 IMAGE, LABEL = "imagesTr/hippocampus_001.nii.gz", "labelsTr/hippocampus_001.nii.gz"
 T1, T2 = "imagesTr/hippocampus_001_0000.nii.gz", "imagesTr/hippocampus_001_0001.nii.gz"

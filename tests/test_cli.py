@@ -9,20 +9,17 @@ import shlex
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from samples import subcommand
+from samples import Command, Copy, subcommand
 
 import nnunet_lite
 from nnunet_lite import cli
 from nnunet_lite.commands import options
-
-Run = Callable[..., tuple[int, str, str]]
 
 
 def one_line(err: str) -> str:
@@ -33,7 +30,7 @@ def one_line(err: str) -> str:
     return lines[0]
 
 
-def test_help_lists_every_command(nnlite: Run, tmp_path: Path) -> None:
+def test_help_lists_every_command(nnlite: Command, tmp_path: Path) -> None:
     code, out, err = nnlite("--help", cwd=tmp_path)
     assert (code, err) == (0, "")
     listed = out.partition("Commands:")[2].partition("\n\n")[0].split("\n  ")
@@ -43,21 +40,19 @@ def test_help_lists_every_command(nnlite: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
-def test_help_of_every_command(nnlite: Run, tmp_path: Path, name: str) -> None:
-    code, out, err = nnlite(name, "-h", cwd=tmp_path)
-    assert (code, err) == (0, "") and out.startswith(f"Usage: nnlite {name} ")
-    assert "--json" in out and "-h, --help" in out
-    assert max(map(len, out.splitlines())) <= 80
-
-
-@pytest.mark.parametrize("name", cli.COMMANDS)
-def test_every_option_is_in_one_panel_and_its_default_in_one_notation(command: Run, tmp_path: Path, name: str) -> None:
+def test_every_option_is_in_one_panel_and_its_default_in_one_notation(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     every = subcommand(name).params
     parameters = [parameter for parameter in every if parameter.param_type_name == "option" and not parameter.hidden]
     lost = [parameter.opts[-1] for parameter in parameters if parameter.rich_help_panel not in options.PANELS]
     how = "declare it with options.length(help=...) or with another panel of commands/options.py, not with typer.Option"
     assert not lost, f"nnlite {name} {' '.join(lost)}: in no panel of --help; {how}"
-    _, out, _ = command(name, "--help", cwd=tmp_path)
+    code, out, err = command(name, "-h", cwd=tmp_path)
+    assert (code, err) == (0, "") and out.startswith(f"Usage: nnlite {name} ")
+    assert "--json" in out and "-h, --help" in out
+    assert max(map(len, out.splitlines())) <= 80
     headings = re.findall(r"^(\S.*):$", out, re.MULTILINE)
     assert headings == [*sorted(set(headings) - {"Examples"}, key=options.PANELS.index), "Examples"]
     for parameter in parameters:
@@ -82,7 +77,7 @@ def test_every_command_has_two_examples_which_exist(name: str) -> None:
 
 @pytest.mark.parametrize("columns", [60, 100, 200])
 def test_help_is_as_wide_as_the_terminal(
-    command: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, columns: int
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, columns: int
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
     _, out, _ = command("plan", "--help", cwd=tmp_path)
@@ -90,7 +85,7 @@ def test_help_is_as_wide_as_the_terminal(
     assert min(columns, 120) * 0.8 < widest <= min(columns, 120)
 
 
-def test_version_and_module(nnlite: Run, tmp_path: Path) -> None:
+def test_version_and_module(nnlite: Command, tmp_path: Path) -> None:
     assert nnlite("--version", cwd=tmp_path) == (0, f"{nnunet_lite.__version__}\n", "")
     as_module = [sys.executable, "-m", "nnunet_lite", "--version"]
     assert subprocess.check_output(as_module, cwd=tmp_path, text=True) == f"{nnunet_lite.__version__}\n"
@@ -111,30 +106,27 @@ def test_help_and_mistakes_import_nothing_heavy(tmp_path: Path, arguments: list[
     assert not loaded & {"torch", "numpy", "scipy", "SimpleITK", "rich", "nnunet_lite.planning.schema"}
 
 
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        (["tr"], {"train"}),
-        ([""], set(cli.COMMANDS)),
-        (["train", "3d_fullres", "0", "--re"], {"--recipe", "--resume", "--restart"}),
-        (["predict", "--speed", "b"], {"balanced", "best"}),
-        (["--v"], {"--version", "--verbose"}),
-    ],
-)
-def test_bash_completes_commands_options_and_choices(tmp_path: Path, words: list[str], expected: set[str]) -> None:
+COMPLETED: dict[str, set[str]] = {  # what is typed, and what bash proposes for the last word
+    "tr": {"train"},
+    "''": set(cli.COMMANDS),
+    "train 3d_fullres 0 --re": {"--recipe", "--resume", "--restart"},
+    "predict --speed b": {"balanced", "best"},
+    "--v": {"--version", "--verbose"},
+}
+
+
+def test_bash_completes_commands_options_and_choices(tmp_path: Path) -> None:
     """The script that `--show-completion` prints, in a real bash, which `complete` would call as here."""
-    program = Path(sysconfig.get_path("scripts")) / "nnlite"
-    script = (
-        f'PATH={program.parent}:$PATH; eval "$(nnlite --show-completion)"; complete -p nnlite >&2;'
-        f"COMP_WORDS=(nnlite {shlex.join(words)}); COMP_CWORD={len(words)}; _nnlite_completion nnlite;"
-        'echo "${COMPREPLY[@]}"; true'  # bash without a second command would run nnlite in its own place
-    )
+    script = f'PATH={sysconfig.get_path("scripts")}:$PATH; eval "$(nnlite --show-completion)"; complete -p nnlite >&2;'
+    for typed in COMPLETED:
+        words = f"COMP_WORDS=(nnlite {typed}); COMP_CWORD={len(shlex.split(typed))};"
+        script += f'{words} _nnlite_completion nnlite; echo "${{COMPREPLY[@]}}";'
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "complete -o default -F _nnlite_completion nnlite" in done.stderr
-    assert set(done.stdout.split()) == expected
+    assert [set(line.split()) for line in done.stdout.splitlines()] == list(COMPLETED.values())
 
 
-def test_licence(command: Run, tmp_path: Path) -> None:
+def test_licence(command: Command, tmp_path: Path) -> None:
     code, out, err = command("--licence", cwd=tmp_path)
     assert (code, err) == (0, "") and command("--license", cwd=tmp_path) == (0, out, "")
     assert len(out.splitlines()) < 10
@@ -144,7 +136,7 @@ def test_licence(command: Run, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("before", [True, False])
 def test_quiet_and_verbose_before_and_after_the_command(
-    command: Run, tmp_path: Path, hippocampus: Path, before: bool
+    command: Command, tmp_path: Path, hippocampus: Path, before: bool
 ) -> None:
     def run(option: str, *arguments: object) -> tuple[int, str, str]:
         return command(*([option, *arguments] if before else [*arguments, option]), cwd=tmp_path)
@@ -207,11 +199,7 @@ def test_the_summary_of_a_command_is_how_the_docstring_of_its_function_begins() 
         (["trane"], "Did you mean 'train'"),
         (["train"], "Run `nnlite plan DATA` first."),
         (["train", "3d_fullres", "0", "4"], "0 is no configuration. Give `nnlite train [DATASET] CONFIGURATION FOLD`"),
-        (["train", "3d_fullres", "0", "--epochs", "many"], "'--epochs': "),
         (["train", "3d_fullres", "0", "--workers", "-1"], "'--workers': "),
-        (["train", "3d_fullres", "0", "--lr", "-1"], "optimizer.lr = -1.0"),
-        (["train", "3d_fullres", "0", "--patch-size", "forty"], "Write 40x56x40"),
-        (["train", "3d_fullres", "0", "--recipe", "cpus"], "Did you mean 'cpu'?"),
         (["train", "3d_fullres", "0"], "no dataset is planned in the workspace"),
         (["preprocess"], "Run `nnlite plan DATA` first."),
         (["preprocess", "-d", "Task04"], "'Task04'"),
@@ -219,26 +207,24 @@ def test_the_summary_of_a_command_is_how_the_docstring_of_its_function_begins() 
         (["plan", "--from-fingerprint", "f.json", "--dataset-json", "d.json"], "d.json: no such file"),
         (["predict", "-i", "in"], "--output"),
         (["predict", "-i", "in", "-o", "out"], "no dataset is planned"),
-        (["predict", "-i", ".", "-o", "out", "-m", "nowhere"], "nowhere: is no model folder (it does not exist)"),
         (["predict", "-i", "in", "-o", "out", "-m", "."], ".: is no model folder (no plans.json in it)"),
         (["evaluate", "a", "b"], "a: "),
         (["info"], "no dataset is planned"),
-        (["info", "nowhere"], "nowhere: is no model folder (it does not exist)"),
     ],
 )
-def test_a_mistake_is_reported_in_one_line(command: Run, tmp_path: Path, arguments: list[str], says: str) -> None:
+def test_a_mistake_is_reported_in_one_line(command: Command, tmp_path: Path, arguments: list[str], says: str) -> None:
     code, out, err = command(*arguments, cwd=tmp_path)
     assert (code, out) == (2, "")
     assert says in one_line(err)
     assert list(tmp_path.iterdir()) == [], "a mistake leaves nothing behind"
 
 
-def test_mistake_in_a_real_process(nnlite: Run, tmp_path: Path) -> None:
+def test_mistake_in_a_real_process(nnlite: Command, tmp_path: Path) -> None:
     code, out, err = nnlite("train", "3d_fullres", "0", "--epoch", "3", cwd=tmp_path)
     assert (code, out) == (2, "") and "--epochs" in one_line(err)
 
 
-def test_doctor(nnlite: Run, tmp_path: Path) -> None:
+def test_doctor(nnlite: Command, tmp_path: Path) -> None:
     code, out, err = nnlite("doctor", "--json", cwd=tmp_path)
     about = json.loads(out)
     assert (code, err) == (1 if about["problems"] else 0, "")
@@ -247,7 +233,7 @@ def test_doctor(nnlite: Run, tmp_path: Path) -> None:
     assert about["workspace"] == str(tmp_path / "nnlite_workspace") and list(tmp_path.iterdir()) == []
 
 
-def test_json_of_check_and_plan(command: Run, tmp_path: Path, hippocampus: Path) -> None:
+def test_json_of_check_and_plan(command: Command, tmp_path: Path, hippocampus: Path) -> None:
     code, out, _ = command("check", hippocampus, "--json", cwd=tmp_path)
     report = json.loads(out)
     assert (code, report["ok"], report["cases"], report["problems"]) == (0, True, 32, [])
@@ -263,7 +249,7 @@ def test_json_of_check_and_plan(command: Run, tmp_path: Path, hippocampus: Path)
     assert (code, about["dataset"], about["cases"], about["models"]) == (0, "Task04_Hippocampus", 32, [])
 
 
-def test_names_and_workspaces(command: Run, copy_dataset: Callable[..., Path], tmp_path: Path) -> None:
+def test_names_and_workspaces(command: Command, copy_dataset: Copy, tmp_path: Path) -> None:
     """`Task04` is found in ./data; of several the one planned last is shown; -d takes another, -w elsewhere."""
     copy_dataset(6, "data/Task04_Hippocampus")
     copy_dataset(5, "data/Task05_Other")
@@ -281,7 +267,7 @@ def test_names_and_workspaces(command: Run, copy_dataset: Callable[..., Path], t
     assert code == 2 and "there is no dataset 'Task0'" in one_line(err)
 
 
-def test_plan_from_a_fingerprint(command: Run, tmp_path: Path, hippocampus: Path) -> None:
+def test_plan_from_a_fingerprint(command: Command, tmp_path: Path, hippocampus: Path) -> None:
     planned = json.loads(command("plan", hippocampus, "--json", cwd=tmp_path)[1])
     stored = tmp_path / "nnlite_workspace" / "Task04_Hippocampus"
     given = ("--from-fingerprint", stored / "fingerprint.json", "--dataset-json", stored / "dataset.json")
@@ -295,7 +281,7 @@ def test_plan_from_a_fingerprint(command: Run, tmp_path: Path, hippocampus: Path
     assert code == 0 and adopted["network"] == planned["configurations"]["3d_fullres"]["network"]
 
 
-def test_a_plan_of_pictures_names_the_reader_that_nnunet_has_for_them(command: Run, tmp_path: Path) -> None:
+def test_a_plan_of_pictures_names_the_reader_that_nnunet_has_for_them(command: Command, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for number in range(3):
         for folder, high in (("images", 256), ("labels", 2)):

@@ -19,7 +19,7 @@ from bad_inputs import contents
 from distributed import Client, LocalCluster
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from samples import TINIEST
+from samples import TINIEST, Command, Copy
 
 import nnunet_lite
 from nnunet_lite import cluster as c
@@ -80,7 +80,7 @@ def test_cases_are_made_on_workers_though_one_is_killed(scheduler: str, workspac
 
 
 def test_a_case_that_is_broken_is_named_and_the_others_are_done(
-    scheduler: str, copy_dataset: Callable[..., Path], tmp_path: Path
+    scheduler: str, copy_dataset: Copy, tmp_path: Path
 ) -> None:
     root = copy_dataset(5)
     nnunet_lite.plan(root, workspace=tmp_path / "ws", workers=0)
@@ -112,7 +112,7 @@ def test_folds_train_on_workers_though_one_is_killed(scheduler: str, tiny_worksp
         assert all(value.equal(there[key]) for key, value in load_file(here / "model.safetensors").items())
 
 
-def test_everything_is_done_on_workers(scheduler: str, copy_dataset: Callable[..., Path], tmp_path: Path) -> None:
+def test_everything_is_done_on_workers(scheduler: str, copy_dataset: Copy, tmp_path: Path) -> None:
     """`nnlite run`, from raw data to what predicts: as without a cluster."""
     raw, ended = copy_dataset(6, name="raw"), {}
     for place, where in (("here", None), ("there", scheduler)):
@@ -171,9 +171,7 @@ def test_workers_that_live_on_see_that_a_model_was_trained_again(
     [("slurm", "#SBATCH --gres=gpu:1"), ("lsf", "#BSUB -gpu num=1"), ("local", "workers are processes of this one"),
      ("pbs", "#PBS -l select=1:ncpus=8:mem=64GB:ngpus=1")],
 )  # fmt: skip
-def test_each_configuration_gives_the_script_of_a_job(
-    name: str, line: str, command: Callable[..., tuple[int, str, str]], tmp_path: Path
-) -> None:
+def test_each_configuration_gives_the_script_of_a_job(name: str, line: str, command: Command, tmp_path: Path) -> None:
     assert c.read_cluster_config(name).workers > 0
     code, script, err = command("cluster", name, "--script", cwd=tmp_path)
     assert code == 0, err
@@ -192,15 +190,14 @@ def test_a_wrong_configuration_is_refused(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------- the parts of it
 
 
-def square(number: int) -> int:
-    if number == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-    if number == 7:
-        raise UserError("seven is no good")
-    return number * number
-
-
 def test_an_item_that_kills_workers_is_found_out(scheduler: str, tmp_path: Path) -> None:
+    def square(number: int) -> int:  # here, so that the workers do not import this file
+        if number == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if number == 7:
+            raise UserError("seven is no good")
+        return number * number
+
     with c.connect(scheduler, tmp_path) as cluster:
         found = dict(cluster.spread(square, range(40), "square"))
     assert {n: r for n, r in found.items() if n not in (5, 7)} == {n: n * n for n in range(40) if n not in (5, 7)}
@@ -218,13 +215,12 @@ def test_tasks_grow_smaller_towards_the_end() -> None:
     assert list(c._batches([], 2)) == []
 
 
-def fail(file: Path) -> None:
-    raise UserError("the disk is full", file)
-
-
 def test_a_step_that_fails_stops_those_that_need_it_only(scheduler: str, tmp_path: Path) -> None:
     def step(name: str, run: Callable[[], Any], *needs: str, anywhere: bool = True) -> Step:
         return Step(name, name, (tmp_path / name).is_file, run, needs, anywhere)
+
+    def fail(file: Path) -> None:
+        raise UserError("the disk is full", file)
 
     steps = [
         step("first", partial((tmp_path / "first").touch)),

@@ -6,7 +6,6 @@ import hashlib
 import json
 import shutil
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import SimpleITK
 from safetensors.numpy import load_file
-from samples import HIPPOCAMPUS, TINIEST, as_options, first_cases
+from samples import HIPPOCAMPUS, TINIEST, Command, as_options, first_cases
 
 STORED = Path(__file__).parent / "data" / "workspace_of_3bd07d7.zip"
 # what the old code makes of fold 0 of 3d_fullres with one epoch more
@@ -34,9 +33,7 @@ def old_workspace(tmp_path: Path) -> Path:
     return workspace
 
 
-def test_its_model_predicts_the_same_label_map(
-    old_workspace: Path, command: Callable[..., tuple[int, str, str]]
-) -> None:
+def test_its_model_predicts_the_same_label_map(old_workspace: Path, command: Command) -> None:
     scan = HIPPOCAMPUS / "imagesTs" / "hippocampus_025.nii.gz"
     out = old_workspace.parent / "out"
     code, _, err = command("predict", "-i", scan, "-o", out, "-w", old_workspace, "--device", "cpu", cwd=out.parent)
@@ -49,9 +46,7 @@ def test_its_model_predicts_the_same_label_map(
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("threads", [1], indirect=True)  # others round sums differently
-def test_its_training_is_extended_to_the_same_weights(
-    old_workspace: Path, command: Callable[..., tuple[int, str, str]]
-) -> None:
+def test_its_training_is_extended_to_the_same_weights(old_workspace: Path, command: Command) -> None:
     words = ["train", "3d_fullres", "0", "--folds", "2", *as_options(SETTINGS), "-w", old_workspace, "--device", "cpu"]
     code, _, err = command(*words, cwd=old_workspace.parent)
     assert code == 0, err
@@ -62,7 +57,7 @@ def test_its_training_is_extended_to_the_same_weights(
     assert digest.hexdigest() == LONGER
 
 
-def test_its_results_are_shown(old_workspace: Path, command: Callable[..., tuple[int, str, str]]) -> None:
+def test_its_results_are_shown(old_workspace: Path, command: Command) -> None:
     root = old_workspace.parent
     code, out, err = command("info", "-w", old_workspace, cwd=root)
     assert code == 0, err
@@ -79,7 +74,7 @@ def test_its_results_are_shown(old_workspace: Path, command: Callable[..., tuple
     }
 
 
-def test_its_plan_is_kept(old_workspace: Path, command: Callable[..., tuple[int, str, str]]) -> None:
+def test_its_plan_is_kept(old_workspace: Path, command: Command) -> None:
     plan = old_workspace / "Task04_Hippocampus" / "plans.json"
 
     def read() -> dict[str, Any]:

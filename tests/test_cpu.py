@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +22,6 @@ from nnunet_lite.networks.cpu import (
 from nnunet_lite.networks.unet import UNet, set_deep_supervision
 from nnunet_lite.networks.winograd import is_channels_last
 from nnunet_lite.planning.schema import Plan
-from nnunet_lite.workspace import planned_paths
 
 FORMATS = {2: torch.channels_last, 3: torch.channels_last_3d}
 
@@ -32,9 +30,9 @@ def memory_format(dimensions: int, channels_last: bool) -> torch.memory_format:
     return FORMATS[dimensions] if channels_last else torch.contiguous_format
 
 
-def make_unet(tiny_workspace: Path, configuration: str = "3d_fullres", **changes: Any) -> UNet:
+def make_unet(plan: Plan, configuration: str = "3d_fullres", **changes: Any) -> UNet:
     """A U-Net of the plan with few features."""
-    planned = Plan.read(planned_paths(tiny_workspace).plans).configuration(configuration).network
+    planned = plan.configuration(configuration).network
     torch.manual_seed(0)
     features = tuple(min(4 * 2**i, 16) for i in range(len(planned.features)))
     return UNet(planned.model_copy(update={"features": features, **changes}), 1, 3)
@@ -64,9 +62,9 @@ def assert_same(found: tuple[Any, Any], expected: tuple[Any, Any]) -> None:
 @pytest.mark.parametrize("changes", [{}, {"kind": "residual"}, {"norm": "none"}, {"norm": "batch"}])
 @pytest.mark.parametrize("configuration", ["3d_fullres", "2d"])
 def test_a_network_is_the_same_without(
-    tiny_workspace: Path, configuration: str, changes: dict[str, Any], channels_last: bool
+    tiny_plan: Plan, configuration: str, changes: dict[str, Any], channels_last: bool
 ) -> None:
-    plain = make_unet(tiny_workspace, configuration, **changes)
+    plain = make_unet(tiny_plan, configuration, **changes)
     size = (16, 32, 16) if configuration == "3d_fullres" else (32, 48)
     plain.to(memory_format=memory_format(len(size), channels_last))  # type: ignore[call-overload]
     set_deep_supervision(plain, True)
@@ -89,10 +87,10 @@ def test_other_networks_stay_as_they_are() -> None:
 @pytest.mark.parametrize("deep", [True, False])
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_parallel_samples_give_the_gradients_of_the_batch(
-    tiny_workspace: Path, deep: bool, channels_last: bool, threads: None
+    tiny_plan: Plan, deep: bool, channels_last: bool, threads: None
 ) -> None:
     layout = memory_format(3, channels_last)
-    network = make_unet(tiny_workspace).to(memory_format=layout)  # type: ignore[call-overload]
+    network = make_unet(tiny_plan).to(memory_format=layout)  # type: ignore[call-overload]
     speed_up_on_cpu(network)
     set_deep_supervision(network, deep)
     next(network.parameters()).requires_grad_(False)
@@ -106,10 +104,10 @@ def test_parallel_samples_give_the_gradients_of_the_batch(
 
 
 @pytest.mark.parametrize("threads", [2], indirect=True)
-def test_samples_are_not_parallel_where_that_is_impossible(tiny_workspace: Path, threads: None) -> None:
-    mixing = make_unet(tiny_workspace, norm="batch")
+def test_samples_are_not_parallel_where_that_is_impossible(tiny_plan: Plan, threads: None) -> None:
+    mixing = make_unet(tiny_plan, norm="batch")
     assert parallelize_samples(mixing) is mixing
-    network = make_unet(tiny_workspace)
+    network = make_unet(tiny_plan)
     parallel = parallelize_samples(network)
     assert isinstance(parallel, ParallelSamples)
     for n in (1, 3):

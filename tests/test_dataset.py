@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,14 +12,12 @@ import pytest
 import SimpleITK as sitk
 from bad_inputs import edit, setting
 from PIL import Image as Pillow
-from samples import described
+from samples import Copy, described
 
 from nnunet_lite.data.cases import find_cases
 from nnunet_lite.data.dataset import dataset_from_json, dataset_to_json, read_case, read_dataset
 from nnunet_lite.data.images import read_image
 from nnunet_lite.errors import UserError
-
-Copy = Callable[..., Path]
 
 
 def update(root: Path, **changes: object) -> None:

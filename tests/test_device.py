@@ -347,7 +347,7 @@ WINDOWS: dict[str, tuple[Configuration, int, dict[str, Any]]] = {
 def test_the_windows_of_an_image_do_not_wait(monkeypatch: pytest.MonkeyPatch, kind: str, n_folds: int) -> None:
     """Constants go to the device with the first windows; the slices of a row are copied while others are computed."""
     configuration, n_logits, options = WINDOWS[kind]
-    image = np.ones((2 if kind == "cascade" else 1, 40, 24, 24), np.float32)
+    image = np.ones((2 if kind == "cascade" else 1, 24, 24, 24), np.float32)
     n_inputs = 3 if kind == "cascade" else 1  # the image, and two classes
     networks = [UNet(configuration.network, n_inputs, n_logits).eval() for _ in range(n_folds)]
     head = sliding(networks, configuration, n_logits, **options).head
@@ -357,7 +357,7 @@ def test_the_windows_of_an_image_do_not_wait(monkeypatch: pytest.MonkeyPatch, ki
         window = replace(window, device=CUDA)
         window.__dict__["head"] = head  # from weights on the CPU, as it is made before the first window
         tiling, batch_size = window.tile(image.shape[1:], 0.5, 4)
-        parts = blocks(40, 60, 1, 8)
+        parts = blocks(24, 36, 1, 8)
         sums = torch.empty(schedule(tiling[0], parts)[1], window.channels, 24, 24, device=CUDA)
         rows = average_windows(window, image, tiling, parts, sums, batch_size)
         for number in range(len(tiling[0])):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -17,7 +16,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from samples import ENVIRONMENT, fold_of, start_nnlite, wait_until
+from samples import ENVIRONMENT, Command, fold_of, read_metrics, start_nnlite, wait_until
 
 from nnunet_lite.errors import UserError
 from nnunet_lite.models.folder import CHECKPOINT, MODEL
@@ -33,7 +32,6 @@ from nnunet_lite.training.distributed import (
     rank_device,
     rank_share,
 )
-from nnunet_lite.training.metrics import METRICS
 
 LONG = ["--epochs", "400"]
 EPOCHS = 12
@@ -94,22 +92,17 @@ def has_content(file: Path) -> Callable[[], bool]:
     return lambda: file.is_file() and file.stat().st_size > 0
 
 
-def rows(tmp_path: Path, name: str) -> list[dict[str, Any]]:
-    file = fold_of(tmp_path, name) / METRICS
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-
-
 def assert_same_weights(tmp_path: Path, one: str, two: str) -> None:
     a, b = (load_file(fold_of(tmp_path, name) / MODEL) for name in (one, two))
     assert a.keys() == b.keys()
     assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
 
 
-def test_two_processes_learn_what_one_learns(tmp_path: Path, train_three: list[str]) -> None:
+def test_two_processes_learn_what_one_learns(tmp_path: Path, train_three: list[str], command: Command) -> None:
     arguments = [*train_three, "--set", "training.accumulate=2", "--set", "optimizer.ema=0.9"]
-    run(*arguments, "--name", "one")
+    assert command(*arguments, "--name", "one", cwd=tmp_path)[0] == 0
     assert run(*arguments, "--gpus", "2", "--name", "two")[0].count("fold 0, whole images") == 1
-    one, two = (rows(tmp_path, name) for name in ("one", "two"))
+    one, two = (read_metrics(fold_of(tmp_path, name)) for name in ("one", "two"))
     assert len(one) == len(two) == 2
     for a, b in zip(one, two, strict=True):
         for name, tolerance in {"train_loss": 2e-5, "validation_loss": 2e-5, "dice": 2e-3, "lr": 0}.items():
@@ -156,19 +149,20 @@ def test_what_ends_one_process_ends_all(
     assert (fold_of(tmp_path, "stopped") / CHECKPOINT).is_file()
 
 
-@pytest.mark.parametrize(
-    ("setting", "message", "begins"),
-    [
-        ("training.batch_size=1", "a batch of 1 cannot be split over 2 processes", True),
-        ("network.norm=batch", "batch normalisation over several processes needs GPUs", False),
-    ],
-)
-def test_a_mistake_is_one_line_of_one_process(
-    tmp_path: Path, train_three: list[str], setting: str, message: str, begins: bool
+def test_a_mistake_is_one_line_of_one_process(tmp_path: Path, train_three: list[str]) -> None:
+    _, errors = run(*train_three, "--set", "training.batch_size=1", "--gpus", "2", "--name", "wrong", code=2)
+    assert errors.count("a batch of 1 cannot be split over 2 processes") == 1
+
+
+def test_batch_norm_over_processes_is_refused_on_cpus(
+    tmp_path: Path, train_three: list[str], command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, errors = run(*train_three, "--set", setting, "--gpus", "2", "--name", "wrong", code=2)
-    assert errors.count(message) == 1
-    assert fold_of(tmp_path, "wrong").exists() == begins
+    """By the first of two processes, before it waits for the other one."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    code, _, errors = command(*train_three, "--set", "network.norm=batch", "--name", "wrong", cwd=tmp_path)
+    assert code == 2 and errors.count("batch normalisation over several processes needs GPUs") == 1
+    assert not fold_of(tmp_path, "wrong").exists()
 
 
 # --------------------------------------------------------------------------------------------------------- torchrun
@@ -215,11 +209,13 @@ def node_logs(tmp_path: Path) -> str:
     return "\n".join((tmp_path / f"node_{node}.log").read_text() for node in range(2))
 
 
-def test_two_nodes_learn_what_one_process_learns(tmp_path: Path, train_three: list[str], start_nodes: Nodes) -> None:
+def test_two_nodes_learn_what_one_process_learns(
+    tmp_path: Path, train_three: list[str], start_nodes: Nodes, command: Command
+) -> None:
     nodes = start_nodes(["-m", "nnunet_lite", *train_three, "--name", "two"], backend="c10d")
-    run(*train_three, "--name", "one")
+    assert command(*train_three, "--name", "one", cwd=tmp_path)[0] == 0
     assert [node.wait(timeout=240) for node in nodes] == [0, 0], node_logs(tmp_path)
-    one, two = ([row["train_loss"] for row in rows(tmp_path, name)] for name in ("one", "two"))
+    one, two = ([row["train_loss"] for row in read_metrics(fold_of(tmp_path, name))] for name in ("one", "two"))
     assert two == pytest.approx(one, abs=2e-5)
     assert_same_weights(tmp_path, "one", "two")
 
@@ -266,7 +262,7 @@ def test_others_wait_longer_for_a_validation_than_for_an_answer(
     ],
 )
 def test_a_lost_node_ends_the_others_and_another_number_of_processes_resumes(
-    tmp_path: Path, train_three: list[str], start_nodes: Nodes, lost: int, how: signal.Signals
+    tmp_path: Path, train_three: list[str], start_nodes: Nodes, command: Command, lost: int, how: signal.Signals
 ) -> None:
     """A killed node closes its connections; a stopped one does not answer, like a machine without power."""
     arguments = [*train_three, "--set", f"training.epochs={EPOCHS}", "--name", "lost"]
@@ -281,13 +277,16 @@ def test_a_lost_node_ends_the_others_and_another_number_of_processes_resumes(
     assert "error: another process of this training ended, or its machine or the network is down" in errors
     assert "The same nnlite command resumes from the last checkpoint" in errors
     signal_node(nodes[lost], signal.SIGKILL)
-    assert len(rows(tmp_path, "lost")) < EPOCHS
-    assert "resuming from epoch" in run(*arguments)[1]
-    assert [row["epoch"] for row in rows(tmp_path, "lost")] == list(range(1, EPOCHS + 1))
+    assert len(read_metrics(fold_of(tmp_path, "lost"))) < EPOCHS
+    code, _, errors = command(*arguments, cwd=tmp_path)
+    assert code == 0 and "resuming from epoch" in errors
+    assert [row["epoch"] for row in read_metrics(fold_of(tmp_path, "lost"))] == list(range(1, EPOCHS + 1))
     if how == signal.SIGKILL and lost:
-        run(*arguments[:-1], "undisturbed")
+        assert command(*arguments[:-1], "undisturbed", cwd=tmp_path)[0] == 0
         # two processes round sums differently than one, and training makes the difference grow
-        losses, others = ([row["train_loss"] for row in rows(tmp_path, name)] for name in ("lost", "undisturbed"))
+        losses, others = (
+            [row["train_loss"] for row in read_metrics(fold_of(tmp_path, name))] for name in ("lost", "undisturbed")
+        )
         assert losses == pytest.approx(others, abs=1e-3)
 
 

@@ -1,5 +1,6 @@
-"""The main job as a person does it: real commands, real processes, real data, and nothing but a folder to work in.
+"""The main job as a person does it: real commands, real data, and nothing but a folder to work in.
 
+Each command runs in a process of its own once, and then in that of the tests, which spares the imports.
 The networks are tiny and trained for seconds; what they segment is nonsense, but its form must be right.
 """
 
@@ -8,15 +9,13 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK
-from samples import first_cases
+from samples import Command, first_cases
 
-Run = Callable[..., tuple[int, str, str]]
 TINY = (
     *("--epochs", 2, "--iterations", 2, "--batch-size", 2, "--device", "cpu", "--precision", "fp32"),
     *("--set", "training.validation_iterations=1", "--set", "inference.mirroring=false"),
@@ -24,12 +23,7 @@ TINY = (
 )
 TRAIN_3D = ("train", "3d_fullres", 0, "--recipe", "cpu", *TINY, "--patch-size", "32x32x32")
 TRAIN_2D = ("train", "2d", 0, *TINY, "--patch-size", "32x32", "--set", "optimizer.lr=0.001")
-EXACT = (
-    "--device",
-    "cpu",
-    "--precision",
-    "fp32",
-)  # "auto" takes what is fastest at that moment, which may round otherwise
+EXACT = ("--device", "cpu", "--precision", "fp32")  # "auto" takes what is fastest at that moment
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +49,7 @@ def write_oblique(path: Path, target: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(home: Path, nnlite: Run) -> Path:
+def trained(home: Path, nnlite: Command) -> Path:
     """plan -> preprocess -> train 3d_fullres 0 -> train 2d 0, in the default workspace."""
     code, out, err = nnlite("plan", "Task04", cwd=home)
     assert code == 0 and "3d_fullres" in out and "8 cases, 0 errors" in err
@@ -70,7 +64,7 @@ def trained(home: Path, nnlite: Run) -> Path:
 
 
 @pytest.fixture(scope="module")
-def predicted(trained: Path, nnlite: Run) -> Path:
+def predicted(trained: Path, nnlite: Command) -> Path:
     """predict -> the folder ./out, with the 3D model by name."""
     code, out, err = nnlite("predict", "-i", "in", "-o", "out", *EXACT, "-c", "3d_fullres", cwd=trained)
     assert code == 0 and out == "3 label maps in out\n" and "3d_fullres-cpu (fold 0)" in err
@@ -111,9 +105,9 @@ def test_what_training_leaves(trained: Path) -> None:
     assert {p.name for p in trained.iterdir()} >= {"data", "in", "nnlite_workspace"}
 
 
-def test_the_same_training_again_is_finished(trained: Path, nnlite: Run) -> None:
+def test_the_same_training_again_is_finished(trained: Path, command: Command) -> None:
     before = files(models(trained) / "3d_fullres-cpu" / "fold_0")
-    code, out, err = nnlite(*TRAIN_3D, "--json", cwd=trained)
+    code, out, err = command(*TRAIN_3D, "--json", cwd=trained)
     assert code == 0 and "training is finished" in err and "epoch" not in err
     assert 0 <= json.loads(out)["0"]["foreground_mean"]["Dice"] <= 1
     after = files(models(trained) / "3d_fullres-cpu" / "fold_0")
@@ -122,9 +116,9 @@ def test_the_same_training_again_is_finished(trained: Path, nnlite: Run) -> None
     assert all(any(part in name for part in written_again) for name in changed), changed
 
 
-def test_other_settings_are_refused_with_the_differences(trained: Path, nnlite: Run, command: Run) -> None:
+def test_other_settings_are_refused_with_the_differences(trained: Path, command: Command) -> None:
     before = files(trained)
-    code, out, err = nnlite(*TRAIN_3D, "--epochs", 3, "--lr", 0.5, cwd=trained)
+    code, out, err = command(*TRAIN_3D, "--epochs", 3, "--lr", 0.5, cwd=trained)
     assert (code, out) == (2, "")
     message = err.splitlines()[-1]
     assert message.startswith(f"error: {models(trained) / '3d_fullres-cpu'}: was trained with other settings: ")
@@ -150,21 +144,21 @@ def test_predict_any_mix_of_formats(trained: Path, predicted: Path) -> None:
         assert set(np.unique(SimpleITK.GetArrayFromImage(written))) <= {0, 1, 2}
 
 
-def test_predict_resumes_where_it_stopped(trained: Path, predicted: Path, nnlite: Run) -> None:
+def test_predict_resumes_where_it_stopped(trained: Path, predicted: Path, command: Command) -> None:
     shutil.copytree(trained / "in", trained / "in2")
     shutil.copytree(predicted, trained / "out2")
     first, *_ = sorted((trained / "out2").iterdir())
     first.unlink()
     before = files(trained / "out2")
     given = ("predict", "-i", "in2", "-o", "out2", "-m", models(trained) / "3d_fullres-cpu", *EXACT)
-    code, out, _ = nnlite(*given, "--continue", "--json", cwd=trained)
+    code, out, _ = command(*given, "--continue", "--json", cwd=trained)
     assert code == 0 and [Path(file).name for file in json.loads(out)["files"]] == sorted(files(trained / "in2"))
     after = files(trained / "out2")
     assert after.pop(first.name) and after == before, "only the missing one is made"
     assert first.read_bytes() == (predicted / first.name).read_bytes()
 
 
-def test_one_broken_input_does_not_stop_the_others(trained: Path, nnlite: Run) -> None:
+def test_one_broken_input_does_not_stop_the_others(trained: Path, command: Command) -> None:
     folder = trained / "in3"
     shutil.copytree(trained / "in", folder)
     whole = next(folder.glob("*.nii.gz"))
@@ -172,7 +166,7 @@ def test_one_broken_input_does_not_stop_the_others(trained: Path, nnlite: Run) -
     colour = SimpleITK.GetImageFromArray(np.zeros((8, 8, 8, 3), np.uint8), isVector=True)
     SimpleITK.WriteImage(colour, str(folder / "wide.nrrd"))
     (folder / "notes.txt").write_text("not an image")
-    code, out, err = nnlite("predict", "-i", "in3", "-o", "out3", "--no-mirroring", "-c", "2d", "-q", cwd=trained)
+    code, out, err = command("predict", "-i", "in3", "-o", "out3", "--no-mirroring", "-c", "2d", "-q", cwd=trained)
     assert code == 1 and out == "3 label maps in out3\n"
     failed = err.splitlines()
     assert len(failed) == 2 and failed[0].startswith("failed: cut: ") and "truncated" in failed[0]
@@ -182,7 +176,7 @@ def test_one_broken_input_does_not_stop_the_others(trained: Path, nnlite: Run) -
     assert names == {path.name for path in (trained / "in").iterdir()}, "and nothing of the broken ones"
 
 
-def test_evaluate(trained: Path, nnlite: Run, hippocampus: Path) -> None:
+def test_evaluate(trained: Path, nnlite: Command, command: Command) -> None:
     """A dataset's own labels against themselves are perfect; the table, the JSON and the CSV say so."""
     labels = trained / "data" / "Task04_Hippocampus" / "labelsTr"
     code, out, err = nnlite("evaluate", labels, labels, "--output", "scores.csv", cwd=trained)
@@ -193,29 +187,29 @@ def test_evaluate(trained: Path, nnlite: Run, hippocampus: Path) -> None:
         rows = list(csv.DictReader(file))
     assert len(rows) == 16 and {row["Dice"] for row in rows} == {"1.0"}
     shutil.copytree(labels, trained / "alone" / "labels")
-    code, out, _ = nnlite("evaluate", "alone/labels", "alone/labels", cwd=trained)
+    code, out, _ = command("evaluate", "alone/labels", "alone/labels", cwd=trained)
     assert code == 0 and out.endswith("the labels are those of the planned dataset, Anterior, Posterior\n")
     predicted = models(trained) / "3d_fullres-cpu" / "fold_0" / "validation"
-    code, out, err = nnlite("evaluate", predicted, labels, "--json", "--no-surface", cwd=trained)
+    code, out, err = command("evaluate", predicted, labels, "--json", "--no-surface", cwd=trained)
     printed, own = json.loads(out), json.loads((predicted / "summary.json").read_text())
     assert code == 0 and printed["foreground_mean"]["Dice"] == own["foreground_mean"]["Dice"]
 
 
-def test_info(trained: Path, nnlite: Run) -> None:
+def test_info(trained: Path, nnlite: Command, command: Command) -> None:
     code, out, _ = nnlite("info", cwd=trained)
     assert code == 0 and "3d_fullres-cpu" in out and "2d-default" in out and "no model" not in out
-    code, out, err = nnlite("info", models(trained) / "2d-default", "--json", cwd=trained)
+    code, out, err = command("info", models(trained) / "2d-default", "--json", cwd=trained)
     about = json.loads(out)
     assert (code, err) == (0, "")
     assert (about["configuration"], about["patch_size"], about["channels"]) == ("2d", [32, 32], ["MRI"])
     assert about["folds"]["0"]["epochs"] == 2 and 0 <= about["folds"]["0"]["mean_dice"] <= 1
 
 
-def test_a_model_folder_may_move(trained: Path, predicted: Path, nnlite: Run, tmp_path: Path) -> None:
+def test_a_model_folder_may_move(trained: Path, predicted: Path, command: Command, tmp_path: Path) -> None:
     """It needs neither the workspace nor the data: predictions elsewhere are the same to the byte."""
     shutil.copytree(models(trained) / "3d_fullres-cpu", tmp_path / "model", ignore=shutil.ignore_patterns("valid*"))
     image = sorted((trained / "in").iterdir())[0]
-    code, out, err = nnlite("predict", "-i", image, "-o", "out", "-m", "model", *EXACT, cwd=tmp_path)
+    code, out, err = command("predict", "-i", image, "-o", "out", "-m", "model", *EXACT, cwd=tmp_path)
     assert (code, out) == (0, "1 label map in out\n"), err
     assert (tmp_path / "out" / image.name).read_bytes() == (predicted / image.name).read_bytes()
     assert not (tmp_path / "nnlite_workspace").exists()

@@ -24,9 +24,8 @@ import numpy as np
 import pytest
 from bad_inputs import copy_workspace
 from safetensors.numpy import load_file
-from samples import ENVIRONMENT, HIPPOCAMPUS, first_cases, rewrite_nifti, start_nnlite
+from samples import ENVIRONMENT, HIPPOCAMPUS, Command, Counts, first_cases, rewrite_nifti, start_nnlite
 
-Run = Callable[..., tuple[int, str, str]]
 TINY = [
     f"--set={assignment}"
     for assignment in (
@@ -105,7 +104,7 @@ def survive(place: Path, undisturbed: tuple[Path, float], kills: int, seed: int)
 
 
 @pytest.mark.slow  # one kill of such a run is in test_run.py
-def test_twenty_kills(tmp_path: Path, undisturbed: tuple[Path, float], counts: Callable[..., None]) -> None:
+def test_twenty_kills(tmp_path: Path, undisturbed: tuple[Path, float], counts: Counts) -> None:
     counts("kills survived", 20)
     assert survive(tmp_path, undisturbed, 20, seed=20) == 20
 
@@ -156,7 +155,7 @@ def refused_for_space(code: int, out: str, err: str, words: Sequence[str]) -> st
     return last
 
 
-def full_disk(command: Run, tiny_model: Path, disk: Path, step: list[str], room: int) -> bool:
+def full_disk(command: Command, tiny_model: Path, disk: Path, step: list[str], room: int) -> bool:
     """Run a step with a number of free bytes, and again with more; whether it lacked space, and said so in one line.
 
     With space again, the same command ends as it would have.
@@ -190,7 +189,9 @@ def full_disk(command: Run, tiny_model: Path, disk: Path, step: list[str], room:
 
 
 @pytest.mark.parametrize(("step", "room"), FULL, ids=[f"{step[0]} {room}" for step, room in FULL])
-def test_full_disk(command: Run, tiny_model: Path, small_disk: Path, counts: Any, step: list[str], room: int) -> None:
+def test_full_disk(
+    command: Command, tiny_model: Path, small_disk: Path, counts: Counts, step: list[str], room: int
+) -> None:
     counts("faults survived")
     assert full_disk(command, tiny_model, small_disk, step, room)
 
@@ -198,7 +199,9 @@ def test_full_disk(command: Run, tiny_model: Path, small_disk: Path, counts: Any
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [["plan", "raw"], ["preprocess", "3d_fullres"], TRAIN, MAPS, SCORE, ["select"],
                                   ["report"], ZIP, THEIRS], ids=lambda step: step[0])  # fmt: skip
-def test_every_fill_level(command: Run, tiny_model: Path, small_disk: Path, counts: Any, step: list[str]) -> None:
+def test_every_fill_level(
+    command: Command, tiny_model: Path, small_disk: Path, counts: Counts, step: list[str]
+) -> None:
     """Every 8 kB of free space, up to the one that suffices."""
     room = 0
     while full_disk(command, tiny_model, small_disk, step, room):
@@ -216,7 +219,7 @@ LIMITED = {
 
 
 @pytest.mark.parametrize("name", LIMITED)
-def test_a_limit_for_files(command: Run, tiny_model: Path, tmp_path: Path, counts: Any, name: str) -> None:
+def test_a_limit_for_files(command: Command, tiny_model: Path, tmp_path: Path, counts: Counts, name: str) -> None:
     """The same by `ulimit -f`, which needs no rights: a file is cut short as on a full disk, and none is taken."""
     step, limit = LIMITED[name]
     root = copy_workspace(tiny_model.parents[2], tmp_path)
@@ -273,7 +276,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_damaged_array(command: Run, tiny_workspace: Path, tmp_path: Path, counts: Any, name: str) -> None:
+def test_damaged_array(command: Command, tiny_workspace: Path, tmp_path: Path, counts: Counts, name: str) -> None:
     """What is damaged is made again, and only that."""
     counts("faults survived")
     damage, find = DAMAGED[name]
@@ -289,7 +292,7 @@ def test_damaged_array(command: Run, tiny_workspace: Path, tmp_path: Path, count
     assert file.read_bytes() == before or file.name == "case.json"
 
 
-def test_changed_label(command: Run, tiny_workspace: Path, tmp_path: Path, counts: Any) -> None:
+def test_changed_label(command: Command, tiny_workspace: Path, tmp_path: Path, counts: Counts) -> None:
     """A label map that was changed since redoes one case."""
     counts("faults survived")
     root = copy_workspace(tiny_workspace, tmp_path)
@@ -305,7 +308,7 @@ def test_changed_label(command: Run, tiny_workspace: Path, tmp_path: Path, count
 
 @pytest.mark.parametrize("damage", [cut, flip])
 def test_damaged_checkpoint(
-    command: Run, tiny_model: Path, tmp_path: Path, counts: Any, damage: Callable[[Path], None]
+    command: Command, tiny_model: Path, tmp_path: Path, counts: Counts, damage: Callable[[Path], None]
 ) -> None:
     """Named in one line with what to do; a flipped weight is found by the checksum."""
     counts("faults survived")
@@ -322,7 +325,7 @@ def test_damaged_checkpoint(
 # ------------------------------------------------------------------------------------------- two at once, and others
 
 
-def test_two_preprocess_one_data_set(tiny_workspace: Path, tmp_path: Path, counts: Any) -> None:
+def test_two_preprocess_one_data_set(tiny_workspace: Path, tmp_path: Path, counts: Counts) -> None:
     """The second waits, and finds the work done."""
     counts("faults survived")
     root = copy_workspace(tiny_workspace, tmp_path)
@@ -333,7 +336,7 @@ def test_two_preprocess_one_data_set(tiny_workspace: Path, tmp_path: Path, count
     assert len(list((root / "preprocessed" / "cases").iterdir())) == 10
 
 
-def test_two_train_one_fold(tiny_workspace: Path, tiny_model: Path, tmp_path: Path, counts: Any) -> None:
+def test_two_train_one_fold(tiny_workspace: Path, tiny_model: Path, tmp_path: Path, counts: Counts) -> None:
     """The second is refused, or comes after; two folds train side by side."""
     counts("faults survived", 2)
     root = copy_workspace(tiny_workspace, tmp_path)
@@ -349,24 +352,38 @@ def test_two_train_one_fold(tiny_workspace: Path, tiny_model: Path, tmp_path: Pa
     assert all(np.array_equal(contended[name], alone[name]) for name in alone)
 
 
-def test_two_predict_into_one_folder(tiny_model: Path, hippocampus: Path, tmp_path: Path, counts: Any) -> None:
+def test_two_predict_into_one_folder(
+    command: Command, tiny_model: Path, hippocampus: Path, tmp_path: Path, counts: Counts
+) -> None:
     """Label maps are whole, whoever wrote them last."""
     counts("faults survived")
     shutil.copytree(tiny_model, tmp_path / "model")
     for name in ("001", "008"):
         (tmp_path / "in").mkdir(exist_ok=True)
         shutil.copy(hippocampus / "imagesTr" / f"hippocampus_{name}.nii.gz", tmp_path / "in")
-    command = ["predict", "-i", "in", "-m", "model", "--no-mirroring", "--device", "cpu", "-o"]
-    both = [start_nnlite(*command, "out", cwd=tmp_path) for _ in range(2)]
+    arguments = ["predict", "-i", "in", "-m", "model", "--no-mirroring", "--device", "cpu", "-o"]
+    both = [start_nnlite(*arguments, "out", cwd=tmp_path) for _ in range(2)]
     assert [ended(process)[0] for process in both] == [0, 0]
-    assert ended(start_nnlite(*command, "alone", cwd=tmp_path))[0] == 0
+    assert command(*arguments, "alone", cwd=tmp_path)[0] == 0
     for file in (tmp_path / "alone").iterdir():
         assert gzip.decompress((tmp_path / "out" / file.name).read_bytes()) == gzip.decompress(file.read_bytes())
     assert len(list((tmp_path / "out").iterdir())) == 2
 
 
+COMMANDS = """
+import sys
+from nnunet_lite import cli
+for command in sys.argv[1:]:
+    sys.argv = ["nnlite", *command.split()]
+    try:
+        cli.main()
+    except SystemExit as end:
+        print("exit code", end.code or 0)
+"""
+
+
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("setpriv") is None, reason="needs root, to be someone else")
-def test_inputs_that_may_only_be_read(tiny_model: Path, hippocampus: Path, tmp_path: Path, counts: Any) -> None:
+def test_inputs_that_may_only_be_read(tiny_model: Path, hippocampus: Path, tmp_path: Path, counts: Counts) -> None:
     """Data set, model and images belong to someone else: planning, preprocessing and predicting write elsewhere."""
     counts("faults survived", 3)
     first_cases(tmp_path / "raw", 6)
@@ -378,13 +395,10 @@ def test_inputs_that_may_only_be_read(tiny_model: Path, hippocampus: Path, tmp_p
         if folder.stat().st_uid == 0 and folder.is_relative_to("/tmp/x".replace("/x", "")):
             folder.chmod(folder.stat().st_mode | 0o055)
     subprocess.run(["chmod", "-R", "a+rX,a-w", tmp_path / "raw", tmp_path / "model"], check=True)
-    as_nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable, "-m", "nnunet_lite"]
-    who = {**ENVIRONMENT, "HOME": str(mine)}
+    as_nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable, "-c", COMMANDS]
     image = tmp_path / "raw" / "imagesTr" / "hippocampus_001.nii.gz"
-    for arguments in (
-        ["plan", "../raw"],
-        ["preprocess", "3d_fullres"],
-        ["predict", "-i", str(image), "-o", "out", "-m", "../model", "--no-mirroring"],
-    ):
-        done = subprocess.run([*as_nobody, *arguments], cwd=mine, env=who, capture_output=True, text=True)
-        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    commands = ("plan ../raw", "preprocess 3d_fullres", f"predict -i {image} -o out -m ../model --no-mirroring")
+    who = {**ENVIRONMENT, "HOME": str(mine)}
+    done = subprocess.run([*as_nobody, *commands], cwd=mine, env=who, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.count("exit code 0\n")) == (0, 3) and "Traceback" not in done.stderr, done
+    assert (mine / "out" / image.name).is_file()

@@ -14,6 +14,7 @@ from PIL import Image
 from samples import sample_plan
 
 from nnunet_lite.data.geometry import Geometry
+from nnunet_lite.data.geometry import Image as ScanImage
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.reporting import figures
 from nnunet_lite.reporting.figures import Curve, outline_path, planes_of, plot_curves, slice_of
@@ -36,11 +37,38 @@ def test_ticks() -> None:
     falling = plot_curves("lr", curve(*(1e-3 * 0.5**i for i in range(8))), "epoch", "", (0.0, None)).y.ticks
     assert falling[0][1] == "0" and float(falling[-1][1]) == 1e-3
     zero = plot_curves("lr", curve(0.0, 0.0), "epoch", "", (0.0, None)).y.ticks
-    assert zero[0][1] == "0" and 0 < float(zero[-1][1]) <= 1
+    assert [zero[0][1], zero[-1][1]] == ["0", "1"]
+    assert plot_curves("lr", curve(0.0, 0.0), "epoch").y.values[0] == 0, "not -0.5"
     close = [text for _, text in plot_curves("loss", curve(1.0000001, 1.0000004), "epoch").y.ticks]
     assert len(set(close)) == len(close) >= 3, "a loss that changes in the seventh digit"
     assert len(plot_curves("loss", curve(0.3, 0.1 + 0.2), "epoch").y.ticks) >= 3, "they differ by rounding"
     assert figures.tick_values(0, 4e-14, 4) == pytest.approx([0, 1e-14, 2e-14, 3e-14, 4e-14], rel=1e-9)
+
+
+def test_a_logarithmic_axis() -> None:
+    """Where most values are small parts of the largest one, as of a rate that is reduced on plateaus."""
+    rates = [1e-2] * 5 + [2e-3] * 5 + [4e-4] * 10 + [8e-5] * 10
+    y = plot_curves("lr", curve(*rates), "epoch", "", (0.0, None)).y
+    assert y.logarithmic and [text for _, text in y.ticks] == ["0.0001", "0.001", "0.01"]
+    assert y.pixel(1e-2) - y.pixel(2e-3) == pytest.approx(y.pixel(2e-3) - y.pixel(4e-4), abs=0.2)
+    assert y.pixels[1] < y.pixel(1e-2) < y.pixel(8e-5) < y.pixels[0]
+    for rates in ([0.01 * (1 - i / 100) ** 0.9 for i in range(100)], [0.01, *[1e-5] * 9, -1.0], [0.01, *[0.0] * 9]):
+        assert not plot_curves("lr", curve(*rates), "epoch", "", (0.0, None)).y.logarithmic
+    assert not plot_curves("Dice", curve(1.0, *[1e-3] * 9), "epoch", "", (0, 1)).y.logarithmic
+    assert figures.log_tick_values(0.003, 0.06) == [0.005, 0.01, 0.02, 0.05]
+
+
+def test_agreement_of_volumes() -> None:
+    """Differences of 1, 2, 3: a bias of 2 with limits 1.96 standard deviations of 1 around it."""
+    volumes = {"a": (10.0, 11.0), "b": (20.0, 22.0), "c": (30.0, 33.0), "in neither": (0.0, 0.0)}
+    chart = figures.plot_agreement("Volume", volumes, "ml", "model")
+    assert chart.content["points"] == [("a", 10.5, 1.0), ("b", 21.0, 2.0), ("c", 31.5, 3.0)]
+    assert dict(chart.content["lines"]) == pytest.approx(
+        {"no difference": 0, "bias": 2, "lower limit": 2 - 1.96, "upper limit": 2 + 1.96}
+    )
+    assert chart.note == "bias +2 ml, 95 % limits +0.04 to +3.96, 3 cases"
+    assert chart.y.values[0] < 0 and chart.y.values[1] > 3.96
+    assert figures.plot_agreement("Volume", {"a": (1.0, 2.0), "b": (0.0, 0.0)}, "ml", "model") is None
 
 
 def test_values_that_are_not_finite_are_gaps() -> None:
@@ -137,6 +165,22 @@ def test_outlines_enclose_exactly_the_mask() -> None:
     coarse, step = figures.thin_out(label, 10)
     assert coarse.shape == (10, 10) and step == (4, 6)
     assert outline_path(coarse == 1, step) == "M30 8h30v12h-30z", "in voxels of the picture"
+
+
+def test_errors_are_missed_added_or_of_another_label() -> None:
+    reference, prediction = np.array([[0, 1, 1, 2, 2, 0]]), np.array([[0, 1, 0, 1, 2, 2]])
+    assert figures.find_errors(reference, prediction).tolist() == [[0, 0, 1, 3, 0, 2]]
+    assert list(figures.ERROR_COLOURS) == ["missed", "added", "another label"]
+    plan = sample_plan(Labels(names={"a": 1, "b": 2}, ignore=3))
+    draws = np.random.default_rng(0)
+    labels = draws.integers(0, 4, (1, 30, 40)), draws.integers(0, 3, (1, 30, 40))
+    image = ScanImage(np.zeros((1, 1, 30, 40), np.float32), Geometry((1, 30, 40), (999.0, 1.0, 1.0), dimensions=2))
+    oriented = figures.OrientedImage(image, plan)
+    whole = ((0, 1), (0, 30), (0, 40))
+    drawn = oriented.draw(oriented.planes[0], (0, 15, 20), whole, 64, *labels)
+    kinds = np.where(labels[0] == 3, 0, figures.find_errors(*labels))[0]
+    for kind, path in enumerate(drawn["errors"], 1):
+        np.testing.assert_array_equal(fill(path, (30, 40)), kinds == kind)
 
 
 def test_the_box_contains_the_mask_with_a_margin() -> None:

@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from samples import Counts
 from torch import nn
 
 from nnunet_lite import files
@@ -142,7 +142,7 @@ def write_shares(path: Path) -> None:
 
 @pytest.mark.parametrize("limit", [1, 4096, 10_000, "one less"])
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_file_that_is_cut_short_is_not_written(tmp_path: Path, counts: Any, name: str, limit: int | str) -> None:
+def test_a_file_that_is_cut_short_is_not_written(tmp_path: Path, counts: Counts, name: str, limit: int | str) -> None:
     """The old file stays, the error says how much is needed; ITK reports nothing of it for most formats."""
     counts("faults survived")
     write, path = WRITERS[name], tmp_path / "in" / name
@@ -157,7 +157,7 @@ def test_a_file_that_is_cut_short_is_not_written(tmp_path: Path, counts: Any, na
     assert path.stat().st_size == len(before)
 
 
-def test_lines_and_folders_that_do_not_fit(tmp_path: Path, counts: Any) -> None:
+def test_lines_and_folders_that_do_not_fit(tmp_path: Path, counts: Counts) -> None:
     counts("faults survived", 3)
     with files_of_at_most(100):
         with pytest.raises(OSError, match=r"journal\.jsonl needs about"):
@@ -204,7 +204,7 @@ def child(code: str, cwd: Path) -> subprocess.Popen[str]:
     return process
 
 
-def test_only_temporary_files_of_killed_processes_are_swept(tmp_path: Path, counts: Any) -> None:
+def test_only_temporary_files_of_killed_processes_are_swept(tmp_path: Path, counts: Counts) -> None:
     counts("faults survived", 2)
     foreign, below = tmp_path / ".tmp-of-mine", tmp_path / "below" / ".tmp-01234567-a.json"
     foreign.mkdir()
@@ -223,7 +223,7 @@ def test_only_temporary_files_of_killed_processes_are_swept(tmp_path: Path, coun
     sweep(tmp_path / "missing")
 
 
-def test_the_first_write_into_a_folder_sweeps_it(tmp_path: Path, counts: Any) -> None:
+def test_the_first_write_into_a_folder_sweeps_it(tmp_path: Path, counts: Counts) -> None:
     counts("faults survived", 2)
     child("    os._exit(1)", tmp_path).communicate()
     assert len(list(tmp_path.glob(".tmp-*"))) == 2
@@ -236,7 +236,7 @@ def test_the_first_write_into_a_folder_sweeps_it(tmp_path: Path, counts: Any) ->
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 @pytest.mark.parametrize("where", ["time.sleep(60)", "[sum(range(1000)) for _ in iter(int, 1)]"])
-def test_a_signal_leaves_nothing_temporary(tmp_path: Path, counts: Any, number: signal.Signals, where: str) -> None:
+def test_a_signal_leaves_nothing_temporary(tmp_path: Path, counts: Counts, number: signal.Signals, where: str) -> None:
     """Even in a loop that takes every exception for the fault of one case."""
     counts("faults survived")
     code = f"    while True:\n        try: {where}\n        except Exception: pass"
@@ -249,7 +249,7 @@ def test_a_signal_leaves_nothing_temporary(tmp_path: Path, counts: Any, number: 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_maps_have_no_name_while_they_are_made(tmp_path: Path, counts: Any) -> None:
+def test_maps_have_no_name_while_they_are_made(tmp_path: Path, counts: Counts) -> None:
     """So nothing of them can be left, however the process ends."""
     counts("faults survived")
     array = _array_on_disk(tmp_path, (3, 4, 5))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,14 +21,7 @@ from nnunet_lite.models.nnunet import import_nnunet
 from nnunet_lite.networks.unet import UNet
 from nnunet_lite.planning.schema import Network, Plan
 from nnunet_lite.settings import Settings, with_changes
-from nnunet_lite.training.finetune import (
-    Source,
-    adopt_plan,
-    adopt_weights,
-    freeze,
-    input_names,
-    open_source,
-)
+from nnunet_lite.training.finetune import Source, adopt_plan, adopt_weights, freeze, input_names, open_source
 from nnunet_lite.workspace import planned_paths
 
 NNUNET = Path(__file__).parent / "data" / "nnunet_models" / "plain_3d"
@@ -293,24 +285,6 @@ def test_a_fold_of_nnunet_to_start_from(tmp_path: Path) -> None:
     (tmp_path / "none.pth").write_bytes(b"none")
     with pytest.raises(UserError, match=r"none\.pth: is no checkpoint"):
         source_of(tmp_path / "none.pth", name, "0")
-
-
-class Evil:
-    """Makes a folder if a careless reader unpickles it."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, ("was_run",)
-
-
-def test_code_in_a_checkpoint_to_start_from_is_not_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counts: Callable[..., None]
-) -> None:
-    counts("bad inputs refused in one line")
-    monkeypatch.chdir(tmp_path)
-    torch.save({"network_weights": Evil()}, "pretrained.pth")
-    with pytest.raises(UserError, match=r"pretrained\.pth: names posix\.mkdir, .* it was not run"):
-        source_of(Path("pretrained.pth"), "Other", "0")
-    assert not Path("was_run").exists()
 
 
 # ------------------------------------------------------------------------------------------------- whole trainings

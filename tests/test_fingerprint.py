@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from samples import Copy
 
 from nnunet_lite.data.dataset import read_case, read_dataset
 from nnunet_lite.data.geometry import nonzero_mask
@@ -23,7 +23,7 @@ def take(root: Path, workers: int | None = 2) -> Fingerprint:
     return fingerprint
 
 
-def test_fingerprint_equals_its_definition(copy_dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fingerprint_equals_its_definition(copy_dataset: Copy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SAMPLES", 1_000_000)
     root = copy_dataset(5)
     dataset = read_dataset(root)
@@ -56,9 +56,7 @@ def test_fingerprint_equals_its_definition(copy_dataset: Callable[..., Path], mo
     assert statistics == pytest.approx(expected, rel=1e-9)
 
 
-def test_case_with_more_foreground_than_samples(
-    copy_dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_case_with_more_foreground_than_samples(copy_dataset: Copy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SAMPLES", 50)
     found = take(copy_dataset(5)).intensities[0]
     assert found.min < found.median < found.max
@@ -97,7 +95,7 @@ def test_round_trip_and_bad_files(hippocampus: Path, tmp_path: Path) -> None:
             Fingerprint.read(path)
 
 
-def test_no_fingerprint_of_broken_data(copy_dataset: Callable[..., Path]) -> None:
+def test_no_fingerprint_of_broken_data(copy_dataset: Copy) -> None:
     root = copy_dataset(5)
     next((root / "labelsTr").iterdir()).unlink()
     report, fingerprint = check_and_fingerprint(read_dataset(root), 2)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from random_models import Function, predict_preprocessed
 from safetensors.torch import load_file, save_file
-from samples import start_nnlite, wait_until
+from samples import Command, Counts, start_nnlite, wait_until
 from scipy.ndimage import zoom
 
 import nnunet_lite
@@ -49,7 +49,7 @@ def changes(tiny_settings: dict[str, Any]) -> dict[str, Any]:
 def workspace(tiny_workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny workspace with a cascade in its plan, by hand: the images are too small for one by the rule."""
     workspace = tmp_path_factory.mktemp("cascade") / "workspace"
-    shutil.copytree(tiny_workspace, workspace, ignore=shutil.ignore_patterns("models"))
+    shutil.copytree(tiny_workspace, workspace, ignore=shutil.ignore_patterns("models", "splits*.json"))
     plans = Paths(workspace / "Task04_Hippocampus").plans
     plan = read_json(plans)
     half = [n / 2 for n in plan["configurations"]["3d_fullres"]["median_shape"]]
@@ -71,15 +71,15 @@ def train_second(workspace: Path, changes: dict[str, Any]) -> Callable[..., Any]
     """Trains a fold of the cascade: train_second("all", {"optimizer.lr": 0.5})."""
 
     def train(fold: int | str, more: dict[str, Any] | None = None) -> Any:
-        settings = changes | (more or {})
-        return nnunet_lite.train(SECOND, fold, settings=settings, workspace=workspace, device="cpu", name="tiny").scores
+        options: dict[str, Any] = {"workspace": workspace, "device": "cpu", "folds": None if fold == "all" else 3}
+        return nnunet_lite.train(SECOND, fold, settings=changes | (more or {}), name="tiny", **options).scores
 
     return train
 
 
 @pytest.fixture(scope="module")
 def trained(paths: Paths, train_second: Callable[..., Any]) -> Path:
-    """Folds 0 to 4 of 3d_lowres and fold 0 of the cascade, made by one call."""
+    """Folds 0 to 2 of 3d_lowres and fold 0 of the cascade, made by one call."""
     train_second(0)
     return paths.models
 
@@ -94,8 +94,8 @@ def times(models: Path) -> dict[str, int]:
 
 @contextmanager
 def other_weights(trained: Path, write: Callable[[Path], Any]) -> Iterator[Path]:
-    """Change the weights of fold 4 of the first stage, and undo that and fold 1 of the second stage at the end."""
-    weights = trained / f"{FIRST}-tiny" / "fold_4" / "model.safetensors"
+    """Change the weights of fold 2 of the first stage, and undo that and fold 1 of the second stage at the end."""
+    weights = trained / f"{FIRST}-tiny" / "fold_2" / "model.safetensors"
     old = weights.read_bytes()
     write(weights)
     try:
@@ -118,7 +118,7 @@ def test_the_first_stage_is_trained_before_the_second(trained: Path, paths: Path
 
 def test_predictions_for_the_second_stage_are_those_of_the_fold(trained: Path, paths: Paths) -> None:
     plan = Plan.read(trained / "tiny" / "plans.json")
-    case_id, file = next(iter(maps(trained).items()))
+    *_, (case_id, file) = maps(trained).items()  # of the last fold
     first, second = (open_case(paths.preprocessed, plan, name, case_id) for name in (FIRST, SECOND))
     model = load(trained / f"{FIRST}-tiny", [file.parents[2].name.removeprefix("fold_")], "cpu")
     logits = predict_preprocessed(model, first.image[:])
@@ -149,7 +149,7 @@ def test_the_code_of_a_first_stage_is_not_run(trained: Path, workspace: Path, tm
 
 
 def test_a_first_stage_whose_logits_are_not_finite_names_the_case(
-    trained: Path, train_second: Callable[..., Any], paths: Paths, counts: Callable[..., None]
+    trained: Path, train_second: Callable[..., Any], paths: Paths, counts: Counts
 ) -> None:
     counts("bad inputs refused in one line")
 
@@ -162,13 +162,13 @@ def test_a_first_stage_whose_logits_are_not_finite_names_the_case(
         before = times(trained)
         with pytest.raises(UserError, match=r"NaN or infinite") as error:
             train_second(1)
-        assert str(error.value).startswith(f"{read_json(paths.splits)[4]['val'][0]}: ") and "\n" not in str(error.value)
+        assert str(error.value).startswith(f"{read_json(paths.splits)[2]['val'][0]}: ") and "\n" not in str(error.value)
         assert before.items() <= times(trained).items()
 
 
 def test_nothing_is_made_twice(trained: Path, train_second: Callable[..., Any]) -> None:
     before = times(trained)
-    assert len(train_second(0)["0"].rows) == 2
+    assert len(train_second(0)["0"].rows) == 4
     with pytest.raises(UserError, match=r"tiny: was trained with other settings: optimizer\.lr"):
         train_second(2, {"optimizer.lr": 0.5})  # before anything of the first stage is trained
     assert times(trained) == before
@@ -176,11 +176,11 @@ def test_nothing_is_made_twice(trained: Path, train_second: Callable[..., Any]) 
 
 def test_a_first_stage_that_changed_predicts_again(trained: Path, train_second: Callable[..., Any]) -> None:
     """Another fold of the second stage finds what it needs, but for what was predicted by other weights."""
-    before, other = times(trained), trained / f"{FIRST}-tiny" / "fold_3" / "model.safetensors"
+    before, other = times(trained), trained / f"{FIRST}-tiny" / "fold_1" / "model.safetensors"
     with other_weights(trained, lambda weights: weights.write_bytes(other.read_bytes())) as weights:
         train_second(1)
         changed = {file for file, time in times(trained).items() if before.get(file, time) != time}
-        assert changed == {str(weights), *(str(f) for f in maps(trained).values() if f.parents[2].name == "fold_4")}
+        assert changed == {str(weights), *(str(f) for f in maps(trained).values() if f.parents[2].name == "fold_2")}
 
 
 def test_prediction_is_one_stage_after_the_other(trained: Path, hippocampus: Path) -> None:
@@ -189,7 +189,7 @@ def test_prediction_is_one_stage_after_the_other(trained: Path, hippocampus: Pat
     found = load(trained / "tiny", device="cpu")(scan)
     first = load(trained / f"{FIRST}-tiny", device="cpu")
     second = load(trained / "tiny", device="cpu", first_stage=False)
-    assert first.folds == ("0", "1", "2", "3", "4") and second.first_stage is None
+    assert first.folds == ("0", "1", "2") and second.first_stage is None
     before = first(image)
     prepared = preprocess_image(image, before.astype(np.uint8), second.plan, second.configuration)
     assert prepared.classes is not None and prepared.classes.any()
@@ -201,14 +201,14 @@ def test_prediction_is_one_stage_after_the_other(trained: Path, hippocampus: Pat
 
 
 def test_the_commands_know_both_stages_wherever_they_are(
-    trained: Path, hippocampus: Path, command: Callable[..., tuple[int, str, str]], tmp_path: Path
+    trained: Path, hippocampus: Path, command: Command, tmp_path: Path
 ) -> None:
     scan = sorted((hippocampus / "imagesTs").iterdir())[0]
     ignore = shutil.ignore_patterns("next_stage", "validation")
     moved = Path(shutil.copytree(trained, tmp_path / "moved", ignore=ignore))
     code, out, err = command("predict", "-i", scan, "-o", "out", "-m", moved / "tiny", "--device", "cpu", cwd=tmp_path)
     assert (code, out) == (0, "1 label map in out\n")
-    assert f"with {moved / f'{FIRST}-tiny'} (fold 0, 1, 2, 3, 4), then {moved / 'tiny'} (fold 0) on cpu" in err
+    assert f"with {moved / f'{FIRST}-tiny'} (fold 0, 1, 2), then {moved / 'tiny'} (fold 0) on cpu" in err
     found = read_image(tmp_path / "out" / scan.name).array[0]
     np.testing.assert_array_equal(found, load(trained / "tiny", device="cpu")(scan))
     code, out, _ = command("info", trained / "tiny", cwd=tmp_path)
@@ -241,19 +241,17 @@ def test_both_stages_and_the_pair_are_compared(trained: Path, workspace: Path, t
     assert {path.name for path in pair.glob("*.nii.gz")} == set(before)
 
 
-def test_a_killed_cascade_resumes(
-    trained: Path, workspace: Path, changes: dict[str, Any], command: Callable[..., tuple[int, str, str]]
-) -> None:
+def test_a_killed_cascade_resumes(trained: Path, workspace: Path, changes: dict[str, Any], command: Command) -> None:
     """kill -9 while the first stage is trained: the same command finishes the rest, and nothing that was there."""
     options = [f"--set={key}={value}" for key, value in changes.items()]
-    given = ("train", SECOND, 0, "--name", "killed", "--device", "cpu", "-w", workspace, *options)
+    given = ("train", SECOND, 0, "--name", "killed", "--folds", 3, "--device", "cpu", "-w", workspace, *options)
     first, usual = trained / f"{FIRST}-killed", trained / f"{FIRST}-default"
     assert not usual.exists(), "or it would be used"
     process = start_nnlite(*given)
     wait_until((first / "fold_1" / "model.safetensors").is_file, process)
     process.kill()
     _, errors = process.communicate()
-    assert f"what {FIRST} predicts: fold 0, 1, 2, 3, 4 of {first}; to be trained first: 0, 1, 2, 3, 4" in errors
+    assert f"what {FIRST} predicts: fold 0, 1, 2 of {first}; to be trained first: 0, 1, 2" in errors
     before = times(first)
     assert before and not (trained / "killed").exists()
     leftover = stage_map_file(first / "fold_0", SECOND, ".tmp-left")

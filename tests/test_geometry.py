@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import permutations, product
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 import SimpleITK
 from bad_inputs import Command
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
-from samples import move_nifti
+from samples import Copy, move_nifti
 from scipy.ndimage import binary_fill_holes
 
 import nnunet_lite
@@ -33,7 +32,6 @@ from nnunet_lite.data.images import read_image, read_images
 from nnunet_lite.data.nifti import ras_affine
 from nnunet_lite.errors import UserError
 
-Copy = Callable[..., Path]
 PLACE = Geometry((40, 50, 60), (1.0, 0.5, 0.5), (-300.0, 120.0, 80.0))
 ALL = ["".join(letters) for order in permutations(("LR", "PA", "SI")) for letters in product(*order)]
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
-from samples import ENVIRONMENT, FAST, as_options, fold_of, sample_plan
+from samples import ENVIRONMENT, FAST, as_options, fold_of, read_metrics, sample_plan
 
 import nnunet_lite
 from nnunet_lite.commands.machines import doctor
@@ -31,7 +31,6 @@ from nnunet_lite.networks.devices import computes_bf16, find_wrong_gpus, has_bf1
 from nnunet_lite.networks.precision import ComputeFormat, apply_format
 from nnunet_lite.networks.unet import build_network
 from nnunet_lite.settings import Settings
-from nnunet_lite.training.metrics import METRICS
 
 DEVICE = os.environ.get("NNLITE_TEST_DEVICE") or ("cuda" if torch.cuda.is_available() else "")
 pytestmark = [
@@ -68,7 +67,7 @@ def train(workspace: Path, tiny_settings: dict[str, Any]) -> Train:
         settings = {**tiny_settings, "training.patch_size": [16, 32, 16], "training.compile": False, **(changes or {})}
         options = {"device": DEVICE, "workspace": workspace, "name": name, **options}
         nnunet_lite.train("3d_fullres", 0, settings=settings, **options)
-        return metrics(workspace.parent, name)
+        return read_metrics(fold_of(workspace.parent, name))
 
     return run
 
@@ -95,10 +94,6 @@ def little_memory() -> Iterator[None]:
     torch.cuda.set_per_process_memory_fraction(LITTLE_MEMORY / torch.cuda.mem_get_info()[1])
     yield
     torch.cuda.set_per_process_memory_fraction(1.0)
-
-
-def metrics(root: Path, name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (fold_of(root, name) / METRICS).read_text().splitlines()]
 
 
 def share_equal(one: np.ndarray, other: np.ndarray) -> float:
@@ -205,7 +200,7 @@ def test_two_processes_on_one_device_learn_what_one_learns(workspace: Path, trai
     command = [*torchrun, str(tmp_path / "command.py"), *arguments, *as_options(flat)]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    for one, other in zip(alone, metrics(tmp_path, "two"), strict=True):
+    for one, other in zip(alone, read_metrics(fold_of(tmp_path, "two")), strict=True):
         assert one["train_loss"] == pytest.approx(other["train_loss"], abs=5e-3)
 
 

@@ -12,7 +12,7 @@ import nibabel
 import numpy as np
 import pytest
 from PIL import Image
-from samples import TINIEST, as_options, blocks, save_arrays, scan
+from samples import TINIEST, Command, as_options, blocks, save_arrays, scan
 from test_dicom_masks import LABELS, box, patient, save_contours
 
 import nnunet_lite
@@ -24,7 +24,6 @@ from nnunet_lite.data.raw_files import reason_to_plan
 from nnunet_lite.errors import UserError
 from nnunet_lite.workspace import Paths
 
-Run = Callable[..., tuple[int, str, str]]
 CASES = range(1, 7)
 
 
@@ -69,7 +68,7 @@ KINDS: dict[str, tuple[Callable[[Path], None], str, list[str], dict[str, int]]] 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_printed_command_plans_the_dataset(command: Run, tmp_path: Path, kind: str) -> None:
+def test_the_printed_command_plans_the_dataset(command: Command, tmp_path: Path, kind: str) -> None:
     make, given, channels, labels = KINDS[kind]
     make(tmp_path / kind)
     before = sorted((tmp_path / kind).rglob("*"))
@@ -89,7 +88,7 @@ def test_the_printed_command_plans_the_dataset(command: Run, tmp_path: Path, kin
     assert dataset.layout == "explicit" and dataset.value_map == ({255: 1} if kind == "side by side" else None)
 
 
-def test_from_dicom_to_a_prediction(command: Run, tmp_path: Path) -> None:
+def test_from_dicom_to_a_prediction(command: Command, tmp_path: Path) -> None:
     """A folder of slices is an image like any other one; a changed slice is noticed."""
     contours(tmp_path / "clinic")
     assert command("init", "clinic", cwd=tmp_path)[0] == 0
@@ -125,7 +124,7 @@ def test_channels_inside_files(tmp_path: Path) -> None:
         assert all(read_image(case.images[0]).array.shape[0] == len(channels) for case in dataset.cases)
 
 
-def test_a_second_mask_that_became_a_channel_is_reported(command: Run, tmp_path: Path) -> None:
+def test_a_second_mask_that_became_a_channel_is_reported(command: Command, tmp_path: Path) -> None:
     side_by_side(tmp_path / "data")
     save_arrays(tmp_path / "data", {f"Zelle {i}_membrane.tif": blocks([1] * 9) * np.uint8(255) for i in CASES})
     assert command("init", "data", cwd=tmp_path)[0] == 0
@@ -153,7 +152,7 @@ def test_numbered_pictures_of_three_colours_are_cases(tmp_path: Path) -> None:
     assert [len(case.images) for case in read_dataset(tmp_path / "out").cases] == [1, 1, 1]
 
 
-def test_nothing_is_overwritten_or_half_written(command: Run, tmp_path: Path) -> None:
+def test_nothing_is_overwritten_or_half_written(command: Command, tmp_path: Path) -> None:
     patients(tmp_path / "data")
     assert command("init", "data", "-o", "data", cwd=tmp_path)[0] == 0
     table = (tmp_path / "data" / "dataset.json").read_text()
@@ -179,7 +178,7 @@ def test_nothing_is_overwritten_or_half_written(command: Run, tmp_path: Path) ->
     assert about["next"] == "nnlite plan ws/raw/data -w ws" and len(about["dataset"]) == 5
 
 
-def test_the_list_of_cases_is_updated_and_the_names_stay(command: Run, tmp_path: Path) -> None:
+def test_the_list_of_cases_is_updated_and_the_names_stay(command: Command, tmp_path: Path) -> None:
     patients(tmp_path / "data")
     code, out, err = command("init", "data", cwd=tmp_path)
     table = tmp_path / "nnlite_workspace" / "raw" / "data" / "dataset.json"
@@ -202,7 +201,7 @@ def test_the_list_of_cases_is_updated_and_the_names_stay(command: Run, tmp_path:
     assert code == 2 and "lists other files. Delete it" in err and table.read_bytes() == before
 
 
-def test_the_workspace_is_not_searched(command: Run, tmp_path: Path) -> None:
+def test_the_workspace_is_not_searched(command: Command, tmp_path: Path) -> None:
     patients(tmp_path)
     save_arrays(tmp_path / "nnlite_workspace", {"P9/t1.nii": scan(1), "P9/t2.nii": scan(2), "P9/seg.nii": blocks([1])})
     code, out, _ = command("init", ".", cwd=tmp_path)
@@ -211,7 +210,7 @@ def test_the_workspace_is_not_searched(command: Run, tmp_path: Path) -> None:
     assert code == 0 and "6 cases, 0 errors" in err, "its name is enough"
 
 
-def test_other_commands_point_to_it(command: Run, tmp_path: Path) -> None:
+def test_other_commands_point_to_it(command: Command, tmp_path: Path) -> None:
     patients(tmp_path / "my data")
     for name in ("plan", "check"):
         code, out, err = command(name, "my data", cwd=tmp_path)

@@ -6,19 +6,17 @@ import json
 import os
 import shlex
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from samples import TINIEST, Command
 
 import nnunet_lite
 from nnunet_lite.commands.inventory import clean, list_workspace, read_fold_states
 from nnunet_lite.errors import Busy, UserError
 from nnunet_lite.models.folder import lock_fold
-
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
@@ -36,7 +34,7 @@ def models(workspace: Path) -> Path:
     return root
 
 
-def test_train_without_a_fold_lists_them_and_the_next_command_trains_one(command: Run, models: Path) -> None:
+def test_train_without_a_fold_lists_them_and_the_next_command_trains_one(command: Command, models: Path) -> None:
     here = models.parents[2]
     code, out, _ = command("train", cwd=here)
     assert code == 0 and len(out.splitlines()) == 1 + 5 + 5 + 1
@@ -53,7 +51,7 @@ def test_train_without_a_fold_lists_them_and_the_next_command_trains_one(command
     assert (models / "tiny" / "fold_1" / "model.safetensors").is_file(), "the settings are those of the model"
 
 
-def test_a_first_fold_is_named_where_nothing_is_trained(command: Run, workspace: Path) -> None:
+def test_a_first_fold_is_named_where_nothing_is_trained(command: Command, workspace: Path) -> None:
     shutil.rmtree(workspace / "Task04_Hippocampus" / "models")
     code, out, _ = command("train", cwd=workspace.parent)
     recipe = "" if torch.cuda.is_available() else " --recipe cpu"
@@ -111,11 +109,10 @@ def test_the_model_that_was_trained_last_comes_first(models: Path) -> None:
     assert nnunet_lite.train(workspace=workspace).values["next"].startswith("nnlite predict -i IMAGES -o SEGMENTATIONS")
 
 
-def test_a_finished_fold_stays_finished_without_a_length(
-    workspace: Path, tiny_settings: dict[str, Any], capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_finished_fold_stays_finished_without_a_length(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """It is made longer only by a length that is given; until it has that, it is interrupted."""
-    shorter = {key: value for key, value in tiny_settings.items() if key != "training.epochs"}
+    shorter = {key: value for key, value in TINIEST.items() if key != "training.epochs"}
+    shorter["training.patch_size"] = [16, 16, 16]
 
     def train(**more: Any) -> str:
         capfd.readouterr()
@@ -145,7 +142,7 @@ def test_an_imported_model_is_finished(models: Path, of_nnunet: bool) -> None:
     assert [state.to_text() for state in read_fold_states(models / "tiny", ["0", "1"])] == ["finished"]
 
 
-def test_list(command: Run, models: Path) -> None:
+def test_list(command: Command, models: Path) -> None:
     code, out, err = command("list", cwd=models.parents[2])
     assert (code, err) == (0, "") and out.splitlines()[1].split()[:4] == ["Task04_Hippocampus", "tiny", "0", "finished"]
     (models / "tiny" / "run.json").write_text("{")
@@ -158,7 +155,7 @@ def test_list(command: Run, models: Path) -> None:
     assert not (models / "nowhere").exists()
 
 
-def test_clean_deletes_only_what_can_be_made_again(command: Run, models: Path) -> None:
+def test_clean_deletes_only_what_can_be_made_again(command: Command, models: Path) -> None:
     root = models.parent
     (models / "old_tiny_1").mkdir()
     (models / "tiny" / ".tmp-0123abcd-model.safetensors").write_bytes(b"1234")

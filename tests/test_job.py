@@ -2,41 +2,36 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import pytest
-
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import Settings, with_changes
 from nnunet_lite.training.job import configure_plan
-from nnunet_lite.workspace import planned_paths
 
 
-@pytest.fixture(scope="module")
-def plan(tiny_workspace: Path) -> Plan:
-    return Plan.read(planned_paths(tiny_workspace).plans)
-
-
-def test_settings_change_the_planned_network(plan: Plan) -> None:
+def test_settings_change_the_planned_network(tiny_plan: Plan) -> None:
     changes = {"features_base": 6, "features_max": 20, "norm": "batch"}
     settings = with_changes(Settings(), {f"network.{k}": v for k, v in changes.items()} | {"training.batch_size": 3})
-    trained, planned = (p.configuration("3d_fullres") for p in (configure_plan(plan, "3d_fullres", settings), plan))
+    trained, planned = (
+        p.configuration("3d_fullres") for p in (configure_plan(tiny_plan, "3d_fullres", settings), tiny_plan)
+    )
     assert trained.network.features == (6, 12, 20, 20)[: len(trained.network.features)]
     assert (trained.network.norm, trained.network.activation, trained.batch_size) == ("batch", "leaky_relu", 3)
     assert trained.patch_size == planned.patch_size
     assert trained.memory_gb is not None and planned.memory_gb is not None and trained.memory_gb < planned.memory_gb
 
 
-def test_without_changes_the_plan_is_trained_as_it_is(plan: Plan) -> None:
-    trained = configure_plan(plan, "3d_fullres", Settings())
-    assert trained.configurations == {"3d_fullres": plan.configuration("3d_fullres")}
-    assert trained.model_copy(update={"configurations": plan.configurations, "options": plan.options}) == plan
+def test_without_changes_the_plan_is_trained_as_it_is(tiny_plan: Plan) -> None:
+    trained = configure_plan(tiny_plan, "3d_fullres", Settings())
+    assert trained.configurations == {"3d_fullres": tiny_plan.configuration("3d_fullres")}
+    assert (
+        trained.model_copy(update={"configurations": tiny_plan.configurations, "options": tiny_plan.options})
+        == tiny_plan
+    )
 
 
-def test_a_second_stage_keeps_the_plan_of_its_first(plan: Plan) -> None:
-    planned = plan.configuration("3d_fullres")
+def test_a_second_stage_keeps_the_plan_of_its_first(tiny_plan: Plan) -> None:
+    planned = tiny_plan.configuration("3d_fullres")
     stages = {"3d_lowres": planned, "3d_cascade_fullres": planned.model_copy(update={"previous_stage": "3d_lowres"})}
-    both = plan.model_copy(update={"configurations": {**plan.configurations, **stages}})
+    both = tiny_plan.model_copy(update={"configurations": {**tiny_plan.configurations, **stages}})
     trained = configure_plan(both, "3d_cascade_fullres", with_changes(Settings(), {"training.batch_size": 3}))
     assert list(trained.configurations) == ["3d_cascade_fullres", "3d_lowres"]
     assert trained.configuration("3d_cascade_fullres").batch_size == 3

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,8 @@ import pytest
 import SimpleITK
 import tifffile
 from PIL import Image
-from samples import described
+from samples import Command, described
 
-Run = Callable[..., tuple[int, str, str]]
 TINY = (
     *("--epochs", 1, "--iterations", 2, "--batch-size", 2, "--device", "cpu", "--precision", "fp32"),
     *("--set", "training.validation_iterations=0", "--set", "inference.mirroring=false"),
@@ -49,7 +47,7 @@ def pictures(root: Path, values: tuple[int, ...], colour: bool, names: tuple[str
             Image.fromarray(label).save(root / names[1] / f"cell_{i}.png")
 
 
-def trained_and_predicted(command: Run, home: Path, configuration: str, patch: str) -> tuple[Path, str]:
+def trained_and_predicted(command: Command, home: Path, configuration: str, patch: str) -> tuple[Path, str]:
     """plan -> train -> predict in one folder; the label maps, and what was said while planning."""
     code, _, said = command("plan", "data", cwd=home)
     assert code == 0, said
@@ -71,7 +69,7 @@ def trained_and_predicted(command: Run, home: Path, configuration: str, patch: s
     ids=["nnunet_v2_rgb", "nnunet_v2_values_0_1_4", "plain_0_255", "plain_values_7_8_9"],
 )
 def test_pictures(
-    command: Run, tmp_path: Path, values: tuple[int, ...], colour: bool, in_json: bool, stored: set[int]
+    command: Command, tmp_path: Path, values: tuple[int, ...], colour: bool, in_json: bool, stored: set[int]
 ) -> None:
     """Label maps are PNG of 8 bit and of the picture's size, and contain values of the dataset."""
     root = tmp_path / "data"
@@ -99,7 +97,7 @@ def test_pictures(
     assert json.loads(shown)["foreground_mean"]["Dice"] == own["foreground_mean"]["Dice"], "0/255 references too"
 
 
-def test_several_channels_in_nnunet_layout(command: Run, tmp_path: Path, hippocampus: Path) -> None:
+def test_several_channels_in_nnunet_layout(command: Command, tmp_path: Path, hippocampus: Path) -> None:
     """`_0000` and `_0001` files per case; a missing second channel of an input is reported and stops no other."""
     root = tmp_path / "data"
     for folder in ("imagesTr", "labelsTr", "in"):
@@ -142,7 +140,7 @@ def stacks(root: Path, channels: int, how: dict[str, Any], name: str) -> np.ndar
     return stack
 
 
-def test_stacks_of_a_microscope(command: Run, tmp_path: Path) -> None:
+def test_stacks_of_a_microscope(command: Command, tmp_path: Path) -> None:
     """ImageJ stacks of two channels and micrometres, label maps without a spacing: from check to label maps."""
     root = tmp_path / "data"
     micrometres = {"imagej": True, "metadata": {"axes": "ZCYX", "spacing": 0.8, "unit": "um"}, "resolution": (2.5, 2.5)}
@@ -161,7 +159,7 @@ def test_stacks_of_a_microscope(command: Run, tmp_path: Path) -> None:
     assert code == 2 and "error: imagesTr/cell_0.tif: states no spacing, and 5 of 6 images do" in err
 
 
-def test_a_model_of_pixels_takes_stacks_with_micrometres_by_their_pixels(command: Run, tmp_path: Path) -> None:
+def test_a_model_of_pixels_takes_stacks_with_micrometres_by_their_pixels(command: Command, tmp_path: Path) -> None:
     """As in nnU-Net, which ignores the spacing of ImageJ."""
     root = tmp_path / "data"
     stack = stacks(root, 1, {"photometric": "minisblack"}, "cell_{}_0000.tif")

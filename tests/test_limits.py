@@ -35,16 +35,15 @@ from nnunet_lite.training.limits import (
     training_seconds,
     validation_step_sizes,
 )
-from nnunet_lite.workspace import planned_paths
 
 COVERED = {"training.time_limit": 10, "training.limit_validation": True}
 PASSES = {0.5: 1331, 0.75: 512, 1.0: 216}  # of an image of 11, 8 and 6 windows along each axis
 
 
 @pytest.fixture
-def job(tiny_workspace: Path, tmp_path: Path) -> Job:
+def job(tiny_plan: Plan, tmp_path: Path) -> Job:
     settings = with_changes(Settings(), COVERED | {"training.batch_size": 4, "training.accumulate": 2})
-    plan = configure_plan(Plan.read(planned_paths(tiny_workspace).plans), "3d_fullres", settings)
+    plan = configure_plan(tiny_plan, "3d_fullres", settings)
     return Job(plan, "3d_fullres", settings, 1, tmp_path, torch.device("cpu"), [], [], passes=PASSES)
 
 
@@ -173,8 +172,8 @@ def test_other_threads_change_no_handlers() -> None:
     assert found == [(StopRequest(), before)]
 
 
-def test_a_batch_and_a_patch_that_fit_are_suggested(tiny_workspace: Path) -> None:
-    plan = override_sizes(Plan.read(planned_paths(tiny_workspace).plans), "3d_fullres", None, 20)
+def test_a_batch_and_a_patch_that_fit_are_suggested(tiny_plan: Plan) -> None:
+    plan = override_sizes(tiny_plan, "3d_fullres", None, 20)
     planned = plan.configuration("3d_fullres")
     assert planned.memory_gb is not None
     text = suggest_smaller(plan, "3d_fullres", 0.7 * planned.memory_gb)

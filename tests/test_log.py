@@ -59,13 +59,15 @@ for i in log.progress(range(2), 2, 'steps'): pass
 log.answer('case: fine\\nwarning: case_1: thin\\nerror: case_2: no label'); log.error('failed: case_3\\nerror: the end')
 """
 WITHOUT_STREAMS = """
-import os, sys; sys.stderr = {stream}; stream = sys.stderr
-if stream is not None: stream.close()
-import nnunet_lite, tempfile
+import os, sys, tempfile
+closed = open(os.devnull, 'w'); closed.close()
+sys.stderr = None
+import nnunet_lite
 from nnunet_lite import log
-found = nnunet_lite.predict({image!r}, tempfile.mkdtemp(), model={model!r}, device='cpu')
-assert list(log.progress([1, 2], 2, 'x')) == [1, 2]; log.error('x')
-print(len(found.files), found.failed)
+for sys.stderr in (None, closed):
+    found = nnunet_lite.predict({image!r}, tempfile.mkdtemp(), model={model!r}, device='cpu')
+    assert list(log.progress([1, 2], 2, 'x')) == [1, 2]; log.error('x')
+    print(len(found.files), found.failed)
 sys.stdout = None; log.answer('x')
 """
 
@@ -148,13 +150,12 @@ def test_durations(seconds: float, words: str) -> None:
     assert log.duration(seconds) == words
 
 
-@pytest.mark.parametrize("stream", ["None", "open(os.devnull, 'w')"])
-def test_without_standard_streams_a_program_works_silently(tiny_model: Path, hippocampus: Path, stream: str) -> None:
+def test_without_standard_streams_a_program_works_silently(tiny_model: Path, hippocampus: Path) -> None:
     """As under pythonw, or where they were closed: messages must not go to the other stream either."""
     image = min((hippocampus / "imagesTs").iterdir())
-    code = WITHOUT_STREAMS.format(stream=stream, image=str(image), model=str(tiny_model))
+    code = WITHOUT_STREAMS.format(image=str(image), model=str(tiny_model))
     done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "1 {}\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1 {}\n1 {}\n", "")
 
 
 def test_errors_are_red_and_warnings_yellow_on_a_terminal_only() -> None:

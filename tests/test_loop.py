@@ -17,14 +17,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from samples import as_options, start_nnlite, wait_until
+from samples import Command, as_options, read_metrics, start_nnlite, wait_until
 
 from nnunet_lite import log
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.models.folder import CHECKPOINT, MODEL, is_complete, is_finished, read_weights_header
 from nnunet_lite.planning.schema import Plan
-from nnunet_lite.preprocessing.store import open_case
 from nnunet_lite.preprocessing.stored_case import CaseArrays, sample_voxels
 from nnunet_lite.settings import Settings, with_changes
 from nnunet_lite.training import loop
@@ -35,7 +34,6 @@ from nnunet_lite.training.learner import choose_format, make_network
 from nnunet_lite.training.limits import StopRequest
 from nnunet_lite.training.loop import train_fold
 from nnunet_lite.training.metrics import METRICS, PICTURE, TABLE, Metrics
-from nnunet_lite.workspace import planned_paths
 
 CLOCK = {"seconds", "samples_per_second", "waiting", "memory_gb"}  # what differs between two equal runs
 SMALL = {"training.patch_size": [16, 16, 16]}
@@ -49,7 +47,7 @@ def dotted(changes: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def job(tmp_path: Path, tiny_workspace: Path, tiny_cases: list[Any], tiny_settings: dict[str, Any]) -> MakeJob:
+def job(tmp_path: Path, tiny_plan: Plan, tiny_cases: list[Any], tiny_settings: dict[str, Any]) -> MakeJob:
     """A fold to train: job("name", configuration=..., labels=..., cases=..., optimizer__lr=0.1)."""
 
     def make(
@@ -60,8 +58,8 @@ def job(tmp_path: Path, tiny_workspace: Path, tiny_cases: list[Any], tiny_settin
         **changes: Any,
     ) -> Job:
         settings = with_changes(Settings(), tiny_settings | SMALL | dotted(changes))
-        plan = Plan.read(planned_paths(tiny_workspace).plans)
-        plan = configure_plan(plan.model_copy(update={"labels": labels or plan.labels}), configuration, settings)
+        plan = tiny_plan.model_copy(update={"labels": labels or tiny_plan.labels})
+        plan = configure_plan(plan, configuration, settings)
         (tmp_path / name).mkdir()
         return Job(plan, configuration, settings, 5, tmp_path / name, torch.device("cpu"), cases[:7], cases[7:])
 
@@ -72,13 +70,9 @@ def changed(run: Job, **changes: Any) -> Job:
     return replace(run, settings=with_changes(run.settings, dotted(changes)))
 
 
-def rows(folder: Path) -> list[Metrics]:
-    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
-
-
 def train(run: Job) -> list[Metrics]:
     train_fold(run)
-    return rows(run.folder)
+    return read_metrics(run.folder)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -91,7 +85,7 @@ def same_weights(one: Path, other: Path) -> bool:
 
 
 def without_clock(folder: Path) -> list[Metrics]:
-    return [{key: value for key, value in row.items() if key not in CLOCK} for row in rows(folder)]
+    return [{key: value for key, value in row.items() if key not in CLOCK} for row in read_metrics(folder)]
 
 
 def assert_same_run(one: Path, other: Path) -> None:
@@ -154,7 +148,7 @@ def test_the_duration_of_a_fold_is_announced_within_the_first_epoch(
 def test_seconds_of_loading_count_as_training(job: MakeJob) -> None:
     run = job(training__epochs=50, training__time_limit=100 / 60)
     train_fold(run, seconds=99.999)
-    assert len(rows(run.folder)) == 1
+    assert len(read_metrics(run.folder)) == 1
     assert read_weights_header(run.folder / MODEL)["seconds"] > 99.999
 
 
@@ -168,12 +162,9 @@ def test_one_seed_gives_one_result_with_and_without_a_thread(job: MakeJob) -> No
     assert not same_weights(one.folder, other.folder)
 
 
-def test_two_dimensional_networks_train(job: MakeJob, tiny_workspace: Path, tiny_cases: list[Any]) -> None:
-    paths = planned_paths(tiny_workspace)
-    plan = Plan.read(paths.plans)
-    cases = [open_case(paths.preprocessed, plan, "2d", case.case_id) for case in tiny_cases]
+def test_two_dimensional_networks_train(job: MakeJob) -> None:
     sizes = {"training__patch_size": [32, 24], "training__batch_size": 6, "training__iterations": 12}
-    run = job(configuration="2d", cases=cases, **sizes, optimizer__name="adamw")
+    run = job(configuration="2d", **sizes, optimizer__name="adamw")
     table = train(run)
     assert table[-1]["train_loss"] < table[0]["train_loss"]
     assert weights(run.folder)["encoder.0.0.0.weight"].ndim == 4
@@ -367,7 +358,7 @@ def test_an_error_of_the_thread_that_writes_a_checkpoint_ends_the_run(job: MakeJ
     (run.folder / CHECKPOINT).mkdir()  # a file cannot take its place
     with pytest.raises(OSError, match=re.escape(CHECKPOINT)):
         train(run)
-    assert len(rows(run.folder)) in (1, 2) and not is_finished(run.folder)
+    assert len(read_metrics(run.folder)) in (1, 2) and not is_finished(run.folder)
 
 
 # --------------------------------------------------------------------------------------------------------- resuming
@@ -379,7 +370,7 @@ def test_metrics_without_a_checkpoint_are_dropped(job: MakeJob) -> None:
     before = without_clock(run.folder)
     (run.folder / MODEL).unlink()
     with (run.folder / METRICS).open("a") as file:
-        file.write(json.dumps(rows(run.folder)[-1] | {"epoch": 3}) + '\n{"epoch": 4, "dice": {"Anterior": 0.5}')
+        file.write(json.dumps(read_metrics(run.folder)[-1] | {"epoch": 3}) + '\n{"epoch": 4, "dice": {"Anterior": 0.5}')
     train(run)  # all epochs are trained: only the model is written
     assert without_clock(run.folder) == before
     assert is_finished(run.folder)
@@ -424,8 +415,9 @@ PLATEAU = {"schedule.name": "plateau", "schedule.patience": 1}
     ids=["SIGKILL-sgd", "SIGKILL-adamw-bf16-plateau-batch-norm", "SIGTERM-adamw-ema"],
 )
 def test_a_run_that_was_stopped_resumes_bit_by_bit(
-    tmp_path: Path, tiny_workspace: Path, tiny_settings: dict[str, Any], number: signal.Signals, more: dict[str, Any]
-) -> None:
+    tmp_path: Path, tiny_workspace: Path, tiny_settings: dict[str, Any], command: Command,
+    number: signal.Signals, more: dict[str, Any],
+) -> None:  # fmt: skip
     """After a kill from the last epoch, after a signal from the last step; for Ctrl-C see test_distributed.py."""
     killed = number == signal.SIGKILL
     length = {"training.epochs": 6, "training.iterations": 5} if killed else {"training.iterations": 30}
@@ -447,13 +439,12 @@ def test_a_run_that_was_stopped_resumes_bit_by_bit(
         assert read_weights_header(checkpoint)["iteration"] > 0
 
     for name in ("stopped", "whole"):
-        process = start_nnlite(*arguments, "--name", name)
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+        code, _, errors = command(*arguments, "--name", name, cwd=tmp_path)
+        assert code == 0, errors
         expected = r"resuming from epoch \d of 6\n" if killed else r"resuming in epoch \d of 3 after step \d+\n"
         assert (re.search(expected, errors) is not None) == (name == "stopped")
     assert_same_run(stopped, whole)
-    assert [row["epoch"] for row in rows(stopped)] == list(range(1, 7 if killed else 4))
+    assert [row["epoch"] for row in read_metrics(stopped)] == list(range(1, 7 if killed else 4))
 
 
 def test_a_signal_that_arrives_while_processes_compare_is_kept(job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,6 @@ from nnunet_lite.training.loss import (
     pseudo_dice_counts,
     segmentation_loss,
 )
-from nnunet_lite.workspace import planned_paths
 
 BOTH = LossSettings()
 CE, DICE = LossSettings(dice=0), LossSettings(cross_entropy=0)
@@ -117,17 +116,16 @@ def test_deep_supervision_weights_halve(n: int, weights: list[float]) -> None:
     assert deep_supervision_weights(n) == pytest.approx(weights)
 
 
-def test_outputs_of_all_sizes_are_weighted(tiny_workspace: Path) -> None:
-    plan = Plan.read(planned_paths(tiny_workspace).plans)
+def test_outputs_of_all_sizes_are_weighted(tiny_plan: Plan) -> None:
     classes = torch.randint(0, 3, (2, 8, 8, 8), generator=torch.Generator().manual_seed(0))
     outputs = [torch.randn(2, 3, n, n, n) for n in (8, 4)]
     weights = LossSettings(cross_entropy=2, dice=0.5)
-    batch_dice = plan.configuration("3d_fullres").batch_dice
+    batch_dice = tiny_plan.configuration("3d_fullres").batch_dice
     fine = segmentation_loss(outputs[0], classes, weights, batch_dice=batch_dice)
     coarse = segmentation_loss(outputs[1], downsample_classes(classes, (4, 4, 4)), weights, batch_dice=batch_dice)
-    found = deep_supervision_loss(outputs, classes, plan, "3d_fullres", weights)
+    found = deep_supervision_loss(outputs, classes, tiny_plan, "3d_fullres", weights)
     torch.testing.assert_close(found, (2 * fine + coarse) / 3)
-    torch.testing.assert_close(deep_supervision_loss(outputs[0], classes, plan, "3d_fullres", weights), fine)
+    torch.testing.assert_close(deep_supervision_loss(outputs[0], classes, tiny_plan, "3d_fullres", weights), fine)
 
 
 @pytest.mark.parametrize("shape", [(12, 24, 8), (12, 8, 4), (6, 6, 2), (3, 24, 1), (5, 7, 3)])

@@ -38,11 +38,7 @@ def kept(forward: Callable[[], object], without: list[torch.Tensor]) -> int:
 @pytest.mark.parametrize("kind", ["plain", "residual"])
 @pytest.mark.parametrize(("spacing", "patch", "batch"), CASES)
 def test_activations_are_those_that_autograd_keeps(
-    spacing: tuple[float, ...],
-    patch: tuple[int, ...],
-    batch: int,
-    kind: str,
-    norm: str,
+    spacing: tuple[float, ...], patch: tuple[int, ...], batch: int, kind: str, norm: str
 ) -> None:
     """With 16-bit layers and float32 heads, as on a GPU."""
     shape = topology_of(spacing, patch)

@@ -35,8 +35,8 @@ Begin = Callable[..., int]
 
 
 @pytest.fixture(scope="module")
-def plan(tiny_workspace: Path) -> Plan:
-    return configure_plan(Plan.read(planned_paths(tiny_workspace).plans), NAME, Settings())
+def plan(tiny_plan: Plan) -> Plan:
+    return configure_plan(tiny_plan, NAME, Settings())
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,12 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import nibabel
 import numpy as np
 import pytest
-from bad_inputs import Command, edit, setting
-from samples import FAST, TINY
+from bad_inputs import edit, setting
+from samples import FAST, TINY, Command, Counts
 from torch import nn
 
 import nnunet_lite
@@ -140,7 +139,7 @@ PLACES = {
 @pytest.mark.parametrize("where", PLACES)
 def test_code_of_other_models_is_not_run(
     where: str, coded: Path, tmp_path: Path, command: Command, scans: list[Path], monkeypatch: pytest.MonkeyPatch,
-    counts: Any,
+    counts: Counts,
 ) -> None:  # fmt: skip
     """Neither loading nor any command runs it, in one line; the flag does."""
     counts("bad inputs refused in one line")

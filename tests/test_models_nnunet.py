@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bad_inputs import Command, edit, setting
+from bad_inputs import edit, setting
 from safetensors.torch import load_file
-from samples import FAST, NNUNET_MODELS
+from samples import FAST, NNUNET_MODELS, Command, Copy, Counts
 
 import nnunet_lite
 from nnunet_lite.data.images import read_label
@@ -36,7 +36,6 @@ from nnunet_lite.networks.unet import build_network, set_deep_supervision
 
 CHECKPOINT = "fold_0/checkpoint_final.pth"
 BOTH = pytest.mark.parametrize("name", ["plain_3d", "residual_2d"])
-Copy = Callable[..., Path]
 
 
 @pytest.fixture
@@ -222,7 +221,7 @@ def test_what_is_no_model_of_nnunet_is_refused(theirs: Copy, tmp_path: Path) -> 
         nnunet_lite.import_model(folder, workspace=tmp_path / "w")
 
 
-def test_stages_in_a_circle_are_refused(theirs: Copy, tmp_path: Path, counts: Callable[..., None]) -> None:
+def test_stages_in_a_circle_are_refused(theirs: Copy, tmp_path: Path, counts: Counts) -> None:
     counts("bad inputs refused in one line")
     folder = theirs()
     full = read_json(folder / "plans.json")["configurations"]["3d_fullres"]

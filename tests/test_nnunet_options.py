@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+from samples import Command
 
 from nnunet_lite import cli
 from nnunet_lite.commands import nnunet_options
 from nnunet_lite.commands.nnunet_options import translate_arguments
 from nnunet_lite.errors import UserError
-
-Run = Callable[..., tuple[int, str, str]]
 
 # nnU-Net 2.8.1: `nnUNetv2_... -h`, without those that take the same letter or name here
 OPTIONS = {
@@ -111,7 +109,7 @@ def test_what_the_answers_name_exists() -> None:
     assert ours <= everything
 
 
-def test_a_skipped_option_says_why_and_an_answer_ends_the_command(command: Run, tmp_path: Path) -> None:
+def test_a_skipped_option_says_why_and_an_answer_ends_the_command(command: Command, tmp_path: Path) -> None:
     code, out, err = command("train", "4", "3d_fullres", "0", "--npz", cwd=tmp_path)
     assert (code, out) == (2, "")
     assert err.startswith("--npz is skipped: `select` computes the probabilities that it needs\nerror: the workspace ")

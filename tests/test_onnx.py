@@ -18,6 +18,7 @@ import pytest
 import torch
 from bad_inputs import edit, setting
 from random_models import planned, predict_preprocessed
+from samples import Counts
 from torch import nn
 
 from nnunet_lite.data.images import read_image
@@ -138,7 +139,7 @@ def test_files_and_arrays_are_segmented_as_by_torch(pair: Pair, scans: list[Path
         exported(np.zeros((2, 8, 8, 8)))
 
 
-def test_inputs_are_examined_as_with_torch(pair: Pair, counts: Callable[..., None]) -> None:
+def test_inputs_are_examined_as_with_torch(pair: Pair, counts: Counts) -> None:
     exported = replace(pair[1], mirror_axes=(), step_size=1.0)
     array = np.random.default_rng(0).normal(size=(8, 8, 8)).astype(np.float32)
     cubic = (1.0, 1.0, 1.0)
@@ -166,9 +167,7 @@ class Infinite:
         return [logits]
 
 
-def test_logits_that_are_not_finite_are_no_background(
-    pair: Pair, scans: list[Path], counts: Callable[..., None]
-) -> None:
+def test_logits_that_are_not_finite_are_no_background(pair: Pair, scans: list[Path], counts: Counts) -> None:
     counts("bad inputs refused in one line")
     broken = replace(pair[1], sessions=(Infinite(),), mirror_axes=())
     with pytest.raises(UserError, match=rf"^{scans[0]}: .* NaN or infinite .*--precision fp32") as error:

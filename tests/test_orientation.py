@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
 import SimpleITK
-from samples import first_cases, turn_nifti
+from samples import Command, Copy, first_cases, turn_nifti
 
 import nnunet_lite
 from nnunet_lite.data.dataset import read_case, read_dataset
@@ -26,7 +25,6 @@ from nnunet_lite.preprocessing.store import open_case
 
 NNUNET = Path(__file__).parent / "data" / "nnunet_models" / "plain_3d"
 STORED = ("LPI", "SAL", "PIR", "LAS", "RAS")
-Command = Callable[..., tuple[int, str, str]]
 
 
 def turn_all(root: Path, orientations: dict[str, str]) -> None:
@@ -88,7 +86,7 @@ def test_a_dataset_that_asks_for_ras_gets_it(mixed: Path, tmp_path: Path) -> Non
     assert plan_to_nnunet(plan, table)["image_reader_writer"] == "NibabelIOWithReorient"
 
 
-def test_a_label_map_and_a_channel_are_turned_to_their_image(copy_nnunet: Callable[..., Path]) -> None:
+def test_a_label_map_and_a_channel_are_turned_to_their_image(copy_nnunet: Copy) -> None:
     """They are on one grid, only stored otherwise."""
     root = copy_nnunet(1, channels=("T1", "T2"))
     dataset = read_dataset(root)
@@ -212,7 +210,7 @@ def test_files_that_state_no_orientation_are_not_turned(tmp_path: Path) -> None:
         np.testing.assert_array_equal(image.array[0], array)
 
 
-def test_check_notes_files_without_an_orientation(copy_dataset: Callable[..., Path]) -> None:
+def test_check_notes_files_without_an_orientation(copy_dataset: Copy) -> None:
     root = copy_dataset(5)
     for file in (root / "imagesTr" / "hippocampus_001.nii.gz", root / "labelsTr" / "hippocampus_008.nii.gz"):
         nibabel.save(nibabel.Nifti1Image(np.asarray(nibabel.load(file).dataobj), None), file)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from samples import blocks, described, save_arrays, save_cases, scan
+from samples import Command, blocks, described, save_arrays, save_cases, scan
 
 from nnunet_lite.data.cases import label_base
 from nnunet_lite.data.check import check_dataset
@@ -150,7 +149,7 @@ def test_numbered_cases_of_one_channel_are_pointed_out(tmp_path: Path) -> None:
     ]
 
 
-def test_references_with_a_word_at_the_end(command: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+def test_references_with_a_word_at_the_end(command: Command, tmp_path: Path) -> None:
     """Predictions carry the names of images, so `evaluate` finds the label maps that training found."""
     save_cases(tmp_path, [], ["out/c{}.nii.gz", "labels/c{}_mask.nii.gz"], numbers=range(3))
     code, out, err = command("evaluate", "out", "labels", "--no-surface", cwd=tmp_path)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK
-from samples import TINIEST
+from samples import TINIEST, Copy, Counts
 
 import nnunet_lite
 from nnunet_lite.commands.run import next_commands
@@ -29,7 +28,7 @@ Planned = tuple[Path, Paths]
 
 
 @pytest.fixture
-def planned(copy_dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Planned:
+def planned(copy_dataset: Copy, monkeypatch: pytest.MonkeyPatch) -> Planned:
     """A raw dataset called data, in a/, and its files in the workspace ws/."""
     monkeypatch.setattr(fingerprint, "SAMPLES", 100_000)  # to draw 1e8 takes longer than all the rest
     raw = copy_dataset(3, "a/data")
@@ -105,7 +104,7 @@ def test_a_moved_or_copied_dataset_is_not_planned_again(
 @pytest.mark.parametrize("gone", [False, True], ids=["present", "gone"])
 @pytest.mark.parametrize("known", ["raw.json", "fingerprint.json"])
 def test_another_dataset_of_equal_name_and_cases_is_refused(
-    planned: Planned, what: str, gone: bool, known: str, counts: Callable[..., None]
+    planned: Planned, what: str, gone: bool, known: str, counts: Counts
 ) -> None:
     """By the recorded hashes, otherwise by the files, otherwise by the grids in the fingerprint."""
     raw, paths = planned
@@ -125,7 +124,7 @@ def test_another_dataset_of_equal_name_and_cases_is_refused(
     counts("bad inputs refused in one line")
 
 
-def test_other_cases_are_another_dataset(planned: Planned, copy_dataset: Callable[..., Path]) -> None:
+def test_other_cases_are_another_dataset(planned: Planned, copy_dataset: Copy) -> None:
     raw, paths = planned
     other = copy_dataset(5, "b/data")
     refuse_both(other, paths, "another dataset called data, with other files")
@@ -135,7 +134,7 @@ def test_other_cases_are_another_dataset(planned: Planned, copy_dataset: Callabl
         dataset_paths(other.parent, read_dataset(other))
 
 
-def test_commands_name_the_dataset_where_there_are_several(planned: Planned, copy_dataset: Callable[..., Path]) -> None:
+def test_commands_name_the_dataset_where_there_are_several(planned: Planned, copy_dataset: Copy) -> None:
     raw, paths = planned
     workspace, models = paths.root.parent, [paths.models / "2d-cpu"]
     assert " -d " not in " ".join(next_commands(paths, None, models)) + first_training(paths)
@@ -171,7 +170,7 @@ def test_the_content_of_files_decides_and_not_their_times(planned: Planned) -> N
 
 @pytest.mark.parametrize(("folder", "kind"), [("imagesTr", "missing_image"), ("labelsTr", "missing_label")])
 def test_a_missing_file_is_a_line_of_the_report(
-    planned: Planned, capsys: pytest.CaptureFixture[str], counts: Callable[..., None], folder: str, kind: str
+    planned: Planned, capsys: pytest.CaptureFixture[str], counts: Counts, folder: str, kind: str
 ) -> None:
     raw, paths = planned
     plans, missing = paths.plans.read_text(), min((raw / folder).iterdir())
@@ -193,7 +192,7 @@ def test_preprocessing_without_a_raw_file_names_it(planned: Planned) -> None:
         nnunet_lite.preprocess("2d", workspace=paths.root.parent, workers=0)
 
 
-def test_the_reason_to_plan_again_names_the_cases(planned: Planned, copy_dataset: Callable[..., Path]) -> None:
+def test_the_reason_to_plan_again_names_the_cases(planned: Planned, copy_dataset: Copy) -> None:
     raw, paths = planned
     assert reason(raw, Paths(raw.parent / "new" / "data")) == "is not planned yet"
     accepting = replace(read_dataset(raw), accept=("n_cases",), channels=("CT",))

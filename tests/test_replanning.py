@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK
+from samples import Copy, Counts
 
 import nnunet_lite
 from nnunet_lite.errors import UserError
@@ -69,9 +70,7 @@ class Planned:
 
 
 @pytest.fixture
-def planned(
-    copy_dataset: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Planned:
+def planned(copy_dataset: Copy, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Planned:
     monkeypatch.setattr(fingerprint, "SAMPLES", 100_000)  # to draw 1e8 takes longer than all the rest
     return Planned(copy_dataset(2, "data"), capsys)
 
@@ -238,7 +237,7 @@ def test_options_that_no_longer_fit_are_refused_with_the_file_that_records_them(
     ],
 )
 def test_illegal_options_are_refused_and_nothing_is_written(
-    planned: Planned, options: dict[str, Any], says: str, counts: Callable[..., None]
+    planned: Planned, options: dict[str, Any], says: str, counts: Counts
 ) -> None:
     with pytest.raises(UserError, match=says):
         planned.plan(**options)

@@ -15,12 +15,14 @@ import SimpleITK
 from PIL import Image
 
 import nnunet_lite
+from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.scores import Scores
 from nnunet_lite.files import read_json, write_json
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.reporting import material
+from nnunet_lite.reporting.material import Units
 from nnunet_lite.workspace import planned_paths
 
 Ended = tuple[int, str, str]
@@ -46,7 +48,7 @@ class Page(HTMLParser):
         elif tag == "tr":
             self.tables.setdefault(self._caption, []).append([])
         elif tag in ("td", "th"):
-            self.tables[self._caption][-1].append(("", attributes.get("data-value")))
+            self.tables[self._caption][-1].append(("", attributes.get("data-value") or attributes.get("data-order")))
 
     def handle_endtag(self, tag: str) -> None:
         self._caption = "" if tag == "table" else self._caption
@@ -87,7 +89,8 @@ def test_every_case_and_score_is_that_of_the_summary(tiny_model: Path, tiny_repo
     assert set(shown["scores"]) == {entry["case"] for entry in summary["metric_per_case"]}
     assert "2 held-out cases of fold 0." in page.text
     head, *rows = page.tables["Held-out cases of tiny, worst first"]
-    assert [name for name, _ in head] == ["Case", "fold", "mean Dice", "Anterior", "Posterior"]
+    surfaces = ["mean NSD at 1 mm", "mean HD95 (mm)"]
+    assert [name for name, _ in head] == ["Case", "fold", "mean Dice", *surfaces, "Anterior", "Posterior"]
     cells = {row[0][0]: row for row in rows}
     for entry in summary["metric_per_case"]:
         metrics = [entry["metrics"][key] for key in ("1", "2")]
@@ -95,13 +98,21 @@ def test_every_case_and_score_is_that_of_the_summary(tiny_model: Path, tiny_repo
                 "TP", "FP", "FN")  # fmt: skip
         assert shown["scores"][entry["case"]] == [[m[key] for key in keys] for m in metrics]
         dice = [m["Dice"] for m in metrics]
-        assert [float(value) for _, value in cells[entry["case"]][3:]] == dice
-        assert float(cells[entry["case"]][2][1]) == pytest.approx(np.mean(dice))
+        assert [float(value) for _, value in cells[entry["case"]][5:]] == dice
+        for cell, key in zip(cells[entry["case"]][2:5], ("Dice", "NSD", "HD95_mm"), strict=True):
+            known = [m[key] for m in metrics if m[key] is not None]
+            assert cell[0] == "n/a" if not known else float(cell[1]) == pytest.approx(np.mean(known))
         assert cells[entry["case"]][1][0] == "0"
     means = [float(row[2][1]) for row in rows]
     assert means == sorted(means)
-    overall = page.tables["Scores of held-out cases, by label"][-1]
-    assert float(overall[2][1]) == pytest.approx(summary["foreground_mean"]["Dice"])
+    head, *_, overall = page.tables["Scores of held-out cases, by label"]
+    found = dict(zip([name for name, _ in head], [value for _, value in overall], strict=True))
+    for heading, key in (("Dice", "Dice"), ("NSD at 1 mm", "NSD"), ("HD95 (mm)", "HD95_mm")):
+        for what in ("mean", "median"):
+            value = summary["statistics"]["foreground"][key][what]
+            assert found.get(f"{what} {heading}") is None if value is None else (
+                float(found[f"{what} {heading}"]) == pytest.approx(value)
+            )  # fmt: skip
 
 
 def test_pictures_are_three_planes_through_the_largest_error(tiny_model: Path, tiny_report: Path) -> None:
@@ -119,6 +130,7 @@ def test_pictures_are_three_planes_through_the_largest_error(tiny_model: Path, t
             wrong = (found != truth).sum(axis=tuple(a for a in range(3) if a != axis))
             assert plane["axis"] == "zyx"[axis] and wrong[plane["slice"]] == wrong.max()
             assert plane["of"] == truth.shape[axis]
+            assert len(plane["errors"]) == 3 and any(plane["errors"])
 
 
 def test_the_page_uses_no_network(tiny_report: Path) -> None:
@@ -139,10 +151,33 @@ def test_settings_versions_and_costs_are_those_of_the_run(tiny_model: Path, tiny
     assert costs[2] == (str(rows[-1]["epoch"]), str(float(rows[-1]["epoch"])))
     assert float(costs[7][1] or 0) == max(row["memory_gb"] for row in rows)
     curves = [json.loads(a["data-curves"] or "") for a in page.all("svg", **{"class": "plot"}) if "data-curves" in a]
-    losses, dice, learning_rate = (c["series"] for c in curves if c["label"] == "epoch")
+    losses, dice, by_label, learning_rate = (c["series"] for c in curves if c["label"] == "epoch")
     keys = ("train_loss", "validation_loss", "mean_dice", "lr")
     for series, key in zip((*losses, *dice, *learning_rate), keys, strict=True):
         assert series["name"].startswith("fold 0") and series["y"] == [row[key] for row in rows]
+    for series, label in zip(by_label, ("Anterior", "Posterior"), strict=True):
+        assert series["name"] == label and series["y"] == [row["dice"][label] for row in rows]
+
+
+def test_what_the_page_says_about_a_model(tiny_model: Path, tiny_report: Path) -> None:
+    """The verdict, the command for each case, and the paragraph for a paper, with the numbers of the run."""
+    page, run, plan = Page(tiny_report), read_json(tiny_model / "run.json"), Plan.read(tiny_model / "plans.json")
+    assert "tiny fold 0: finished, 2 epochs of 2; too few to see a trend." in page.text
+    assert "nnlite train 3d_fullres 1 --epochs 2" in page.text and "--name tiny" in page.text
+    for case in page.data["models"]["tiny"]["scores"]:
+        assert page.data["models"]["tiny"]["view"][case] == f"nnlite view {case} -m tiny"
+    summary = read_json(tiny_model / "fold_0" / "validation" / "summary.json")["statistics"]["foreground"]
+    for said in (
+        f"nnunet_lite {run['versions']['nnunet_lite']} (PyTorch {run['versions']['torch']}",
+        "The dataset has 10 cases with 1 channel (MRI) and references of Anterior and Posterior.",
+        "a 3D U-Net with 3 resolution stages of 4-8-8 feature maps",
+        f"batches of {plan.configuration('3d_fullres').batch_size}",
+        "patches of 24 × 32 × 24 voxels",
+        "for 2 epochs of 3 steps",
+        f"Dice {summary['Dice']['mean']:.3g}",
+        "doi:10.1038/s41592-020-01008-z",
+    ):
+        assert said in page.text, said
 
 
 def test_a_planned_dataset(copy_dataset: Callable[..., Path], command: Callable[..., Ended], tmp_path: Path) -> None:
@@ -200,10 +235,23 @@ def test_colour_pictures(tmp_path: Path) -> None:
     nnunet_lite.plan(root, workspace=tmp_path / "ws", workers=0)
     page = report(tmp_path / "ws", tmp_path / "page.html")
     assert len(page.all("figure", **{"class": "plane"})) == 3
-    assert [row[3] for row in page.tables["All 3 cases"][1:]] == [
-        (str(10 * (20 + i)), str(10.0 * (20 + i))) for i in range(3)
-    ]
-    assert "n/a" in [cell for cell, _ in page.tables["All 3 cases"][1]]  # a picture has no spacing
+    head, *rows = page.tables["All 3 cases"]
+    assert [name for name, _ in head] == ["Case", "size (y, x)", "label_1 (pixels)"]
+    assert [row[2] for row in rows] == [(str(10 * (20 + i)), str(10.0 * (20 + i))) for i in range(3)]
+    assert [row[1][0] for row in rows] == ["48 × 64"] * 3
+
+
+def test_microscopy_is_measured_in_micrometres(tmp_path: Path) -> None:
+    geometry = Geometry((1, 40, 60), (0.5, 5e-4, 5e-4), dimensions=2)
+    units = Units.of([geometry])
+    assert (units.length, units.volume, units.size) == ("µm", "µm²", "Area")
+    assert units.volume_of(200, geometry) == pytest.approx(50) and units.per_mm * 5e-4 == pytest.approx(0.5)
+    stack = Geometry((5, 40, 60), (2e-3, 5e-4, 5e-4))
+    assert Units.of([stack]).volume_of(8, stack) == pytest.approx(4) and Units.of([stack]).volume == "µm³"
+    scan = Geometry((5, 40, 60), (2.0, 1.0, 1.0))
+    assert Units.of([scan]).volume_of(500, scan) == pytest.approx(1) and Units.of([scan]).volume == "ml"
+    unknown = Geometry((1, 40, 60), (999.0, 1.0, 1.0), dimensions=2, calibrated=False)
+    assert Units.of([unknown]).volume_of(7, unknown) == 7 and Units.of([unknown]).volume == "pixels"
 
 
 def test_selected_models(trained: Path, tmp_path: Path) -> None:
@@ -259,7 +307,7 @@ def test_pictures_of_the_best_cases_are_left_out_first(
     monkeypatch.setattr(material, "TILES", 3)
     page = report(trained.parent, tmp_path / "page.html")
     assert list(page.data["models"]["tiny"]["pictures"]) == [worst]
-    assert "tiny: pictures of the 1 worst of 2 cases" in page.text
+    assert "tiny: pictures of the worst, best and median, 1 of 2 cases" in page.text
     assert "the montage and the intensities are those of 3 of 10 cases" in page.text
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 
 @pytest.fixture
@@ -125,6 +129,53 @@ def test_light_dark_and_narrow(browser: Any, tiny_report: Path, complaints: list
         page.emulate_media(media="print")
         assert paper(page) == "rgb(255, 255, 255)" and not page.locator("nav").is_visible()
         context.close()
+
+
+def test_tables_and_figures_are_downloaded(tab: Any, tmp_path: Path) -> None:
+    shown = json.loads(tab.locator("#report-data").text_content())["models"]["tiny"]["scores"]
+    with tab.expect_download() as download:
+        tab.locator(".panel .download", has_text="CSV").last.click()
+    assert download.value.suggested_filename == "Task04_Hippocampus-Held-out-cases-of-tiny-worst-first.csv"
+    with Path(download.value.path()).open(newline="", encoding="utf-8-sig") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["Case"]: [float(row["Anterior"]), float(row["Posterior"])] for row in rows} == {
+        case: [label[0] for label in scores] for case, scores in shown.items()
+    }
+    plane, chart = tab.locator(".worst figure").first, tab.locator("figure.chart", has_text="Loss").first
+    for figure, share in ((plane, 0.1), (chart, 0.002)):
+        figure.hover()
+        with tab.expect_download() as download:
+            figure.get_by_role("button", name="PNG").click()
+        assert download.value.suggested_filename.endswith(".png") and not tab.locator("dialog#case").is_visible()
+        picture = np.asarray(Image.open(download.value.path()).convert("RGB")).astype(int)
+        assert picture.shape[1] >= 900
+        assert (picture.min(axis=2) < 195).mean() > share, "it is drawn, not blank"
+        assert (np.ptp(picture, axis=2) > 60).any(), "in colour"
+
+
+def test_commands_are_copied(tab: Any) -> None:
+    tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    command = tab.locator(".worst .command").first
+    command.locator("xpath=following-sibling::button").click()
+    tab.get_by_role("button", name="Copied").wait_for(timeout=10_000)
+    assert tab.evaluate("navigator.clipboard.readText()") == command.inner_text()
+    assert command.inner_text().startswith("nnlite view hippocampus_") and command.inner_text().endswith(" -m tiny")
+
+
+def test_paper_and_captures_are_whole(tab: Any) -> None:
+    """Print opens what is closed; a capture of the full page shows every section, however far down."""
+    tab.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert tab.locator("details:not([open])").count() == 0
+    tab.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert tab.locator("details:not([open])").count() >= 2
+    picture = np.asarray(Image.open(io.BytesIO(tab.screenshot(full_page=True))).convert("L"))
+    boxes = [section.bounding_box() for section in tab.locator("main > section").all()]
+    assert len(boxes) == 9
+    for box in boxes:
+        section = picture[round(box["y"]) : round(box["y"] + box["height"]), round(box["x"]) :]
+        dark = (section < 128).any(axis=1)
+        gaps = np.diff(np.flatnonzero(np.concatenate(([True], dark, [True]))))
+        assert gaps.max() < 150, "pixels without anything dark"
 
 
 def test_curves_are_read_off(tab: Any) -> None:

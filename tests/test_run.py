@@ -8,14 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from samples import TINIEST, as_options, first_cases
+from samples import TINIEST, Command, as_options, first_cases
 
 import nnunet_lite
 from nnunet_lite.commands.run import RunResult, _begun
@@ -139,7 +138,7 @@ def test_from_data_to_a_report_and_what_comes_next(finished: tuple[Path, RunResu
 
 
 def test_the_commands_it_ends_with_are_commands(
-    finished: tuple[Path, RunResult], command: Callable[..., tuple[int, str, str]], hippocampus: Path, tmp_path: Path
+    finished: tuple[Path, RunResult], command: Command, hippocampus: Path, tmp_path: Path
 ) -> None:
     workspace, done = finished
     predict, info = done.to_text().splitlines()[-2:]

@@ -7,13 +7,12 @@ import io
 import json
 import shutil
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from samples import HIPPOCAMPUS, displaced
+from samples import HIPPOCAMPUS, Command, displaced
 from scipy.stats import bootstrap
 
 from nnunet_lite.data.geometry import Geometry
@@ -231,9 +230,7 @@ def test_missing_cases_are_noted(folders: tuple[Path, Path]) -> None:
         score_files(*folders, TWO)
 
 
-def test_images_are_predicted_and_scored(
-    tiny_model: Path, scans: list[Path], command: Callable[..., tuple[int, str, str]], tmp_path: Path
-) -> None:
+def test_images_are_predicted_and_scored(tiny_model: Path, scans: list[Path], command: Command, tmp_path: Path) -> None:
     """The labels are those of the model; what cannot be predicted is told by the exit code; no temporary file shows."""
     for path, reference in zip(scans, REFERENCES, strict=False):
         for file, folder in ((path, "images"), (reference, "references")):

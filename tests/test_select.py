@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from samples import Command, Counts
 
 import nnunet_lite
 from nnunet_lite.data.dataset import map_labels, stored_dataset
@@ -26,7 +27,6 @@ from nnunet_lite.reporting.material import read_material
 from nnunet_lite.workspace import Paths
 
 LARGEST = Rule(largest_component=True)
-Run = Callable[..., tuple[int, str, str]]
 LABELS = Labels(names={"background": 0, "Anterior": 1, "Posterior": 2})
 FAST = {"inference.mirroring": False, "inference.step_size": 1.0, "inference.precision": "fp32"}
 
@@ -135,7 +135,7 @@ def test_the_better_one_is_selected_and_its_labels_are_cleaned(paths: Paths) -> 
 
 @pytest.mark.parametrize(("pages", "unit"), [(1, "px"), (6, "voxels")])
 def test_sizes_without_a_spacing_are_pixels(
-    pages: int, unit: str, tiny_model: Path, tmp_path: Path, command: Run
+    pages: int, unit: str, tiny_model: Path, tmp_path: Path, command: Command
 ) -> None:
     """Pictures, and TIFF stacks without a spacing: neither select nor the report nor the plan speaks of mm."""
     root, ending = tmp_path / "cells", ".png" if pages == 1 else ".tif"
@@ -175,7 +175,7 @@ def test_sizes_without_a_spacing_are_pixels(
         assert "spacing (px)" in out and "spacing   1x1 px" in out
 
 
-def test_models_are_compared_on_the_folds_that_they_share(paths: Paths, command: Run) -> None:
+def test_models_are_compared_on_the_folds_that_they_share(paths: Paths, command: Command) -> None:
     for name, folds in (("five", 5), ("two", 2)):
         add_model(paths, name, shifted, folds)
     (paths.models / "old_one").mkdir()
@@ -316,7 +316,7 @@ def selected(paths: Paths, **changes: Any) -> Selection:
     return selection
 
 
-def test_predict_obeys(paths: Paths, scan: Path, tmp_path: Path, command: Run) -> None:
+def test_predict_obeys(paths: Paths, scan: Path, tmp_path: Path, command: Command) -> None:
     chosen = selected(paths)
     raw = nnunet_lite.load(paths.models / "tiny", [0], "cpu")(scan)
     clean = apply_rules(raw, (1.0, 1.0, 1.0), LABELS, chosen.postprocessing)
@@ -359,7 +359,9 @@ def test_predict_obeys(paths: Paths, scan: Path, tmp_path: Path, command: Run) -
     assert predicted("-c", "other")[2]["models"] == [str(other)]
 
 
-def test_rules_of_an_older_selection_are_not_applied(paths: Paths, scan: Path, tmp_path: Path, command: Run) -> None:
+def test_rules_of_an_older_selection_are_not_applied(
+    paths: Paths, scan: Path, tmp_path: Path, command: Command
+) -> None:
     """An inference.json of a version whose rules nothing confirmed: its sizes are mm3, its gains have no n."""
     chosen = selected(paths)
     value = chosen.to_json()
@@ -387,7 +389,7 @@ def test_a_pair_that_was_selected_predicts(paths: Paths, scan: Path, tmp_path: P
     assert fast.folds == ("0",) and set(fast.postprocessing) == {"Anterior", "Posterior"}
 
 
-def test_info_shows_what_is_selected(paths: Paths, command: Run) -> None:
+def test_info_shows_what_is_selected(paths: Paths, command: Command) -> None:
     chosen = selected(paths)
     code, out, err = command("info", "-w", paths.root.parent, cwd=paths.root)
     assert code == 0, err
@@ -427,9 +429,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_selection_is_refused(
-    paths: Paths, name: str, scan: Path, command: Run, counts: Callable[..., None]
-) -> None:
+def test_a_broken_selection_is_refused(paths: Paths, name: str, scan: Path, command: Command, counts: Counts) -> None:
     """An inference.json that was changed by hand."""
     content, why = BROKEN[name]
     paths.inference.write_text(json.dumps(content))
@@ -442,9 +442,7 @@ def test_a_broken_selection_is_refused(
     counts("bad inputs refused in one line")
 
 
-def test_rules_for_an_unknown_label_are_refused(
-    paths: Paths, scan: Path, command: Run, counts: Callable[..., None]
-) -> None:
+def test_rules_for_an_unknown_label_are_refused(paths: Paths, scan: Path, command: Command, counts: Counts) -> None:
     gains = {"Anteriorr": {"before": 0.8, "after": 0.9, "n": 12}}
     write_json(paths.inference, handwritten({"Anteriorr": {"largest_component": True}}, gains))
     common = ["predict", "-i", scan, "-o", paths.root / "out", "-w", paths.root.parent, "--device", "cpu"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from samples import TINIEST, Command, Copy, as_options
 from sklearn.model_selection import KFold
 
 import nnunet_lite
@@ -39,7 +40,6 @@ from nnunet_lite.training.splits import (
 )
 from nnunet_lite.workspace import planned_paths
 
-Command = Callable[..., tuple[int, str, str]]
 IDS = [f"case_{i:03d}" for i in (7, 3, 11, 1, 2, 9, 30, 4, 5, 6, 8, 10)]
 PAIRS = ["pat01_a", "pat01_b", "pat02_a", "pat02_b", "pat03_a"]
 
@@ -154,16 +154,14 @@ def test_cases_without_a_fold_are_named(splits: Path, capsys: pytest.CaptureFixt
     [
         (
             FoldRule(1),
-            r"32 cases cannot be split into 1 fold\. Train on every case: `.* all`, or take --folds 2 to 32\.$",
+            r"32 cases cannot be split into 1 fold\. Train on every case: `.* all`, or take --folds 2 to 32\.",
         ),
-        (FoldRule(33), "32 cases cannot be split into 33 folds"),
         (FoldRule(11, r"\d$"), r"9 groups cannot be split into 11 folds\. .* or take --folds 2 to 9\."),
         (FoldRule(group_by="hippo"), r"1 group cannot be split into 5 folds\. Train on every case: `nnlite .* all`\.$"),
         (FoldRule(3, splits="x.json"), "--splits names the folds: --folds, --group-by and --stratify"),
         (FoldRule(splits="x.json"), r"x\.json: no such file"),
         (FoldRule(splits="x.csv"), r"x\.csv: no such file"),
         (FoldRule(stratify="x.csv"), r"x\.csv: no such file"),
-        (FoldRule(group_by=r"pat\d+"), r"matches nothing in cases hippocampus_\d+, "),
     ],
 )
 def test_mistakes_are_reported_before_label_maps_are_read(
@@ -300,7 +298,6 @@ def test_groups_by_expression(expression: str, groups: list[str | None]) -> None
         (r"pat\d+_b", r"matches nothing in cases pat01_a, pat02_a, pat03_a"),
         (r"^(x*)", r"matches nothing in cases pat01_a, pat01_b, pat02_a and 2 more"),
         (r"0[12]", r"matches nothing in case pat03_a\. "),
-        (r"pat(\d+", r"is no regular expression: missing \)"),
         ("nowhere.csv", r"nowhere\.csv: no such file"),
     ],
 )
@@ -331,8 +328,6 @@ def test_groups_by_table(tmp_path: Path, text: str) -> None:
     [
         ("case,group\npat01_a,x\n", r"has no group for cases pat01_b, pat02_a, pat02_b and 1 more\. It needs two col"),
         ("pat01_a,x\npat01_b,\npat02_a,x\npat02_b,x\npat03_a,x", r"has no group for case pat01_b"),
-        ("pat01_a,x\npat01_b,x,3\n", r"line 2 has 3 columns, not two: case, group"),
-        ("\n".join(f"{c},{g}" for g in "xy" for c in PAIRS), r"has more than one group for cases pat01_a, pat01_b"),
         ("", r"has no group for cases pat01_a"),
         ("pat01_a,Müller", r"is not UTF-8 text \(byte 9\)"),
     ],
@@ -355,7 +350,7 @@ def test_strata_are_label_sets_and_volumes() -> None:
 
 
 def test_rare_labels_make_strata_of_their_own_and_are_reported(
-    copy_dataset: Callable[..., Path], capfd: pytest.CaptureFixture[str]
+    copy_dataset: Copy, capfd: pytest.CaptureFixture[str]
 ) -> None:
     dataset = read_dataset(copy_dataset(8))
     without = {case.id: case.label for case in dataset.cases[:4:3]}
@@ -377,9 +372,7 @@ def test_rare_labels_make_strata_of_their_own_and_are_reported(
 # ------------------------------------------------------------------------------------------------ commands
 
 
-def test_plan_writes_the_folds_of_the_options(
-    copy_dataset: Callable[..., Path], command: Command, tmp_path: Path
-) -> None:
+def test_plan_writes_the_folds_of_the_options(copy_dataset: Copy, command: Command, tmp_path: Path) -> None:
     root = copy_dataset(6)
     stored = tmp_path / "nnlite_workspace" / "broken"
 
@@ -456,14 +449,13 @@ def test_a_case_is_excluded_after_training(
     assert len(train(settings=longer).scores["0"].rows) == len(held_out)
 
 
-def test_every_fold_is_trained(tiny_workspace: Path, tiny_settings: Any, command: Command, tmp_path: Path) -> None:
+def test_every_fold_is_trained(tiny_workspace: Path, command: Command, tmp_path: Path) -> None:
     workspace = tmp_path / "workspace"
     shutil.copytree(tiny_workspace, workspace)
     paths = planned_paths(workspace)
     shutil.rmtree(paths.models, ignore_errors=True)
     paths.splits.unlink(missing_ok=True)
-    quick = {**tiny_settings, "training.epochs": 1, "inference.mirroring": False, "inference.step_size": 1.0}
-    settings = [part for key, value in quick.items() for part in ("--set", f"{key}={value}")]
+    settings = as_options({**TINIEST, "training.epochs": 1, "training.patch_size": [16, 16, 16]})
     options = ["--folds", 3, "--group-by", r"\d\d$", "-w", workspace, "--device", "cpu", *settings]
     code, out, err = command("train", "3d_fullres", "all-folds", *options, cwd=tmp_path)
     assert code == 0, err
@@ -486,7 +478,7 @@ Files = tuple[Path, list[dict[str, list[str]]]]
 
 
 @pytest.fixture
-def with_final(copy_dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Files:
+def with_final(copy_dataset: Copy, monkeypatch: pytest.MonkeyPatch) -> Files:
     """A dataset of six cases with a splits_final.json of two folds."""
     monkeypatch.setattr(fingerprint, "SAMPLES", 100_000)  # to draw 1e8 takes longer than all the rest
     monkeypatch.delenv("nnUNet_preprocessed", raising=False)
@@ -498,7 +490,7 @@ def with_final(copy_dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatc
 
 
 def test_splits_final_is_used_and_reported(
-    with_final: Files, tiny_settings: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    with_final: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     raw, folds = with_final
     file, workspace = raw / "splits_final.json", tmp_path / "ws"
@@ -510,7 +502,7 @@ def test_splits_final_is_used_and_reported(
     assert fold_names(planned_paths(workspace)) == ["0", "1"]
     assert "splits" not in capsys.readouterr().err, "nothing changed"
     file.write_text("[")  # it is not needed any more
-    changes = {**tiny_settings, "training.epochs": 1, "training.iterations": 1, "training.patch_size": [16, 16, 16]}
+    changes = {**TINIEST, "training.epochs": 1, "training.iterations": 1, "training.patch_size": [16, 16, 16]}
     nnunet_lite.train("3d_fullres", 1, settings=changes, workspace=workspace, device="cpu")
     err = capsys.readouterr().err
     assert f"training 3d_fullres fold 1 of {file} on 3 cases" in err and f"warning: {file} is not used: " in err

@@ -12,9 +12,9 @@ import sys
 import sysconfig
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
+from samples import Counts
 
 NOT_OF_USERS = ("NNLITE_WORKSPACE", "nnUNet_raw", "PYTHONUNBUFFERED")
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in NOT_OF_USERS}
@@ -63,7 +63,7 @@ def test_closed_streams(hippocampus: Path, tmp_path: Path, start: str, closed: s
     [("nnunet_lite.log", 2), ("nnunet_lite.cli", 15), ("typer", 2), ("pydantic", 2), ("torch", 2), ("torch.nn", 15)],
 )
 def test_a_signal_while_the_command_imports(
-    tiny_model: Path, hippocampus: Path, tmp_path: Path, counts: Any, at: str, number: int
+    tiny_model: Path, hippocampus: Path, tmp_path: Path, counts: Counts, at: str, number: int
 ) -> None:
     """One line and the shell's exit code, also where a library makes another exception of KeyboardInterrupt."""
     counts("faults survived")

@@ -10,14 +10,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from bad_inputs import contents
-from samples import sample_plan
+from samples import Copy, sample_plan
 
 from nnunet_lite import log
 from nnunet_lite.data.dataset import Dataset, read_dataset
@@ -29,7 +28,6 @@ from nnunet_lite.preprocessing.store import open_case, preprocess_dataset, prune
 from nnunet_lite.preprocessing.stored_case import chunks_and_blocks, sample_voxels
 
 BOTH = ["2d", "3d_fullres"]
-Copy = Callable[..., Path]
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from nnunet_lite.data.labels import Labels
@@ -11,7 +9,6 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.planning.swaps import ClassSwap, check_swaps, make_swap_table, swap_channels, swap_of
 from nnunet_lite.settings import AugmentationSettings
-from nnunet_lite.workspace import planned_paths
 
 KIDNEYS = Labels(names={"background": 0, "kidney_left": 4, "liver": 2, "kidney_right": 7}, ignore=9)
 # edema and core are the values 1 and 2 on the left, 3 and 4 on the right; 5 is on both sides
@@ -82,17 +79,16 @@ def test_an_axis_that_the_patch_does_not_have_is_refused() -> None:
         check_swaps(KIDNEYS, AugmentationSettings(mirror_swap_axis=2), 2)
 
 
-def test_left_and_right_are_found_by_orientation_and_axis_order(tiny_workspace: Path) -> None:
-    plan = Plan.read(planned_paths(tiny_workspace).plans)
+def test_left_and_right_are_found_by_orientation_and_axis_order(tiny_plan: Plan) -> None:
     settings = AugmentationSettings(mirror_swap=(("Anterior", "Posterior"),))
     for order, axis, flat in [((0, 1, 2), 2, 2), ((0, 2, 1), 1, 1), ((2, 0, 1), 0, None)]:
-        turned = plan.model_copy(update={"axis_order": order})
+        turned = tiny_plan.model_copy(update={"axis_order": order})
         assert swap_of(turned, settings, 3) == ClassSwap(axis, (0, 2, 1, 3))
         assert swap_of(turned, settings, 2) == (None if flat is None else ClassSwap(flat, (0, 2, 1, 3)))
     for orientation, axis in (("LAS", 2), ("RPI", 2), ("ASL", 0), ("IRA", 1)):
-        stored = plan.model_copy(update={"orientation": orientation, "axis_order": (0, 1, 2)})
+        stored = tiny_plan.model_copy(update={"orientation": orientation, "axis_order": (0, 1, 2)})
         assert swap_of(stored, settings, 3) == ClassSwap(axis, (0, 2, 1, 3))
     given = settings.model_copy(update={"mirror_swap_axis": 0})
-    assert swap_of(plan, given, 3) == ClassSwap(0, (0, 2, 1, 3))
-    assert swap_of(plan, given, 2) == ClassSwap(1, (0, 2, 1, 3))
-    assert swap_of(plan, AugmentationSettings(), 3) is None
+    assert swap_of(tiny_plan, given, 3) == ClassSwap(0, (0, 2, 1, 3))
+    assert swap_of(tiny_plan, given, 2) == ClassSwap(1, (0, 2, 1, 3))
+    assert swap_of(tiny_plan, AugmentationSettings(), 3) is None

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import tifffile
-from bad_inputs import BadData, Command, refuse_dataset
-from samples import described, save_cases
+from bad_inputs import BadData, refuse_dataset
+from samples import Command, described, save_cases
 
 import nnunet_lite
 from nnunet_lite.data.cases import Case

@@ -11,7 +11,6 @@ from torch import nn
 from nnunet_lite.errors import UserError
 from nnunet_lite.networks.unet import ResidualBlock, UNet, build_network, set_deep_supervision
 from nnunet_lite.planning.schema import Network, Plan
-from nnunet_lite.workspace import planned_paths
 
 PLAIN = Network(
     features=(8, 16, 32),
@@ -125,11 +124,6 @@ number = 3
 """
 
 
-@pytest.fixture
-def plan(tiny_workspace: Path) -> Plan:
-    return Plan.read(planned_paths(tiny_workspace).plans)
-
-
 @pytest.fixture(autouse=True)
 def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_networks.py").write_text(OWN)
@@ -138,36 +132,36 @@ def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
 
 
-def test_the_planned_network_is_a_unet(plan: Plan) -> None:
-    network = build_network(plan, "2d")
+def test_the_planned_network_is_a_unet(tiny_plan: Plan) -> None:
+    network = build_network(tiny_plan, "2d")
     assert isinstance(network, UNet)
     set_deep_supervision(network, True)
-    outputs = network(torch.zeros(1, 1, *plan.configuration("2d").patch_size))
+    outputs = network(torch.zeros(1, 1, *tiny_plan.configuration("2d").patch_size))
     assert isinstance(outputs, list)
 
 
-def test_a_network_of_the_users_own(plan: Plan) -> None:
-    network = build_network(plan, "3d_fullres", "own_networks:plain")
+def test_a_network_of_the_users_own(tiny_plan: Plan) -> None:
+    network = build_network(tiny_plan, "3d_fullres", "own_networks:plain")
     assert network.training
     set_deep_supervision(network, True)  # it has one head only
     assert network(torch.zeros(2, 1, 8, 8, 8)).shape == (2, 3, 8, 8, 8)
 
 
-def test_a_network_from_a_file(plan: Plan, tmp_path: Path) -> None:
-    network = build_network(plan, "3d_fullres", f"{tmp_path / 'own_networks.py'}:plain")
+def test_a_network_from_a_file(tiny_plan: Plan, tmp_path: Path) -> None:
+    network = build_network(tiny_plan, "3d_fullres", f"{tmp_path / 'own_networks.py'}:plain")
     assert network(torch.zeros(1, 1, 8, 8, 8)).shape[1] == 3
     for name in ("deep", "deep_in_training"):
-        assert isinstance(build_network(plan, "3d_fullres", f"own_networks:{name}", check_heads=True), nn.Module)
-    build_network(plan, "3d_fullres", "own_networks:deep_tuple")  # not checked without check_heads
-    assert isinstance(build_network(plan, "3d_fullres", "/somewhere/else/own_networks.py:plain"), nn.Sequential)
+        assert isinstance(build_network(tiny_plan, "3d_fullres", f"own_networks:{name}", check_heads=True), nn.Module)
+    build_network(tiny_plan, "3d_fullres", "own_networks:deep_tuple")  # not checked without check_heads
+    assert isinstance(build_network(tiny_plan, "3d_fullres", "/somewhere/else/own_networks.py:plain"), nn.Sequential)
     (tmp_path / "with_a_dataclass.py").write_text(
         "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom torch import nn\n"
         "@dataclass\nclass Options:\n    size: int = 1\n"
         "def make(planned, inputs, outputs):\n    return nn.Conv3d(inputs, outputs, Options().size)\n"
     )
-    assert isinstance(build_network(plan, "3d_fullres", f"{tmp_path / 'with_a_dataclass.py'}:make"), nn.Conv3d)
+    assert isinstance(build_network(tiny_plan, "3d_fullres", f"{tmp_path / 'with_a_dataclass.py'}:make"), nn.Conv3d)
     with pytest.raises(UserError, match=r"there is no file .*absent\.py"):
-        build_network(plan, "3d_fullres", f"{tmp_path / 'absent.py'}:plain")
+        build_network(tiny_plan, "3d_fullres", f"{tmp_path / 'absent.py'}:plain")
 
 
 @pytest.mark.parametrize(
@@ -187,8 +181,8 @@ def test_a_network_from_a_file(plan: Plan, tmp_path: Path) -> None:
         (":plain", "module:function"),
     ],
 )
-def test_a_factory_that_cannot_be_used_is_one_line(plan: Plan, factory: str, message: str) -> None:
+def test_a_factory_that_cannot_be_used_is_one_line(tiny_plan: Plan, factory: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
-        build_network(plan, "3d_fullres", factory, check_heads=True)
+        build_network(tiny_plan, "3d_fullres", factory, check_heads=True)
     assert factory in str(error.value)
     assert "\n" not in str(error.value)

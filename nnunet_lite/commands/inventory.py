@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections import defaultdict
 from collections.abc import Sequence
@@ -20,13 +19,12 @@ from nnunet_lite.files import is_locked, leftovers, locked, remove, size_of
 from nnunet_lite.models import folder as models
 from nnunet_lite.models.bundle import is_imported
 from nnunet_lite.planning.schema import Plan
-from nnunet_lite.settings import Settings, differences, load_settings, time_text
+from nnunet_lite.settings import time_text
 from nnunet_lite.system import has_no_gpu, in_units
 from nnunet_lite.training.splits import ALL, N_FOLDS, read_splits
 from nnunet_lite.workspace import Paths, datasets_of, planned_paths, workspace_folder
 
 State = Literal["not started", "training", "interrupted", "not scored", "finished"]
-_OPTIONS = ("epochs", "iterations", "time_limit", "batch_size", "seed", "init")  # settings of training with an option
 
 
 @dataclass(frozen=True)
@@ -167,24 +165,10 @@ def _next_command(paths: Paths, states: Sequence[FoldState]) -> str:
 
 def _training_command(paths: Paths, state: FoldState) -> str:
     """Return the command that trains a fold, with the settings that its model has."""
-    words = ["nnlite", "train", state.configuration, state.fold]
     if state.model is None:
-        return shlex.join([*words, *(("--recipe", "cpu") if has_no_gpu() else ())])
-    settings = Settings.model_validate(models.read_run(paths.models / state.model)["settings"])
-    try:
-        base, recipe = load_settings(settings.recipe), settings.recipe
-    except UserError:  # a recipe of the user, whose file may be anywhere
-        base, recipe = settings, f"{settings.recipe}.toml"
-    words += ["--recipe", recipe] if recipe != "default" else []
-    for key in (change.partition(":")[0] for change in differences(base, settings)):
-        section, _, name = key.partition(".")
-        value = settings.model_dump(mode="json")[section][name]
-        text = value if isinstance(value, str) else json.dumps(value)
-        text = time_text(value) if name == "time_limit" and value is not None else text
-        has_option = section == "training" and name in _OPTIONS
-        words += [f"--{name.replace('_', '-')}", text] if has_option else ["--set", f"{key}={text}"]
-    words += [] if state.model == f"{state.configuration}-{settings.recipe}" else ["--name", state.model]
-    return shlex.join(words)
+        recipe = ("--recipe", "cpu") if has_no_gpu() else ()
+        return shlex.join(["nnlite", "train", state.configuration, state.fold, *recipe])
+    return models.training_command(paths.models / state.model, state.fold)
 
 
 # ----------------------------------------------------------------------------------------------------------------- list

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import platform
 import secrets
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -31,7 +32,7 @@ from nnunet_lite.data.problems import few
 from nnunet_lite.errors import Busy, UserError
 from nnunet_lite.files import locked, must_be_known, must_fit, read_json, scratch, understood, write_json, write_text
 from nnunet_lite.planning.schema import Plan
-from nnunet_lite.settings import Settings, differences
+from nnunet_lite.settings import Settings, differences, load_settings, time_text, with_changes
 from nnunet_lite.system import has_no_gpu
 from nnunet_lite.workspace import Paths
 
@@ -52,6 +53,7 @@ _INCIDENTAL = (
     "inference.",
 )  # fmt: skip
 _LENGTH = ("training.epochs", "training.time_limit")
+_OPTIONS = ("epochs", "iterations", "time_limit", "batch_size", "seed", "init")  # settings of training with an option
 
 
 # ------------------------------------------------------------------------------------------------ begin and resume
@@ -372,6 +374,37 @@ def first_training(paths: Paths) -> str:
     configuration = "3d_fullres" if "3d_fullres" in plan.configurations else next(iter(plan.configurations))
     recipe = " --recipe cpu" if has_no_gpu() else ""
     return f"nnlite train {configuration} {0 if plan.n_cases >= _N_FOLDS else 'all'}{recipe}{paths.option}"
+
+
+def training_command(folder: Path, fold: str, changes: Mapping[str, Any] | None = None) -> str:
+    """Return the command that trains a fold with the settings that its model has.
+
+    Parameters
+    ----------
+    folder : Path
+        The model folder.
+    fold : str
+        Such as "0".
+    changes : mapping, optional
+        Key to value of settings that are to be others, such as a longer run.
+    """
+    run = read_run(folder)
+    settings = with_changes(Settings.model_validate(run["settings"]), changes or {})
+    try:
+        base, recipe = load_settings(settings.recipe), settings.recipe
+    except UserError:  # a recipe of the user, whose file may be anywhere
+        base, recipe = Settings.model_validate(run["settings"]), f"{settings.recipe}.toml"
+    words = ["nnlite", "train", run["configuration"], fold]
+    words += ["--recipe", recipe] if recipe != "default" else []
+    for key in (change.partition(":")[0] for change in differences(base, settings)):
+        section, _, name = key.partition(".")
+        value = settings.model_dump(mode="json")[section][name]
+        text = value if isinstance(value, str) else json.dumps(value)
+        text = time_text(value) if name == "time_limit" and value is not None else text
+        has_option = section == "training" and name in _OPTIONS
+        words += [f"--{name.replace('_', '-')}", text] if has_option else ["--set", f"{key}={text}"]
+    words += [] if folder.name == f"{run['configuration']}-{settings.recipe}" else ["--name", folder.name]
+    return shlex.join(words)
 
 
 # ------------------------------------------------------------------------------------------------------------ folds

@@ -15,7 +15,7 @@ import base64
 import io
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +32,8 @@ from nnunet_lite.planning.schema import Channel, Plan
 _MAX_POINTS = 400  # of a curve, about one per pixel
 _MIN_RANGE = 1e-9  # of the values; smaller differences are rounding
 _MARGIN = 0.05  # of the range of values, on each side of it
+_LOG_SHARE = 20  # positive values whose median is below this part of the largest are drawn on a logarithmic axis
+_LIMITS = 1.96  # standard deviations: 95 % of normally distributed differences are within
 _ROW_HEIGHT = 26  # of charts with one row for each label or model
 _LETTER_WIDTH = 6.6  # of the names of the rows
 MAX_CHANNELS = 4  # of a case that are shown
@@ -49,6 +51,7 @@ ERROR_COLOURS = {"missed": "#d55e00", "added": "#0072b2", "another label": "#ffd
 
 Value = str | float | tuple[str, float | None] | None  # of a cell; (text, value to sort by)
 Interval = tuple[str, float | None, float | None, float | None]  # name, mean, low, high
+Thinned = tuple[np.ndarray, tuple[int, int]]  # a slice of a label map with fewer voxels, see `thin_out`
 Picture = dict[str, Any]  # a plane as tables.html.j2 and report.js draw it, see `OrientedImage.draw`
 
 
@@ -103,21 +106,42 @@ class Table:
     model: str = ""
     first_is_best: bool = False
 
-    def cells(self) -> Iterator[list[tuple[str, float | None, float | None]]]:
-        """Yield each row as (text, value to sort by, length of the bar)."""
+    def cells(self) -> Iterator[list[Cell]]:
+        """Yield each row."""
         for row in self.rows:
             yield [_cell(value, column) for value, column in zip(row, self.columns, strict=True)]
 
 
-def _cell(value: Value, column: Column) -> tuple[str, float | None, float | None]:
+class Cell(NamedTuple):
+    """What a cell shows.
+
+    Parameters
+    ----------
+    text : str
+        Its text.
+    value : float or None
+        The exact number that the text is of.
+    order : float or None
+        What a text is sorted by.
+    bar : float or None
+        The length of its bar, 0 to 1.
+    """
+
+    text: str
+    value: float | None = None
+    order: float | None = None
+    bar: float | None = None
+
+
+def _cell(value: Value, column: Column) -> Cell:
     if value is None:
-        return "n/a", None, None
+        return Cell("n/a")
     if isinstance(value, str):
-        return value, None, None
+        return Cell(value)
     if isinstance(value, tuple):
-        return *value, None
+        return Cell(value[0], order=value[1])
     bar = min(max(float(value), 0.0), 1.0) if column.bar else None
-    return f"{value:{column.number_format}}{column.unit}", float(value), bar
+    return Cell(f"{value:{column.number_format}}{column.unit}", float(value), bar=bar)
 
 
 def share_column(name: str) -> Column:
@@ -142,6 +166,8 @@ class Axis:
         About how many ticks are drawn.
     only_integers : bool
         Whether ticks are integers.
+    logarithmic : bool
+        Whether equal distances are equal ratios.
     """
 
     values: tuple[float, float]
@@ -149,17 +175,24 @@ class Axis:
     label: str = ""
     n_ticks: int = 0
     only_integers: bool = False
+    logarithmic: bool = False
 
     def pixel(self, value: float) -> float:
         """Return the pixel of a value; values beyond the axis are drawn at its end."""
         (low, high), (start, end) = self.values, self.pixels
-        share = (min(max(value, low), high) - low) / (high - low)
-        return round(start + share * (end - start), 1)
+        value = min(max(value, low), high)
+        if self.logarithmic:
+            low, high, value = math.log(low), math.log(high), math.log(value)
+        return round(start + (value - low) / (high - low) * (end - start), 1)
 
     @cached_property
     def ticks(self) -> list[tuple[float, str]]:
         """(pixel, text) of each tick; the texts have enough digits to differ."""
-        values = tick_values(*self.values, self.n_ticks, self.only_integers) if self.n_ticks else []
+        values: list[float] = []
+        if self.logarithmic:
+            values = log_tick_values(*self.values)
+        elif self.n_ticks:
+            values = tick_values(*self.values, self.n_ticks, self.only_integers)
         texts: list[str] = []
         for digits in range(4, 13):
             texts = [f"{value:.{digits}g}" for value in values]
@@ -210,6 +243,8 @@ class Chart:
         What stands next to the heading.
     readout : dict or None
         What report.js shows while a pointer moves over the curves.
+    legend : sequence of str
+        Names of the first colours of the palette.
     """
 
     kind: str
@@ -220,6 +255,7 @@ class Chart:
     width: int = 680
     note: str = ""
     readout: dict[str, Any] | None = None
+    legend: Sequence[str] = ()
 
 
 def plot_curves(
@@ -229,8 +265,9 @@ def plot_curves(
     y_label: str = "",
     y_range: tuple[float | None, float | None] = (None, None),
     note: str = "",
+    legend: Sequence[str] = (),
 ) -> Chart | None:
-    """Draw curves over a common axis.
+    """Draw curves over a common axis; it is logarithmic where a linear one would squeeze most values at its bottom.
 
     Parameters
     ----------
@@ -244,6 +281,8 @@ def plot_curves(
         The ends of the y axis; None follows from the values.
     note : str
         What stands next to the heading.
+    legend : sequence of str
+        Names of the first colours of the palette.
 
     Returns
     -------
@@ -255,11 +294,15 @@ def plot_curves(
     if not points:
         return None
     xs, ys = zip(*points, strict=True)
+    logarithmic = y_range[1] is None and min(ys) > 0 and float(np.median(ys)) < max(ys) / _LOG_SHARE
     low, high = (given if given is not None else end for given, end in zip(y_range, _range(ys, _MARGIN), strict=True))
+    if logarithmic:
+        low, high = (10**end for end in _range([math.log10(min(ys)), math.log10(max(ys))], _MARGIN))
     x = Axis(_range(xs), (52, 438), x_label, 6, only_integers=x_label == "epoch")
     series = [dict(zip(("name", "x", "y"), (c.name, *zip(*c.points, strict=True)), strict=True)) for c in curves]
     readout = {"x": [*x.values, *x.pixels], "label": x_label, "series": series}
-    return Chart("curves", title, x, Axis((low, high), (196, 10), y_label, 4), curves, 460, note, readout)
+    y = Axis((low, high), (196, 10), y_label, 4, logarithmic=logarithmic)
+    return Chart("curves", title, x, y, curves, 460, note, readout, legend)
 
 
 def plot_histogram(title: str, values: Sequence[float], unit: str, note: str = "") -> Chart | None:
@@ -336,6 +379,41 @@ def plot_intervals(title: str, rows: Sequence[Interval], label: str) -> Chart | 
     return Chart("intervals", title, x, y, intervals)
 
 
+def plot_agreement(title: str, volumes: Mapping[str, tuple[float, float]], unit: str, model: str) -> Chart | None:
+    """Draw the difference of two volumes of each case over their mean, with the bias and its 95 % limits of agreement.
+
+    Source: Bland and Altman, Lancet 1986.
+
+    Parameters
+    ----------
+    title : str
+        The heading.
+    volumes : mapping of str to (float, float)
+        Case -> volume in the reference and in the prediction. A case without both is left out.
+    unit : str
+        Their unit.
+    model : str
+        Whose cases they are.
+
+    Returns
+    -------
+    Chart or None
+        None below two cases.
+    """
+    known = {case: pair for case, pair in volumes.items() if any(pair)}
+    if len(known) < 2:
+        return None
+    points = [(case, (ours + theirs) / 2, ours - theirs) for case, (theirs, ours) in known.items()]
+    differences = [difference for *_, difference in points]
+    bias, spread = float(np.mean(differences)), _LIMITS * float(np.std(differences, ddof=1))
+    lines = [("no difference", 0.0), ("bias", bias), ("lower limit", bias - spread), ("upper limit", bias + spread)]
+    x = Axis(_range([mean for _, mean, _ in points], _MARGIN), (52, 438), f"mean of both ({unit})", 6)
+    heights = _range([*differences, *(height for _, height in lines)], _MARGIN)
+    y = Axis(heights, (196, 10), f"prediction - reference ({unit})", 4)
+    note = f"bias {bias:+.3g} {unit}, 95 % limits {bias - spread:+.3g} to {bias + spread:+.3g}, {len(points)} cases"
+    return Chart("agreement", title, x, y, {"points": points, "lines": lines, "model": model}, 460, note)
+
+
 def _row_axes(names: list[str], values: tuple[float, float], label: str) -> tuple[Axis, Axis]:
     """Return the axes of a chart with one row for each name, which is at the left."""
     left = 16 + _LETTER_WIDTH * min(44, max(map(len, names)))
@@ -369,12 +447,27 @@ def tick_values(low: float, high: float, about: int, only_integers: bool = False
     return [float(f"{i * step:.12g}") for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
+def log_tick_values(low: float, high: float) -> list[float]:
+    """Return the powers of ten in a range of positive numbers; in a narrow one also their 2 and 5 times.
+
+    Parameters
+    ----------
+    low, high : float
+        The ends of the range.
+    """
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    values = [float(f"{step}e{power}") for power in powers for step in ((1, 2, 5) if high < 100 * low else (1,))]
+    return [value for value in values if low <= value <= high]
+
+
 def _range(values: Sequence[float], margin: float = 0.0) -> tuple[float, float]:
     """Return the range of values with a margin, a share of it; a constant gets a range of its order of magnitude."""
     low, high = min(values), max(values)
     size = max(abs(low), abs(high))
+    if size == 0:
+        return 0.0, 1.0
     if high - low <= _MIN_RANGE * size:
-        low, high = low - (size / 2 or 0.5), high + (size / 2 or 0.5)
+        low, high = low - size / 2, high + size / 2
     return low - margin * (high - low), high + margin * (high - low)
 
 
@@ -526,17 +619,19 @@ class OrientedImage:
         Returns
         -------
         dict
-            WebP of each channel, outlines in voxels, size in voxels and mm, and the slice as it is stored.
+            WebP of each channel, outlines in voxels, size in voxels and mm, and the slice as it is stored; "errors" are
+            the outlines of each kind of error.
         """
         index, n = at[plane.normal], self.array.shape[1 + plane.normal]
         visible = zip(self.array[:channels], self.levels, strict=False)
         pixels = [to_bytes(slice_of(channel, plane, index, box), levels) for channel, levels in visible]
         pictures = [np.stack(pixels, axis=-1)] if self.colour else pixels
         height, width = pixels[0].shape
-        outlines = [
-            None if label is None else self._outlines(slice_of(label, plane, index, box), size)
+        label_slices = [
+            None if label is None else thin_out(slice_of(label, plane, index, box), size)
             for label in (reference, prediction)
         ]
+        outlines = [None if label is None else self._outlines(*label) for label in label_slices]
         return {
             "name": plane.name,
             "sides": plane.sides,
@@ -549,11 +644,20 @@ class OrientedImage:
             "images": [webp(picture, size) for picture in pictures],
             "reference": outlines[0] or [],
             "prediction": outlines[1],
+            "errors": self._errors(*label_slices),
         }
 
-    def _outlines(self, label: np.ndarray, size: int) -> list[tuple[int, str]]:
+    def _errors(self, reference: Thinned | None, prediction: Thinned | None) -> list[str]:
+        """Outline each kind of error in a slice (SVG paths in the order of `ERROR_COLOURS`)."""
+        if reference is None or prediction is None:
+            return []
+        wrong = find_errors(reference[0], prediction[0], self.labels.background)
+        if self.labels.ignore is not None:
+            wrong[reference[0] == self.labels.ignore] = 0
+        return [outline_path(wrong == kind, reference[1]) for kind in range(1, len(ERROR_COLOURS) + 1)]
+
+    def _outlines(self, label: np.ndarray, step: tuple[int, int]) -> list[tuple[int, str]]:
         """Outline the regions in a slice: (number of the region, SVG path)."""
-        label, step = thin_out(label, size)
         masks = (np.isin(label, members) for members in self.labels.region_values)
         return [(i, outline_path(mask, step)) for i, mask in enumerate(masks) if mask.any()]
 
@@ -689,7 +793,7 @@ def webp(picture: np.ndarray, size: int) -> str:
     return base64.b64encode(file.getvalue()).decode("ascii")
 
 
-def thin_out(label: np.ndarray, size: int) -> tuple[np.ndarray, tuple[int, int]]:
+def thin_out(label: np.ndarray, size: int) -> Thinned:
     """Take every n-th voxel of a label map, so that at most about `size` remain along an axis; also returns n (y, x).
 
     Parameters

@@ -44,6 +44,7 @@ _SIZES = (384, 320, 256, 192, 160, 128)  # pixels along the longer side of an ov
 _UNKNOWN_SHAPE = (64, 256, 256)  # of a case that is not in the fingerprint
 _BYTES_PER_VOXEL = 16  # in memory while a case is drawn: image, label map and prediction
 _CASE_SAMPLES = 4000  # voxels of each label and case for the histograms of intensities
+_MICROSCOPY = 0.02  # mm of a pixel, below which lengths are in um
 _IMAGE_SAMPLES = 1_000_000  # voxels for the mean and deviation of an image
 
 
@@ -80,8 +81,8 @@ class ModelResults:
         The model folder, "a+b" for an ensemble.
     run : dict
         run.json; empty for an ensemble, which has no folds either.
-    planned_memory_gb : float or None
-        Of a training step, as the plan predicts.
+    plan : Plan or None
+        What was trained; None for an ensemble.
     folds : tuple of FoldHistory
         Its trained folds.
     scores : Scores
@@ -92,7 +93,7 @@ class ModelResults:
 
     name: str
     run: dict[str, Any]
-    planned_memory_gb: float | None
+    plan: Plan | None
     folds: tuple[FoldHistory, ...]
     scores: Scores
     fold_of: dict[str, str]
@@ -107,10 +108,74 @@ class ModelResults:
         return self.scores.foreground().mean
 
     @cached_property
+    def examples(self) -> dict[str, str]:
+        """Case -> what it is an example of: the worst, the best and the median by their mean Dice."""
+        known = [row.case for row in self.worst_first if row.mean_dice is not None]
+        if not known:
+            return {}
+        return {known[len(known) // 2]: "median", known[-1]: "best"} | {known[0]: "worst"}
+
+    @cached_property
     def worst_first(self) -> tuple[CaseScore, ...]:
         """The cases by their mean Dice; those without any label come last."""
         key = {row.case: row.mean_dice for row in self.scores.rows}
         return tuple(sorted(self.scores.rows, key=lambda row: (key[row.case] is None, key[row.case] or 0.0, row.case)))
+
+
+@dataclass(frozen=True)
+class Units:
+    """The units of lengths and volumes on the page: mm and ml; for microscopy um; for pictures areas.
+
+    Parameters
+    ----------
+    length, volume : str
+        Their names.
+    per_mm, per_voxel : float
+        How many units of length a mm has, and of volume a voxel of 1 mm; without a spacing, both count voxels.
+    dimensions : int
+        2 if all images are pictures.
+    """
+
+    length: str
+    volume: str
+    per_mm: float
+    per_voxel: float
+    dimensions: int
+
+    @classmethod
+    def of(cls, geometries: Sequence[Geometry]) -> Units:
+        """Choose the units that fit the images.
+
+        Parameters
+        ----------
+        geometries : sequence of Geometry
+            Of the images.
+        """
+        dimensions = 2 if geometries and all(geometry.dimensions == 2 for geometry in geometries) else 3
+        pixels = [geometry.spacing[2] for geometry in geometries if geometry.calibrated]
+        if not pixels:
+            return cls("pixels", "pixels" if dimensions == 2 else "voxels", 1.0, 1.0, dimensions)
+        if np.median(pixels) < _MICROSCOPY:
+            return cls("µm", "µm²" if dimensions == 2 else "µm³", 1e3, 1e3**dimensions, dimensions)
+        return cls("mm", "mm²", 1.0, 1.0, 2) if dimensions == 2 else cls("mm", "ml", 1.0, 1e-3, 3)
+
+    @property
+    def size(self) -> str:
+        """What a label has: an area or a volume."""
+        return "Area" if self.dimensions == 2 else "Volume"
+
+    def volume_of(self, voxels: float, geometry: Geometry) -> float:
+        """Return the volume of some voxels, or the area of some pixels.
+
+        Parameters
+        ----------
+        voxels : float
+            Their number.
+        geometry : Geometry
+            Of their image.
+        """
+        known = self.volume not in ("pixels", "voxels")
+        return voxels * self.per_voxel * (prod(geometry.spacing[-self.dimensions :]) if known else 1)
 
 
 @dataclass
@@ -169,7 +234,7 @@ class Material:
     pictures : dict
         Case -> its pictures.
     overlays : dict
-        Model -> case -> its planes, the worst case first.
+        Model -> case -> its planes; the worst, best and median cases come first.
     """
 
     paths: Paths
@@ -182,6 +247,10 @@ class Material:
     notes: tuple[str, ...]
     pictures: dict[str, CasePictures] = field(default_factory=dict)
     overlays: dict[str, dict[str, list[Picture]]] = field(default_factory=dict)
+
+    @cached_property
+    def units(self) -> Units:
+        return Units.of([one.geometry for one in self.pictures.values() if one.geometry])
 
     @property
     def scored(self) -> list[ModelResults]:
@@ -232,12 +301,12 @@ def _read_models(paths: Paths, dataset: Dataset, notes: list[str]) -> Iterable[M
     for folder in model_folders(paths):
         try:
             plan, run = read_model(folder)
-            memory = plan.configuration(run["configuration"]).memory_gb
+            plan.configuration(run["configuration"])
         except UserError as error:
             notes.append(f"model {folder.name} is left out: {error}")
             continue
         folds = tuple(_read_fold(path) for path in sorted(folder.glob("fold_*")) if path.is_dir())
-        yield ModelResults(folder.name, run, memory, folds, *_read_scores(folder, dataset, notes))
+        yield ModelResults(folder.name, run, plan, folds, *_read_scores(folder, dataset, notes))
 
 
 def _read_fold(folder: Path) -> FoldHistory:
@@ -309,7 +378,9 @@ def draw_cases(material: Material) -> Material:
         notes.append(f"{len(problems)} of {len(cases)} cases could not be shown: {'; '.join(problems[:3])}{more}")
     for model in material.scored:
         if (n := len(overlaid[model.name])) < len(model.worst_first):
-            notes.append(f"{model.label}: pictures of the {n} worst of {len(model.worst_first)} cases")
+            notes.append(
+                f"{model.label}: pictures of the worst, best and median, {n} of {len(model.worst_first)} cases"
+            )
     return replace(material, pictures=by_case, overlays=overlaid, notes=(*material.notes, *notes))
 
 
@@ -325,7 +396,7 @@ class Overlay(NamedTuple):
     Parameters
     ----------
     rank : int
-        0 for the worst case of the model.
+        0 for the worst case of the model, then its best, its median, and the others, the worst first.
     case_id, model : str
         The case, and the model folder.
     file : Path
@@ -339,13 +410,13 @@ class Overlay(NamedTuple):
 
 
 def _choose_overlays(material: Material, voxels: Mapping[str, int], tiles: set[str]) -> list[Overlay]:
-    """Choose the worst case of each model, then the second worst of each, as far as the time to read them allows."""
-    overlays = [
-        Overlay(rank, row.case, model.name, Path(row.prediction_file))
-        for model in material.scored
-        for rank, row in enumerate(row for row in model.worst_first if row.prediction_file)
-        if row.prediction_file and row.case in voxels
-    ]
+    """Choose examples of each model, then its worst cases, as far as the time to read them allows."""
+    overlays = []
+    for model in material.scored:
+        ranks = {case_id: ("worst", "best", "median").index(what) for case_id, what in model.examples.items()}
+        rows = sorted((row for row in model.worst_first if row.case in voxels), key=lambda row: ranks.get(row.case, 3))
+        files = [(row.case, Path(row.prediction_file)) for row in rows if row.prediction_file]
+        overlays += [Overlay(rank, case_id, model.name, file) for rank, (case_id, file) in enumerate(files)]
     read, total, chosen = set(tiles), sum(voxels[case_id] for case_id in tiles), []
     for overlay in sorted(overlays, key=lambda overlay: overlay.rank):
         total += 0 if overlay.case_id in read else voxels[overlay.case_id]

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import shlex
+from collections import defaultdict
 from collections.abc import Sequence
 from datetime import datetime
 from math import prod
@@ -22,6 +24,7 @@ import nnunet_lite
 from nnunet_lite import log
 from nnunet_lite.data.problems import plural
 from nnunet_lite.evaluation.metrics import METRICS
+from nnunet_lite.evaluation.scores import CaseScore
 from nnunet_lite.evaluation.selection import Candidate
 from nnunet_lite.evaluation.statistics import Margin, Statistic
 from nnunet_lite.files import write_text
@@ -30,6 +33,9 @@ from nnunet_lite.planning.show import plan_head, plan_reasons, plan_rows, plan_t
 from nnunet_lite.reporting import figures
 from nnunet_lite.reporting.figures import Chart, Column, Curve, Table, Value, share_column
 from nnunet_lite.reporting.material import FoldHistory, Material, ModelResults, draw_cases, read_material
+from nnunet_lite.reporting.methods import CITATION, describe_methods
+from nnunet_lite.reporting.verdict import Verdict, judge_training
+from nnunet_lite.training.splits import load_splits
 from nnunet_lite.workspace import Paths
 
 PAGE = "report.html"
@@ -39,14 +45,14 @@ _VOLUME_LABELS = 12  # labels whose volumes are drawn
 _ROUNDING = 1e-4  # up to this relative difference, a quantity is equal in all cases
 _DICE_LABELS = 12  # labels with a Dice for each case
 _INTENSITY_BINS = 60
-_STATIC_CASES = 3  # of each model with pictures in the page itself, for paper and without JavaScript
+_CURVE_LABELS = 10  # labels with a curve: as many as there are colours
 _SEVERITIES = ("error", "warning", "notice")
 
 # the metrics that the page shows of a case
 _CASE_METRICS = (
     "Dice", "IoU", "reference_ml", "prediction_ml", "volume_error", "NSD", "HD95", "lesion_F1", "TP", "FP", "FN",
 )  # fmt: skip
-_LABEL_METRICS = ("Dice", "IoU", "absolute_volume_error", "lesion_F1")  # of a label, over all cases; Dice is the first
+_LABEL_METRICS = ("Dice", "NSD", "HD95", "absolute_volume_error", "lesion_F1", "IoU")  # of a label, over all cases
 
 Fact = tuple[str, str]  # what, and its value as text
 Volumes = dict[str, dict[str, float]]  # case -> region -> volume in the reference
@@ -100,8 +106,8 @@ def render_page(material: Material) -> str:
         lstrip_blocks=True,
     )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "ensure_ascii": False}
-    environment.filters |= {"page_size": _page_size, "errors": _error_outlines}
-    script, style = _read_source("report.js"), _read_source("report.css")
+    environment.filters |= {"page_size": _page_size}
+    script, style = _read_source("report.js"), _read_source("report.css") + _picture_colours()
     return environment.get_template("report.html.j2").render(
         script=Markup(script),
         style=Markup(style),
@@ -114,6 +120,11 @@ def render_page(material: Material) -> str:
         data=_data_section(material),
         plan=_plan_section(material),
         trainings=_training_section(material),
+        errors=_error_names(material),
+        size=material.units.size,
+        verdicts=verdicts(material),
+        methods=describe_methods(material),
+        citation=CITATION,
         models=_scores_section(material),
         comparison=_comparison_section(material),
         costs=_costs_section(material),
@@ -132,10 +143,49 @@ def _page_size(mm: list[float]) -> tuple[float, float]:
     return round(_PLANE_SIZE * mm[0] / max(mm), 1), round(_PLANE_SIZE * mm[1] / max(mm), 1)
 
 
-def _error_outlines(plane: dict[str, Any]) -> list[str]:
-    """Join both outlines of each region in one path; filled by the even-odd rule, it shows where they differ."""
-    reference, prediction = dict(plane["reference"]), dict(plane["prediction"])
-    return [reference.get(i, "") + prediction.get(i, "") for i in sorted({*reference, *prediction})]
+def _picture_colours() -> str:
+    """Return the colours of labels and errors on pictures as a rule of CSS."""
+    labels = [f"--c{i}: {colour};" for i, colour in enumerate(figures.LABEL_COLOURS)]
+    errors = [f"--e{i}: {colour};" for i, colour in enumerate(figures.ERROR_COLOURS.values())]
+    return f".plane svg, .swatch-on-picture {{ {' '.join(labels + errors)} }}\n"
+
+
+def _error_names(material: Material) -> list[str]:
+    """Return the kinds of errors; with one label there is no other one."""
+    return list(figures.ERROR_COLOURS)[: 3 if len(material.dataset.labels.region_names) > 1 else 2]
+
+
+def verdicts(material: Material) -> list[Verdict]:
+    """Say how the training of each model went.
+
+    Parameters
+    ----------
+    material : Material
+        From `read_material`.
+    """
+    splits = material.paths.splits
+    folds = [split.name for split in load_splits(splits)] if splits.is_file() else []
+    models = [model for model in material.trained if any(fold.rows for fold in model.folds)]
+    return [judge_training(model, material.paths, folds) for model in models]
+
+
+def _case_value(material: Material, row: CaseScore, label: str, metric: str) -> float | None:
+    """Return a metric of a case in the units of the page."""
+    values, units, unit = row.metrics[label], material.units, METRICS[metric].unit
+    if unit == "ml" and units.volume != "ml":
+        voxels, pictures = values["n_ref" if metric == "reference_ml" else "n_pred"], material.pictures.get(row.case)
+        geometry = pictures.geometry if pictures else None
+        return None if voxels is None or geometry is None else units.volume_of(voxels, geometry)
+    value = values[metric]
+    return value * units.per_mm if value is not None and unit == "length" and row.has_spacing else value
+
+
+def _heading(material: Material, metric: str) -> str:
+    """Return the heading of a metric with the unit of the page."""
+    heading, units = METRICS[metric].heading, material.units
+    if metric == "NSD":
+        return f"NSD at 1 {'px' if units.length == 'pixels' else 'mm'}"
+    return f"{heading} ({units.length})" if METRICS[metric].unit == "length" else heading.replace("ml", units.volume)
 
 
 def _interval(mean: float | None, ends: Statistic | Candidate) -> Value:
@@ -169,7 +219,11 @@ def _overview_section(material: Material) -> dict[str, Any]:
         interval = _interval(dice.mean, dice)
         ends = f", 95 % interval {interval[0]}" if isinstance(interval, tuple) else ""
         cards.append(
-            ("Dice, held-out", f"{dice.mean:.3f}", f"{material.scored[0].label}, {plural(dice.n, 'case')}{ends}")
+            (
+                "Dice, held-out",
+                f"{dice.mean:.3f}",
+                f"{material.scored[0].label}, {plural(dice.n, 'case')}, median {dice.median:.3f}{ends}",
+            )
         )
     following = "nnlite select" if material.selection is None and len(material.scored) > 1 else ""
     if not any(finished.values()):
@@ -186,8 +240,8 @@ def _data_section(material: Material) -> dict[str, Any]:
     regions = zip(labels.region_names, labels.region_values, strict=True)
     named = [f"{name} ({', '.join(map(str, values))})" for name, values in regions]
     named += [] if labels.ignore is None else [f"ignore ({labels.ignore})"]
-    unit, volumes = _volumes(material)
-    charts, constants = _spreads(material, unit, volumes)
+    volumes = _volumes(material)
+    charts, constants = _spreads(material, volumes)
     return {
         "facts": [
             ("Cases", f"{len(dataset.cases)} with a label map"),
@@ -204,7 +258,7 @@ def _data_section(material: Material) -> dict[str, Any]:
         "intensity_charts": _intensity_charts(material),
         "intensity_labels": labels.region_names[:_INTENSITY_LABELS],
         "intensity_table": _intensity_table(material),
-        "cases": _case_table(material, unit, volumes),
+        "cases": _case_table(material, volumes),
     }
 
 
@@ -217,34 +271,36 @@ def _problems(material: Material) -> list[tuple[tuple[str, ...], list[str]]]:
     return list(files.items())
 
 
-def _volumes(material: Material) -> tuple[str, Volumes]:
-    """Return the unit, and case -> region -> volume in the reference: ml, or voxels if no thickness is known."""
-    geometries = {case: pictures.geometry for case, pictures in material.pictures.items() if pictures.geometry}
-    in_ml = any(geometry.calibrated and geometry.dimensions == 3 for geometry in geometries.values())
+def _volumes(material: Material) -> Volumes:
+    """Return case -> region -> volume in the reference."""
     voxels = {case: pictures.voxels for case, pictures in material.pictures.items() if pictures.voxels}
     for model in material.scored:
         for row in model.scores.rows:
             voxels.setdefault(row.case, {name: int(values["n_ref"] or 0) for name, values in row.metrics.items()})
-    return "ml" if in_ml else "voxels", {
-        case: {name: n * (prod(geometries[case].spacing) / 1000 if in_ml else 1) for name, n in regions.items()}
+    geometries = {case: pictures.geometry for case, pictures in material.pictures.items() if pictures.geometry}
+    return {
+        case: {name: material.units.volume_of(n, geometries[case]) for name, n in regions.items()}
         for case, regions in voxels.items()
         if case in geometries
     }
 
 
-def _spreads(material: Material, volume_unit: str, volumes: Volumes) -> tuple[list[Chart], list[Fact]]:
+def _spreads(material: Material, volumes: Volumes) -> tuple[list[Chart], list[Fact]]:
     """Draw histograms of sizes, spacings and volumes; a quantity that is equal in all cases is a fact."""
     geometries = [pictures.geometry for pictures in material.pictures.values() if pictures.geometry]
-    flat = all(geometry.dimensions == 2 for geometry in geometries)
-    axes, unit = list(enumerate("zyx"))[1 if flat else 0 :], "pixels" if flat else "voxels"
+    units = material.units
+    axes, unit = list(enumerate("zyx"))[-units.dimensions :], "pixels" if units.dimensions == 2 else "voxels"
     quantities: list[tuple[str, Sequence[float], str, str]] = []
     quantities += [(f"Size along {axis}", [g.shape[i] for g in geometries], unit, "") for i, axis in axes]
     if any(geometry.calibrated for geometry in geometries):
-        quantities += [(f"Spacing along {axis}", [g.spacing[i] for g in geometries], "mm", "") for i, axis in axes]
+        quantities += [
+            (f"Spacing along {axis}", [g.spacing[i] * units.per_mm for g in geometries], units.length, "")
+            for i, axis in axes
+        ]
     for name in material.dataset.labels.region_names[:_VOLUME_LABELS]:
         present = [regions[name] for regions in volumes.values() if regions[name]]
         note = f"; in {len(present)} of {len(volumes)} cases" if len(present) < len(volumes) else ""
-        quantities.append((f"Volume of {name}", present, volume_unit, note))
+        quantities.append((f"{units.size} of {name}", present, units.volume, note))
     charts, facts = [], []
     for title, values, unit, note in quantities:
         if not values:
@@ -297,19 +353,25 @@ def _intensity_charts(material: Material) -> list[Chart]:
     return charts
 
 
-def _case_table(material: Material, unit: str, volumes: Volumes) -> Table:
+def _case_table(material: Material, volumes: Volumes) -> Table:
     """Return every case with its size and the volumes of its labels."""
-    names = material.dataset.labels.region_names
+    names, units = material.dataset.labels.region_names, material.units
+    is_calibrated, axes = units.length != "pixels", ", ".join("zyx"[-units.dimensions :])
     rows: list[list[Value]] = []
     for case in material.dataset.cases:
         place = material.pictures[case.id].geometry
-        size: Value = "not read" if place is None else (_times(place.shape), float(prod(place.shape)))
+        size: Value = "not read"
         spacing: Value = None
+        if place is not None:
+            size = _times(place.shape[-units.dimensions :]), float(prod(place.shape))
         if place is not None and place.calibrated:
-            spacing = _times(place.spacing, ".4g"), float(prod(place.spacing))
-        rows.append([case.id, size, spacing, *(volumes.get(case.id, {}).get(name) for name in names)])
-    columns = [Column("Case"), Column("size (z, y, x)", "d"), Column("spacing (mm)", "g")]
-    columns += [Column(f"{name} ({unit})", ".4g") for name in names]
+            lengths = [length * units.per_mm for length in place.spacing[-units.dimensions :]]
+            spacing = _times(lengths, ".4g"), float(prod(lengths))
+        sizes = [size, spacing] if is_calibrated else [size]
+        rows.append([case.id, *sizes, *(volumes.get(case.id, {}).get(name) for name in names)])
+    columns = [Column("Case"), Column(f"size ({axes})", "d")]
+    columns += [Column(f"spacing ({units.length})", "g")] if is_calibrated else []
+    columns += [Column(f"{name} ({units.volume})", ".4g") for name in names]
     return Table(f"All {len(rows)} cases", columns, rows, sorted_by=0)
 
 
@@ -359,9 +421,29 @@ def _training_charts(folds: list[FoldHistory]) -> list[Chart]:
             for i, fold in enumerate(folds)
             for key, what, style in keys
         ]
-        if chart := figures.plot_curves(title, curves, "epoch", "", limits, note):
-            charts.append(chart)
-    return charts
+        charts.append(figures.plot_curves(title, curves, "epoch", "", limits, note))
+    charts.insert(2, _label_curves(folds))
+    return [chart for chart in charts if chart]
+
+
+def _label_curves(folds: list[FoldHistory]) -> Chart | None:
+    """Draw the Dice of held-out patches of each label, a mean over the folds; of many labels, those that end lowest."""
+    values: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in (row for fold in folds for row in fold.rows):
+        for name, dice in row.get("dice", {}).items():
+            if dice is not None:
+                values[name][row["epoch"]].append(dice)
+    points = {
+        name: [(epoch, float(np.mean(dice))) for epoch, dice in sorted(of.items())] for name, of in values.items()
+    }
+    if len(points) < 2:
+        return None
+    names = sorted(points, key=lambda name: points[name][-1][1])[:_CURVE_LABELS]
+    names = [name for name in points if name in names]  # in the order of the labels
+    curves = [Curve(name, points[name], i) for i, name in enumerate(names)]
+    notes = ["mean of the folds"] if len(folds) > 1 else []
+    notes += [f"the {len(names)} lowest of {len(points)} labels"] if len(names) < len(points) else []
+    return figures.plot_curves("Dice by label", curves, "epoch", "", (0, 1), ", ".join(notes), names)
 
 
 def _costs_section(material: Material) -> Table:
@@ -372,7 +454,8 @@ def _costs_section(material: Material) -> Table:
         medians = [float(np.median([row[key] for row in fold.rows])) for key in keys]
         epochs, arithmetic = fold.rows[-1]["epoch"], fold.state.get("arithmetic", {})
         time = (f"{epochs}{'' if fold.state else ' so far'}", float(epochs)), (log.duration(fold.seconds), fold.seconds)
-        memory = max(row["memory_gb"] for row in fold.rows), model.planned_memory_gb
+        planned = model.plan.configuration(model.run["configuration"]).memory_gb if model.plan else None
+        memory = max(row["memory_gb"] for row in fold.rows), planned
         device = f"{fold.state.get('device', '')} {arithmetic.get('precision', '')}".strip()
         rows.append([model.name, fold.name, *time, *medians, *memory, device])
     columns = (
@@ -387,31 +470,78 @@ def _costs_section(material: Material) -> Table:
 
 
 def _scores_section(material: Material) -> list[dict[str, Any]]:
-    """Return for each model its scores by label, all its held-out cases, and pictures of the worst ones."""
+    """Return for each model its scores by label, all its held-out cases, and pictures of some of them."""
     sections = []
     for model in material.scored:
-        name, rows, worst = model.name, model.worst_first, list(material.overlays[model.name].items())[:_STATIC_CASES]
+        name, rows, pictures = model.name, model.worst_first, material.overlays[model.name]
         labels = _hardest_labels(model)
         dice = {row.case: [row.metrics[label]["Dice"] for label in labels] for row in rows}
         means = {row.case: row.mean_dice for row in rows}
         dots = [(label, [(case, values[i]) for case, values in dice.items()]) for i, label in enumerate(labels)]
-        columns = (Column("Case"), Column("fold"), share_column("mean Dice"), *map(share_column, labels))
-        cells = [[row.case, model.fold_of[row.case], means[row.case], *dice[row.case]] for row in rows]
+        surfaces = [metric for metric in ("NSD", "HD95") if metric in _measured(material, model)]
+        columns = [Column("Case"), Column("fold"), share_column("mean Dice")]
+        columns += [_metric_column(material, metric, "mean") for metric in surfaces]
+        columns += map(share_column, labels)
+        cells = [
+            [row.case, model.fold_of[row.case], means[row.case], *(_label_mean(material, row, m) for m in surfaces),
+             *dice[row.case]]
+            for row in rows
+        ]  # fmt: skip
         caption = f"Held-out cases of {model.label}, worst first"
+        examples = [
+            (case, what) for what in ("worst", "median", "best") for case, of in model.examples.items() if of == what
+        ]
         sections.append(
             {
                 "name": name,
                 "label": model.label,
                 "cases": plural(len(rows), "held-out case"),
                 "folds": sorted(set(model.fold_of.values())),
-                "by_label": _label_table(model),
+                "by_label": _label_table(material, model),
                 "chart": figures.plot_dots(f"Dice of each case by label, {model.label}", dots, name),
                 "omitted_labels": len(model.scores.labels.region_names) - len(labels),
+                "agreement": _agreement_charts(material, model, labels),
                 "table": Table(caption, columns, cells, sorted_by=2, model=name),
-                "worst": [(case, means[case], planes) for case, planes in worst],
+                "examples": [
+                    (case, what, means[case], pictures[case], _view_command(material, case, model))
+                    for case, what in examples
+                    if case in pictures
+                ],
             }
         )
     return sections
+
+
+def _measured(material: Material, model: ModelResults) -> list[str]:
+    """Return the metrics of a label that a case has; NSD at 1 mm says nothing about microscopy."""
+    known = [name for name in _LABEL_METRICS if np.isfinite(model.scores.values(name)).any()]
+    return [name for name in known if name != "NSD" or material.units.length != "µm"]
+
+
+def _label_mean(material: Material, row: CaseScore, metric: str) -> float | None:
+    """Return the mean of a metric over the labels of a case."""
+    values = [_case_value(material, row, label, metric) for label in row.metrics]
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _agreement_charts(material: Material, model: ModelResults, labels: Sequence[str]) -> list[Chart]:
+    """Draw for each label how the volumes of the predictions agree with those of the references."""
+    charts = []
+    for label in labels:
+        pairs = {
+            row.case: tuple(_case_value(material, row, label, name) for name in ("reference_ml", "prediction_ml"))
+            for row in model.scores.rows
+        }
+        volumes = {case: (a, b) for case, (a, b) in pairs.items() if a is not None and b is not None}
+        title = f"{material.units.size} of {label}, {model.label}"
+        charts.append(figures.plot_agreement(title, volumes, material.units.volume, model.name))
+    return [chart for chart in charts if chart]
+
+
+def _view_command(material: Material, case: str, model: ModelResults) -> str:
+    """Return the command that shows a case with the prediction of a model."""
+    return shlex.join(["nnlite", "view", case, "-m", model.name]) + material.paths.option
 
 
 def _hardest_labels(model: ModelResults) -> list[str]:
@@ -423,20 +553,26 @@ def _hardest_labels(model: ModelResults) -> list[str]:
     return names
 
 
-def _label_table(model: ModelResults) -> Table:
-    """Return one row for each label, then the mean over them."""
-    metrics = [METRICS[name] for name in _LABEL_METRICS]
-    summaries = [{**model.scores.by_label(m.name), "all labels": model.scores.foreground(m.name)} for m in metrics]
-    rows: list[list[Value]] = []
-    for name, dice in summaries[0].items():
-        others = [summary[name].mean for summary in summaries[1:]]
-        rows.append([name, dice.n, dice.mean, _interval(dice.mean, dice), dice.median, *others])
-    columns = [Column("Label"), Column("cases", "d"), share_column("mean Dice"), Column("95 % interval", "g")]
-    columns += [
-        share_column("median"),
-        *(Column(m.heading, m.number_format, bar=m.better == "higher") for m in metrics[1:]),
-    ]
+def _label_table(material: Material, model: ModelResults) -> Table:
+    """Return one row for each label with means and medians, then those over all labels."""
+    scores, columns = model.scores, [Column("Label"), Column("cases", "d")]
+    dice = {**scores.by_label(), "all labels": scores.foreground()}
+    rows: list[list[Value]] = [[label, one.n] for label, one in dice.items()]
+    for name in _measured(material, model):
+        scale = material.units.per_mm if METRICS[name].unit == "length" else 1.0
+        for row, one in zip(rows, [*scores.by_label(name).values(), scores.foreground(name)], strict=True):
+            row += [None if value is None else value * scale for value in (one.mean, one.median)]
+        columns += [_metric_column(material, name, what) for what in ("mean", "median")]
+    for row, one in zip(rows, dice.values(), strict=True):
+        row.insert(4, _interval(one.mean, one))
+    columns.insert(4, Column("95 % interval", "g"))
     return Table("Scores of held-out cases, by label", columns, rows)
+
+
+def _metric_column(material: Material, metric: str, what: str) -> Column:
+    """Return the column of a mean or median of a metric."""
+    name = f"{what} {_heading(material, metric)}"
+    return share_column(name) if METRICS[metric].better == "higher" else Column(name, METRICS[metric].number_format)
 
 
 def _page_data(material: Material) -> dict[str, Any]:
@@ -445,16 +581,21 @@ def _page_data(material: Material) -> dict[str, Any]:
     models = {}
     for model in material.scored:
         scores = {
-            row.case: [[row.metrics[name][metric] for metric in _CASE_METRICS] for name in names]
+            row.case: [[_case_value(material, row, name, metric) for metric in _CASE_METRICS] for name in names]
             for row in model.worst_first
         }
         models[model.name] = {
-            "label": model.label, "fold": model.fold_of, "scores": scores, "pictures": material.overlays[model.name]
-        }  # fmt: skip
+            "label": model.label,
+            "fold": model.fold_of,
+            "scores": scores,
+            "pictures": material.overlays[model.name],
+            "view": {case: _view_command(material, case, model) for case in scores},
+        }
     return {
         "labels": list(names),
         "channels": [channel.name for channel in material.plan.channels],
-        "measures": [METRICS[metric].heading for metric in _CASE_METRICS],
+        "errors": _error_names(material),
+        "measures": [_heading(material, metric) for metric in _CASE_METRICS],
         "formats": [METRICS[metric].number_format for metric in _CASE_METRICS],
         "models": models,
     }

@@ -44,7 +44,8 @@ function nextTheme() {
 
 function keyOf(row, column) {
   const cell = row.cells[column];
-  return cell.dataset.value === undefined ? cell.textContent.trim() : Number(cell.dataset.value);
+  const number = cell.dataset.value ?? cell.dataset.order;
+  return number === undefined ? cell.textContent.trim() : Number(number);
 }
 
 const NAMES = new Intl.Collator("en", { numeric: true });
@@ -185,13 +186,7 @@ function planeFigure(plane) {
     viewBox: `0 0 ${wide} ${high}`, role: "img", "aria-label": `${plane.name} plane`,
     width: wide * scale, height: high * scale,
   }, voxels);
-  const reference = new Map(plane.reference), prediction = new Map(plane.prediction);
-  if (shown.errors) {
-    // inside one outline and not the other: the even-odd rule on both
-    const labels = new Set([...reference.keys(), ...prediction.keys()]);
-    voxels.append(draw("g", { class: "errors" }, ...[...labels].map((label) =>
-      draw("path", { class: "error", d: (reference.get(label) ?? "") + (prediction.get(label) ?? "") }))));
-  }
+  if (shown.errors) voxels.append(...plane.errors.map((d, kind) => draw("path", { class: `error e${kind}`, d })));
   for (const side of ["reference", "prediction"]) {
     if (!shown[side]) continue;
     for (const [label, d] of plane[side]) voxels.append(draw("path", { class: `${side} c${label % 10}`, d }));
@@ -221,7 +216,8 @@ function fillCase() {
     toggle("Esc", "Close", () => dialog.close()));
   const about = make("p", { class: "quiet" },
     `${model.label}, held out in fold ${model.fold[shown.case]}, mean Dice ${mean}`);
-  dialog.replaceChildren(top, about);
+  const view = make("code", { class: "command" }, model.view[shown.case]);
+  dialog.replaceChildren(top, about, make("p", {}, view, copyButton(view)));
   if (planes) {
     const channels = planes[0].images.length;
     const toggles = ["reference", "prediction", "errors"].map((what) =>
@@ -241,9 +237,11 @@ function fillCase() {
 }
 
 function legend() {
-  const items = data().labels.map((label, i) => make("li", {}, make("i", { class: `swatch c${i % 10}` }), label));
-  return make("ul", { class: "legend swatch-on-picture" }, ...items,
-    make("li", { class: "quiet" }, "solid: reference, dashed: prediction, red: where they differ"));
+  const item = (name, kind) => make("li", {}, make("i", { class: `swatch ${kind}` }), name);
+  return make("ul", { class: "legend swatch-on-picture" },
+    ...data().labels.map((name, i) => item(name, `c${i % 10}`)),
+    make("li", { class: "quiet" }, "solid: reference, dashed: prediction"),
+    ...data().errors.map((name, i) => item(name, `full e${i}`)));
 }
 
 function flip(what) {
@@ -333,6 +331,102 @@ function readOff(figure, svg) {
   svg.addEventListener("pointerleave", () => { cursor.remove(); readout.remove(); });
 }
 
+// ------------------------------------------------------------------------------------- copies, downloads and printing
+
+function small(kind, text, act) {
+  const button = make("button", { type: "button", class: kind }, text);
+  button.addEventListener("click", (event) => { event.stopPropagation(); act(button); });
+  return button;
+}
+
+function copyButton(element) {
+  return small("copy", "Copy", async (button) => {
+    const text = element.innerText;
+    try {
+      await navigator.clipboard.writeText(text);
+    } catch { // a page from disk may not be allowed to
+      getSelection().selectAllChildren(element);
+      document.execCommand("copy");
+    }
+    button.textContent = "Copied";
+    setTimeout(() => { button.textContent = "Copy"; }, 1500);
+  });
+}
+
+function save(blob, title, ending) {
+  const name = `${document.title.split(" ")[0]} ${title}`.replace(/[^\p{L}\p{N}_.+-]+/gu, "-");
+  const link = make("a", { href: URL.createObjectURL(blob), download: `${name}.${ending}` });
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+}
+
+// Numbers as exact as they are known, in the order of the page; what is n/a is empty.
+function toCsv(table) {
+  const written = (cell) => (cell.textContent.trim() === "n/a" ? "" : cell.dataset.value ?? cell.textContent.trim());
+  const quoted = (text) => (/[",\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
+  const lines = [...table.rows].map((row) => [...row.cells].map((cell) => quoted(written(cell))).join(","));
+  return new Blob([`\ufeff${lines.join("\n")}\n`], { type: "text/csv" });
+}
+
+const STYLES = ["fill", "fill-opacity", "fill-rule", "stroke", "stroke-width", "stroke-dasharray", "opacity", "font-size",
+  "font-family", "vector-effect"];
+
+// An SVG that needs no style sheet: the title, the drawing of a figure and a legend of its curves.
+function wholeDrawing(figure) {
+  const svg = $("svg", figure), copy = svg.cloneNode(true), box = svg.viewBox.baseVal;
+  const originals = [svg, ...all("*", svg)];
+  [copy, ...all("*", copy)].forEach((element, i) => {
+    const style = getComputedStyle(originals[i]);
+    for (const name of STYLES) element.style[name] = style.getPropertyValue(name);
+  });
+  const page = getComputedStyle(document.body), width = svg.classList.contains("plot") ? box.width : 600;
+  const height = (box.height / box.width) * width;
+  const curves = all(".line title", svg).map((title) => [title.textContent, getComputedStyle(title.parentElement)]);
+  const total = 26 + height + 18 * curves.length + 6;
+  const text = (x, y, content) => draw("text", { x, y, fill: page.color, "font-family": page.fontFamily, "font-size": 12 }, content);
+  for (const [name, value] of Object.entries({ x: 0, y: 24, width, height })) copy.setAttribute(name, value);
+  const legend = curves.flatMap(([name, style], i) => {
+    const y = 24 + height + 18 * i + 9;
+    const line = { d: `M16 ${y}h24`, stroke: style.color, "stroke-width": 2, "stroke-dasharray": style.strokeDasharray };
+    return [draw("path", line), text(48, y + 4, name)];
+  });
+  const parts = [...$("figcaption", figure).childNodes].filter((node) => node.nodeName !== "BUTTON");
+  const title = parts.map((node) => node.textContent).join("").trim();
+  return [draw("svg", { viewBox: `0 0 ${width} ${total}`, width: 2 * width, height: 2 * total },
+    draw("rect", { width, height: total, fill: page.backgroundColor }), text(8, 16, title), copy, ...legend), title];
+}
+
+function savePicture(figure) {
+  const [svg, title] = wholeDrawing(figure);
+  const image = new Image();
+  image.onload = () => {
+    const canvas = make("canvas", { width: image.naturalWidth, height: image.naturalHeight });
+    canvas.getContext("2d").drawImage(image, 0, 0);
+    canvas.toBlob((blob) => save(blob, title, "png"));
+  };
+  image.src = `data:image/svg+xml;charset=utf-8,${encodeURIComponent(new XMLSerializer().serializeToString(svg))}`;
+}
+
+function prepareDownloads() {
+  for (const element of all("[data-copy]")) element.after(copyButton(element));
+  for (const table of all("table.sortable")) {
+    const caption = table.caption.textContent;
+    table.parentElement.before(small("download", "CSV", () => save(toCsv(table), caption, "csv")));
+  }
+  for (const figure of all("figure")) {
+    $("figcaption", figure).append(small("download", "PNG", () => savePicture(figure)));
+  }
+}
+
+function preparePrinting() {
+  let opened = [];
+  addEventListener("beforeprint", () => {
+    opened = all("details:not([open])");
+    for (const details of opened) details.open = true;
+  });
+  addEventListener("afterprint", () => { for (const details of opened) details.open = false; });
+}
+
 // -------------------------------------------------------------------------------------------------------- the contents
 
 function followSections() {
@@ -354,5 +448,7 @@ document.addEventListener("keydown", pressed);
 prepareTables();
 prepareTabs();
 prepareCases();
+prepareDownloads();
+preparePrinting();
 for (const svg of all("svg[data-curves]")) readOff(svg.closest("figure"), svg);
 followSections();
