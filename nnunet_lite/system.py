@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -31,6 +32,7 @@ except ImportError:  # Windows
 
 # -------------------------------------------------------------------------------------------------- streams and signals
 
+_BEGIN = time.monotonic()  # this module is imported first
 INTERRUPTED = 130  # the exit code that shells give a process that SIGINT ended
 
 temporary_paths: set[Path] = set()  # files and folders to delete when a signal ends this process, see files.py
@@ -180,6 +182,11 @@ def free_memory() -> int:
         if address_space != psutil.RLIM_INFINITY:
             limits.append(address_space - process.memory_info().vms)
     return max(0, min(limits))
+
+
+def process_age() -> float:
+    """Return the seconds since this process began, if it is `nnlite`; otherwise 0."""
+    return time.monotonic() - _BEGIN if is_command else 0.0
 
 
 def peak_memory() -> int:

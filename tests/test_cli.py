@@ -168,7 +168,7 @@ def test_mistakes_in_arguments_are_reported_before_torch_is_imported(tiny_worksp
         "train 3d_fullres 0 --set optimizer.ls=1": "optimizer.ls",
         "train 3d_fullres 0 -w nowhere": "no dataset is planned",
         "run nothing": "there is no dataset 'nothing'",
-        "predict -i nothing -o out": "there is no such file or folder",
+        "predict -i nothing -o out -w nowhere": "no dataset is planned",
         "predict -i . -o out -m nothing": "is no model folder",
         "select -w nowhere": "no dataset is planned",
         "train": "3d_fullres ",

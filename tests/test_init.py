@@ -72,6 +72,8 @@ def test_the_printed_command_plans_the_dataset(command: Command, tmp_path: Path,
     make, given, channels, labels = KINDS[kind]
     make(tmp_path / kind)
     before = sorted((tmp_path / kind).rglob("*"))
+    code, _, err = command("init", f"{kind}s{given}", cwd=tmp_path)
+    assert code == 2 and (given or f"Did you mean {tmp_path / kind}?" in err)
     code, out, err = command("init", f"{kind}{given}", cwd=tmp_path)
     assert (code, err) == (0, "") and sorted((tmp_path / kind).rglob("*")) == before, "nothing is written to the data"
     lines = dict(line.split(maxsplit=1) for line in out.splitlines()[1:])
@@ -139,6 +141,18 @@ def test_masks_next_to_images_are_left_out_by_predict_and_compared_by_evaluate(t
     save_arrays(tmp_path / "out", {f"Zelle {i}.tif": blocks([1] * 9).astype(np.uint8) for i in CASES})
     scores = nnunet_lite.evaluate(tmp_path / "out", tmp_path / "data")
     assert scores.foreground().mean == 1
+
+
+def test_folders_of_patients_are_predicted_and_evaluated(tmp_path: Path) -> None:
+    """The masks in them are no images, and channels have the names that `nnlite init` gave them."""
+    patients(tmp_path / "data")
+    found = find_cases([tmp_path / "data"], 2, ["t1", "T2"])
+    assert [[path.name for path in case.images] for case in found] == [["t1.nii.gz", "t2.nii.gz"]] * 6
+    with pytest.raises(UserError, match=r"holds 3 images \(seg\.nii\.gz, which looks like a mask, t1\.nii\.gz, t2"):
+        find_cases([tmp_path / "data"], 2, ["CT", "PET"])
+    save_arrays(tmp_path / "out", {f"P{i}.nii.gz": blocks([1, 4]) for i in CASES})
+    scores = nnunet_lite.evaluate(tmp_path / "out", tmp_path / "data")
+    assert scores.foreground().mean == 1 and len(scores.rows) == 6
 
 
 def test_numbered_pictures_of_three_colours_are_cases(tmp_path: Path) -> None:
@@ -223,7 +237,7 @@ def test_other_commands_point_to_it(command: Command, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (lambda root: shutil.rmtree(root), "there is no such folder or file"),
+        (lambda root: shutil.rmtree(root), "there is no such file or folder"),
         (lambda root: [save_arrays(root, {f"P{i}/seg.nii.gz": blocks([])}) for i in CASES], "anything but zeros"),
         (
             lambda root: save_arrays(root, {f"P1/{name}_mask.nii.gz": blocks([1]) for name in ("seg", "label")}),

@@ -170,7 +170,7 @@ def test_volume_errors_do_not_cancel() -> None:
     reference[0, 0, :4] = small[0, 0, :2] = large[0, 0, :6] = 1
     scores = scores_of([(small, reference), (large, reference)], Labels(names={"lesion": 1}))
     cells = dict(zip(scores.lines()[0], scores.lines()[1], strict=True))
-    assert cells["abs. volume error"] == "0.5000" and "volume error" not in cells
+    assert cells["abs. volume error"] == "50.0%" and "volume error" not in cells
     summary = scores.to_json()
     mean = summary["mean"]["1"]
     assert (mean["absolute_volume_error"], mean["volume_error"]) == (0.5, 0.0), "the second is the bias"

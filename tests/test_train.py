@@ -13,12 +13,14 @@ from samples import TINIEST
 import nnunet_lite
 from nnunet_lite.commands import train as commands
 from nnunet_lite.commands.train import fold_names
+from nnunet_lite.commands.training_run import plan_runs
 from nnunet_lite.errors import Busy, UserError
 from nnunet_lite.evaluation.scores import Scores
 from nnunet_lite.files import read_json, write_json
-from nnunet_lite.models.folder import lock_fold
+from nnunet_lite.models.folder import CHECKPOINT, lock_fold, read_weights_header
 from nnunet_lite.networks.unet import UNet
 from nnunet_lite.planning.schema import Plan
+from nnunet_lite.settings import load_settings
 from nnunet_lite.workspace import planned_paths
 
 SETTINGS = TINIEST | {"training.patch_size": [16, 16, 16], "training.epochs": 1, "training.iterations": 1}
@@ -158,11 +160,11 @@ def test_all_folds_are_looked_at_before_the_first_is_trained(workspace: Path) ->
 def test_what_the_settings_change_of_the_plan_is_reported(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
     train(workspace, 0, name="changed", settings={"training.batch_size": 3, "network.norm": "batch"})
     changes = (
-        "3d_fullres, changed against the plan by the settings: patch_size [40, 56, 40] -> [16, 16, 16]; "
-        "batch_size 2 -> 3; features [32, 64, 128, 256] -> [2, 4, 4]; strides "
+        "3d_fullres, the settings: patch 16x16x16 instead of 40x56x40, batch 3 instead of 2, "
+        "features [2, 4, 4] instead of [32, 64, 128, 256], strides "
     )
     said = capfd.readouterr().err
-    assert changes in said and "; norm instance -> batch\n" in said
+    assert changes in said and ", norm batch instead of instance\n" in said
 
 
 def test_a_run_resumes_where_only_the_explanations_of_the_plan_changed(workspace: Path, models: Path) -> None:
@@ -201,3 +203,28 @@ def test_labels_are_renamed_under_models(workspace: Path, models: Path, hippocam
     plan = Plan.read(models / "3d_fullres-default" / "plans.json")
     assert plan.labels.region_names == ("front", "Posterior")
     assert nnunet_lite.select(**nnlite).folds == ("0", "1", "2")
+
+
+def test_the_start_of_the_process_counts_as_time_but_leaves_some_to_train(
+    workspace: Path, models: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    paths = planned_paths(workspace)
+    changes = {**SETTINGS, "training.epochs": 1000, "training.time_limit": 0.1, "training.limit_validation": False}
+    (run,) = plan_runs(paths, load_settings("default", changes), ["3d_fullres"], ["2"], name="timed", device="cpu")
+    commands.train_and_validate(run, start=1e6)
+    state = read_weights_header(models / "timed" / "fold_2" / CHECKPOINT)
+    assert state["seconds"] == pytest.approx(6, rel=0.5) and 0 < state["epoch"] < 1000
+    assert " cases for 6.0 s in " in capfd.readouterr().err
+
+
+def test_a_fold_that_ends_before_its_first_step_leaves_no_folder(workspace: Path, models: Path) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    for fold, name in ((2, "3d_fullres-default"), (0, "new")):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(commands, "preprocess_dataset", interrupt)
+            train(workspace, fold, name=name)
+        assert not (models / name / f"fold_{fold}").exists()
+    assert sorted(path.name for path in models.iterdir()) == ["3d_fullres-default"]
+    assert sorted(path.name for path in (models / "3d_fullres-default").glob("fold_*")) == ["fold_0", "fold_1"]

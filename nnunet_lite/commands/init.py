@@ -18,7 +18,7 @@ from nnunet_lite.data.dicom import require_dicom
 from nnunet_lite.data.discovery import NO_IMAGE, NO_MASK, Discovery, cases_by_name, cases_in_table, files_below
 from nnunet_lite.data.names import PICTURES
 from nnunet_lite.data.problems import few, plural
-from nnunet_lite.errors import UserError
+from nnunet_lite.errors import UserError, no_such_file
 from nnunet_lite.files import read_json, write_json
 from nnunet_lite.workspace import RAW, workspace_folder
 
@@ -90,7 +90,7 @@ def init(
     root = Path(output).expanduser().absolute() if output else place / RAW / name
     then = f"nnlite plan {_for_shell(root)}" + (f" -w {_for_shell(place)}" if workspace else "")
     if not source.exists():
-        raise UserError("there is no such folder or file", source)
+        raise no_such_file(source)
     if source.is_file() and source.suffix.lower() not in (".csv", ".tsv", ".txt"):
         raise UserError("is no folder and no CSV file", source, f"Run `nnlite init {_for_shell(source.parent)}`.")
     table = root / "dataset.json"

@@ -252,7 +252,7 @@ def predict(
     else:
         with as_model_folder(folders[0], checkpoint) as folder:
             plan, used = read_model(folder)[0], folds or trained_folds(folder)
-    cases = find_cases(sources, len(plan.channels))
+    cases = find_cases(sources, len(plan.channels), [channel.name for channel in plan.channels])
     check_output(sources, cases, out, plan.labels, dicom_seg)
     cases = sorted(cases, key=lambda case: case.id)[part_id::num_parts] if num_parts > 1 else cases
     if unknown := sorted(rules.keys() - set(plan.labels.region_names)):

@@ -17,9 +17,9 @@ from pathlib import Path
 from nnunet_lite import log
 from nnunet_lite.data.dicom import ENDINGS, is_series, series_folders
 from nnunet_lite.data.images import is_image, read_geometry
-from nnunet_lite.data.names import SUPPORTED, ending_of, header_of, stem, suffix_of
+from nnunet_lite.data.names import SUPPORTED, ending_of, has_label_word, header_of, stem, suffix_of
 from nnunet_lite.data.problems import few, plural
-from nnunet_lite.errors import UserError
+from nnunet_lite.errors import UserError, no_such_file
 from nnunet_lite.workspace import IMAGE_FOLDERS
 
 LABEL_FOLDERS = ("labelstr", "labels", "label", "masks", "mask", "segmentations", "segmentation")
@@ -132,7 +132,7 @@ def unsupported_files(folder: Path, name: str = "") -> str:
 # ----------------------------------------------------------------------------------------------------- cases to predict
 
 
-def find_cases(sources: Sequence[Path], channels: int) -> list[Case]:
+def find_cases(sources: Sequence[Path], channels: int, names: Sequence[str] = ()) -> list[Case]:
     """Find the cases to predict in files, folders of files, and folders of case folders.
 
     A file is an image, one of several channel files, or a file of a DICOM series. A folder contains any mix of
@@ -144,6 +144,8 @@ def find_cases(sources: Sequence[Path], channels: int) -> list[Case]:
         The files and folders.
     channels : int
         Number of channels of the model.
+    names : sequence of str
+        Names of these channels, by which the images in a case folder are found.
 
     Returns
     -------
@@ -157,7 +159,7 @@ def find_cases(sources: Sequence[Path], channels: int) -> list[Case]:
     """
     cases: dict[str, Case] = {}
     for source in sources:
-        for case in _cases_of(source, channels):
+        for case in _cases_of(source, channels, names):
             other = cases.setdefault(case.id, case)
             if set(other.images) != set(case.images):
                 files = f"{other.images[0]} and {case.images[0]}"
@@ -166,17 +168,17 @@ def find_cases(sources: Sequence[Path], channels: int) -> list[Case]:
     return list(cases.values())
 
 
-def _cases_of(source: Path, channels: int) -> list[Case]:
+def _cases_of(source: Path, channels: int, names: Sequence[str]) -> list[Case]:
     if source.is_file():
         return _cases_of_file(source, channels)
     if not source.is_dir():
-        raise UserError("there is no such file or folder", source)
+        raise no_such_file(source)
     if cases := _cases_of_folder(source, channels):
         others = [] if cases[0].images == (source,) else folders_in(source)
         if series := [path.name for path in others if series_folders(path)]:
             log.warn(f"{source}: the DICOM series in {few(series)} are not read, since the folder holds images too")
     else:
-        cases = _case_folders(source, channels)
+        cases = _case_folders(source, channels, names)
     if not cases:
         inside = "; nor do the folders inside it" if any(path.is_dir() for path in source.iterdir()) else ""
         what = f"holds no image of a supported format{unsupported_files(source)}{inside}"
@@ -219,19 +221,25 @@ def _cases_of_folder(folder: Path, channels: int) -> list[Case]:
     return group_files(files, channels)
 
 
-def _case_folders(parent: Path, channels: int) -> list[Case]:
+def _case_folders(parent: Path, channels: int, channel_names: Sequence[str]) -> list[Case]:
     """Return one case per folder. Folders of DICOM series may be numbered `_0000`, `_0001`, ... as files are.
 
     A series may be at a deeper level (patient/study/series). The case has the name of the first folder; if that folder
     contains several series, each is a case with the whole path as its name.
     """
-    series, cases, empty = [], [], []
+    series, cases, empty, maps = [], [], [], []
     for folder in folders_in(parent):
         found = _cases_of_folder(folder, channels)
         if len(found) > 1:
-            names = few([case.images[0].name for case in found])
-            fix = "Give the folder of the images itself, or one folder per case."
-            raise UserError(f"holds {len(found)} images ({names}) where it should hold one case", folder, fix)
+            files = [image for case in found for image in case.images]
+            masks = [file for file in files if has_label_word(Path(file.name))]
+            maps += masks
+            images = _images_of_channels([file for file in files if file not in masks], channels, channel_names)
+            if not images:
+                fix = "Give the folder of the images itself, or one folder per case."
+                names = few([f"{file.name}{', which looks like a mask' * (file in masks)}" for file in files])
+                raise UserError(f"holds {len(files)} images ({names}) where it should hold one case", folder, fix)
+            found = [Case(folder.name, images)]
         inside = [] if found else series_folders(folder)
         if len(inside) == 1 or (found and found[0].images == (folder,)):
             series.append(folder)
@@ -243,7 +251,22 @@ def _case_folders(parent: Path, channels: int) -> list[Case]:
             empty.append(folder.name)
     if empty and (series or cases):
         log.warn(f"{parent}: folders without an image are ignored: {', '.join(empty)}")
+    if maps:
+        names = few([f"{path.parent.name}/{path.name}" for path in maps])
+        log.warn(f"{parent}: {names} are not predicted: by their names they are label maps")
     return sorted(cases + group_files(series, channels), key=lambda case: case.id)
+
+
+def _images_of_channels(files: Sequence[Path], channels: int, names: Sequence[str]) -> tuple[Path, ...]:
+    """Return the image of a case, or the one of each channel by its name, as `nnlite init` names channels."""
+    if len(files) == channels == 1:
+        return tuple(files)
+    found = [[file for file in files if _ends_with(stem(file), name)] for name in names]
+    return tuple(one[0] for one in found) if found and all(len(one) == 1 for one in found) else ()
+
+
+def _ends_with(name: str, word: str) -> bool:
+    return re.fullmatch(rf"(.*[\W_])?{re.escape(word)}", name, re.IGNORECASE) is not None
 
 
 # ------------------------------------------------------------------------------------------------------------- channels

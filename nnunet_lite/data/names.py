@@ -28,6 +28,10 @@ PAIRS = (*_HEADERS, *_VOXELS)  # NIfTI or Analyze
 NIBABEL_ONLY = (".mgz", ".mgh", *PAIRS)
 SUFFIXES = (*NIFTI, ".nrrd", ".nhdr", ".mha", ".mhd", *GIPL, *PICTURES, *NIBABEL_ONLY)
 SUPPORTED = f"Supported are {' '.join(SUFFIXES)}"
+_LABEL_WORDS = (
+    "masks?|msk|[dp]?segs?|segmentations?|labels?(?:tr)?|lbl|gt|ground[ _-]?truth|truth|rois?|annotations?|contours?"
+)
+LABEL_WORD = re.compile(rf"(?:^|[\W_]+)(?:{_LABEL_WORDS})(?=[\W_]|$)", re.IGNORECASE)
 
 AGAIN = "Copy or export it again."
 DEFLATE_LIMIT = 1032  # largest factor by which deflate compresses
@@ -89,6 +93,11 @@ def stem(path: Path) -> str:
 
 
 # ---------------------------------------------------------------------------------------------- images of several files
+
+
+def has_label_word(path: Path) -> bool:
+    """Whether the name of a file, or of a folder in its relative path, has a word such as mask, seg or label."""
+    return bool(LABEL_WORD.search(stem(path))) or any(map(LABEL_WORD.fullmatch, path.parts[:-1]))
 
 
 def voxel_file(path: Path) -> str:

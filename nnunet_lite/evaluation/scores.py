@@ -18,15 +18,16 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_lite.data.cases import image_files, label_base, label_maps, unsupported_files
+from nnunet_lite.data.cases import folders_in, image_files, label_base, label_maps, unsupported_files
 from nnunet_lite.data.dataset import labels_of, map_labels
+from nnunet_lite.data.discovery import cases_by_name, files_below
 from nnunet_lite.data.geometry import ACCEPTABLE, Geometry
 from nnunet_lite.data.images import read_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.names import stem
 from nnunet_lite.data.problems import align, few, html_table, plural
-from nnunet_lite.errors import UserError
-from nnunet_lite.evaluation.metrics import METRICS, MetricValues, score_case
+from nnunet_lite.errors import UserError, no_such_file
+from nnunet_lite.evaluation.metrics import METRICS, Metric, MetricValues, score_case
 from nnunet_lite.evaluation.statistics import Statistic, summarize
 from nnunet_lite.files import read_json
 from nnunet_lite.log import progress
@@ -207,10 +208,10 @@ class Scores:
             if name == "Dice" or (metric.better in ("higher", "lower") and np.isfinite(self.values(name)).any())
         ]  # fmt: skip
         columns = [{**self.by_label(m.name), "foreground mean": self.foreground(m.name)} for m in metrics]
-        suffixes = {"NSD": f" {self.tolerance:g} {self.unit}", "HD95": f" {self.unit}"}
+        suffixes = {"NSD": f" ({self.tolerance:g} {self.unit})", "HD95": f" ({self.unit})"}
         headings = [metric.heading + suffixes.get(metric.name, "") for metric in metrics]
         head = ("label", "n", "Dice", "95 % interval", "median", *headings[1:])
-        return [head, *((name, *_cells([column[name] for column in columns])) for name in columns[0])]
+        return [head, *((name, *_cells([column[name] for column in columns], metrics)) for name in columns[0])]
 
     def to_text(self) -> str:
         """`lines` as plain text, then the notes."""
@@ -246,11 +247,15 @@ def four_digits(value: float | None) -> str:
     return "n/a" if value is None else f"{value:.4f}"
 
 
-def _cells(statistics: Sequence[Statistic]) -> list[str]:
+def _cells(statistics: Sequence[Statistic], metrics: Sequence[Metric]) -> list[str]:
     """A line of the table from the statistics of Dice and of the other metrics."""
-    dice, *others = statistics
+    dice, others = statistics[0], zip(statistics[1:], metrics[1:], strict=True)
     interval = "n/a" if dice.low is None else f"{four_digits(dice.low)}-{four_digits(dice.high)}"
-    cells = [four_digits(one.mean) + ("" if one.n in (0, dice.n) else f" (n={one.n})") for one in others]
+    cells = [
+        ("n/a" if one.mean is None else format(one.mean, metric.number_format))
+        + ("" if one.n in (0, dice.n) else f" (n={one.n})")
+        for one, metric in others
+    ]
     return [str(dice.n), four_digits(dice.mean), interval, four_digits(dice.median), *cells]
 
 
@@ -370,15 +375,20 @@ def _match(prediction: Path, reference: Path) -> tuple[dict[str, tuple[Path, Pat
     """Match predictions with references: case -> (prediction, reference), and notes on files that match nothing."""
     for path in (prediction, reference):
         if not path.exists():
-            raise UserError("there is no such file or folder", path)
+            raise no_such_file(path)
     if prediction.is_dir() != reference.is_dir():
         raise UserError(f"one of this and {reference} is a folder", prediction, "Give two folders, or two files.")
     if reference.is_file():
         return {stem(reference): (prediction, reference)}, []
-    predicted, references = _by_stem(prediction), _by_stem(reference)
+    predicted, found = _by_stem(prediction), {}
+    if not image_files(reference) and folders_in(reference):  # as `nnlite init` reads it, such as one for each patient
+        cases = cases_by_name(files_below(reference)).cases
+        found = {case.id: case.label for case in cases if case.label}
+    references = found or _by_stem(reference)
     images = {label_base(name) for name in references if label_base(name) != name}  # x beside x_mask
     references = {name: path for name, path in references.items() if name not in images}
-    maps = label_maps(references.values(), predicted)  # a name may end in a word, as case_0_mask
+    maps = {case: [path] for case, path in found.items() if case in predicted}
+    maps = maps or label_maps(references.values(), predicted)  # a name may end in a word, as case_0_mask
     pairs = {case: (predicted[case], maps[case][0]) for case in sorted(maps) if len(maps[case]) == 1}
     if not pairs:
         raise UserError(
@@ -390,7 +400,7 @@ def _match(prediction: Path, reference: Path) -> tuple[dict[str, tuple[Path, Pat
     used = {path for _, path in pairs.values()}
     missing = sorted(name for name, path in references.items() if path not in used)
     extra = sorted(predicted.keys() - pairs.keys())
-    by_word = [f"{path.name} of {case}" for case, (_, path) in pairs.items() if stem(path) != case]
+    by_word = [f"{path.name} of {case}" for case, (_, path) in pairs.items() if stem(path) != case and not found]
     notes = [
         f"{len(missing)} without a prediction, not scored: {few(missing, 10)}" if missing else "",
         f"{len(extra)} without a reference, not scored: {few(extra, 10)}" if extra else "",

@@ -132,9 +132,9 @@ def pick_fastest(
     # a compiled network must be clearly faster, since each start compiles it again
     fastest = min(times, key=lambda candidate: times[candidate] / (_COMPILE_GAIN if candidate.compiled else 1))
     others = len(times) < len(formats) and time.perf_counter() - start > budget
-    more = "; the time limit left no time for others" if others else ""
-    each = ", ".join(f"{name} {value:.3g} s" for name, value in times.items())
-    return replace(fastest, reason=f"fastest of {each}{more}")
+    more = "; the time limit left no time to try others" if others else ""
+    each = "fastest of " + ", ".join(f"{name} {value:.3g} s" for name, value in times.items())
+    return replace(fastest, reason=f"{each if len(times) > 1 else f'{times[fastest]:.3g} s a step'}{more}")
 
 
 def _time_in_turns(
