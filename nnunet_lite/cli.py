@@ -199,7 +199,7 @@ def command_of(name: str) -> Any:
         if result is None:
             commands_module = import_module(module)
             result = getattr(commands_module, function_name)(**arguments)
-        text = _as_json(result) if as_json else str(result) if isinstance(result, Path) else result.to_text()
+        text = _as_json(result) if as_json else _as_text(result)
         if hasattr(result, "close"):
             _serve(result, text)
         else:
@@ -287,6 +287,12 @@ def _command_line_type(hint: Any) -> Any:
     if lists and not (option and option[0].parser is str):  # such as 40x56x40, one text
         shown = list[_command_line_type(next(iter(lists.values())))]  # type: ignore[misc]
     return Annotated[shown | None if NoneType in get_args(kind) else shown, *option] if option else shown
+
+
+def _as_text(result: Any) -> str:
+    """Return a result as text: a path, with --quiet in a line if it has one, otherwise by its own `to_text`."""
+    brief = getattr(result, "brief", "") if log.is_quiet() else ""
+    return str(result) if isinstance(result, Path) else brief or str(result.to_text())
 
 
 def _as_json(result: Any) -> str:

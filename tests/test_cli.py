@@ -143,7 +143,8 @@ def test_quiet_and_verbose_before_and_after_the_command(
 
     _, printed, said = command("plan", hippocampus, cwd=tmp_path)
     assert "\nnext: nnlite train 3d_fullres 0" in said
-    assert run("-q", "plan", hippocampus) == (0, printed, "")
+    code, out, err = run("-q", "plan", hippocampus)
+    assert (code, err) == (0, "") and out.splitlines() == [printed.splitlines()[0], "configurations: 2d, 3d_fullres"]
     code, out, err = run("--verbose", "plan", hippocampus)
     assert (code, out) == (0, printed)
     assert [line for line in err.splitlines() if not re.match(r"\[\d+\.\d s\] |warning: ", line)] == []

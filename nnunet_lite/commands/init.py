@@ -111,8 +111,6 @@ def init(
         known, value_map = labels_in([case.label for case in found.cases if case.label])
         labels, notes = known.to_json(), [MASK_NOTE] if value_map else []
     channels, ending = name_channels(found.cases, found.channels), common_ending(found.cases)
-    if ending not in PICTURES and "ct" not in map(str.lower, channels):
-        notes.append("name a channel CT in dataset.json if it is one: it is normalised by its Hounsfield units")
     content = {
         "channel_names": {str(i): channel for i, channel in enumerate(channels)},
         "labels": labels,
@@ -126,13 +124,15 @@ def init(
     changes: list[tuple[str, str]] = []
     if existing is not None:
         content, changes = _updated(existing, content, table, then)
+    if ending not in PICTURES and "ct" not in (str(name).lower() for name in content["channel_names"].values()):
+        notes.append("name a channel CT in dataset.json if it is one: it is normalised by its Hounsfield units")
     write_json(table, content)
     _warn_of_halves(found)
     others = [_relative(path, source) for path in files.others] if files else []
     left_out = {**found.left_out, "files of no supported format": others}
     left_out = {reason: names for reason, names in left_out.items() if names}
     values = {"path": str(root), **content, "notes": notes, "left_out": left_out, "next": then}
-    return options.About(values, _summary(source, found.cases, values, changes))
+    return options.About(values, _summary(source, found.cases, values, changes), brief=str(table))
 
 
 def _again(then: str) -> str:

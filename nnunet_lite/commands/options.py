@@ -112,11 +112,14 @@ class About:
         The same for people.
     exit_code : int
         Of the command.
+    brief : str
+        What `--quiet` prints instead of the text.
     """
 
     values: dict[str, Any]
     text: str
     exit_code: int = 0
+    brief: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return self.values

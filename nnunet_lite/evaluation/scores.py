@@ -34,6 +34,8 @@ from nnunet_lite.log import progress
 from nnunet_lite.system import cpus, pairs_at_once
 
 _NO_SPACING = "no spacing is known, 1 mm taken for a pixel"
+_CASES_SHOWN, _WORST_SHOWN = 10, 5  # with this number of cases or fewer, each is shown
+_RECORD = "predictions.json"  # beside label maps, see inference/record.py, which imports torch
 _COARSE = 100  # voxels: with a larger tolerance, as of mm in a microscope's image, NSD is 1
 _MOST_LABELS = 1000  # more different values than this are an image, not a label map
 
@@ -214,8 +216,12 @@ class Scores:
         return [head, *((name, *_cells([column[name] for column in columns], metrics)) for name in columns[0])]
 
     def to_text(self) -> str:
-        """`lines` as plain text, then the notes."""
-        return "\n".join([align(self.lines()), *(f"note: {note}" for note in self.notes)])
+        """`lines` as plain text, then each case, of many the worst, and the notes."""
+        cases = list(map(repr, self.rows)) if 1 < len(self.rows) <= _CASES_SHOWN else []
+        if len(self.rows) > _CASES_SHOWN:
+            worst = sorted(self.rows, key=lambda row: 1.0 if row.mean_dice is None else row.mean_dice)
+            cases = [f"worst of {len(worst)} cases:", *map(repr, worst[:_WORST_SHOWN])]
+        return "\n".join([align(self.lines()), *cases, *(f"note: {note}" for note in self.notes)])
 
     def __repr__(self) -> str:
         by_label = few([f"{name} {four_digits(dice.mean)}" for name, dice in self.by_label().items()], 8)
@@ -338,14 +344,15 @@ def score_files(
     at_once = pairs_at_once(len(pairs), workers)
     threads = max(1, cpus() if workers is None else workers) // at_once
     with ThreadPoolExecutor(at_once) as pool:
-        labels = labels or _described_labels(prediction, reference)
+        looked, described = _described_labels(prediction, reference)
+        labels = labels or described
         if labels is None:
             files = [path for pair in pairs.values() for path in pair]
             labels = _found_labels(list(pool.map(_values_of_file, files)), reference)
             whose = "the values found"
             if default is not None and set(labels.values) <= set(default.values):
                 labels, whose = default, "those of the planned dataset"
-            notes = [*notes, f"no dataset.json: the labels are {whose}, {', '.join(labels.region_names)}"]
+            notes = [*notes, f"no {looked}: the labels are {whose}, {', '.join(labels.region_names)}"]
         known = labels
 
         def score(case: str) -> tuple[CaseScore, list[_Remark]]:
@@ -420,14 +427,17 @@ def _by_stem(folder: Path) -> dict[str, Path]:
     return files
 
 
-def _described_labels(prediction: Path, reference: Path) -> Labels | None:
-    """Read the labels of the nearest dataset.json; None if there is none."""
+def _described_labels(prediction: Path, reference: Path) -> tuple[str, Labels | None]:
+    """Return where labels may be described, and those of the nearest dataset.json or of the record of predictions."""
     ours, theirs = (path if path.is_dir() else path.parent for path in (prediction.absolute(), reference.absolute()))
-    table = next((f / "dataset.json" for f in (theirs, theirs.parent, ours) if (f / "dataset.json").is_file()), None)
-    if table is None:
-        return None
-    content = read_json(table)
-    return labels_of(content if isinstance(content, dict) else {}, table)
+    places = [folder / "dataset.json" for folder in dict.fromkeys((theirs, theirs.parent, ours))] + [ours / _RECORD]
+    table = next((file for file in places if file.is_file()), None)
+    content = None if table is None else read_json(table)
+    if table is not None and table.name == _RECORD:
+        content = content["runs"][-1] if isinstance(content, dict) and content.get("runs") else {}
+        table = table if "labels" in content else None
+    looked = f"dataset.json in {', '.join(str(file.parent) for file in places[:-1])}"
+    return looked, None if table is None else labels_of(content if isinstance(content, dict) else {}, table)
 
 
 def _found_labels(values_by_file: Sequence[set[int]], folder: Path) -> Labels:

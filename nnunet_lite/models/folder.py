@@ -4,8 +4,8 @@
                  run.json                  configuration, settings, seed, versions
                  fold_0/                   checkpoint, metrics and weights, see training/loop.py
 
-The rule for resuming: the same settings, or more epochs or time; `force` accepts other settings. A folder in which
-nothing was trained yet accepts anything.
+The rule for resuming: the same settings, or more epochs or time; `force` accepts other settings. A fold that has not
+begun may have any length. A folder in which nothing was trained yet accepts anything.
 """
 
 from __future__ import annotations
@@ -182,7 +182,12 @@ def check_resume(
     changes = [change for change in differences(old, settings) if not change.startswith(_INCIDENTAL)]
     only_length = all(change.partition(":")[0] in _LENGTH for change in changes)
     same_plan = old_plan.trains_as(plan)
-    if same_plan and only_length and (not changes or _is_longer(run_length(old), run_length(settings))):
+    may_be_shorter = fold != "" and not is_begun(folder / f"fold_{fold}")
+    if (
+        same_plan
+        and only_length
+        and (may_be_shorter or not changes or _is_longer(run_length(old), run_length(settings)))
+    ):
         return changes
     if only_length and not same_plan:
         why = few(old_plan.differences(plan))

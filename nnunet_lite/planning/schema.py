@@ -310,6 +310,11 @@ class Plan(_Model):
     def __repr__(self) -> str:
         return f"{plan_title(self)}\nconfigurations: {', '.join(self.configurations)}"
 
+    @property
+    def brief(self) -> str:
+        """What `--quiet` prints."""
+        return repr(self)
+
     def _repr_html_(self) -> str:
         reasons = [f"{name}: {reason}" for name, reasons in plan_reasons(self).items() for reason in reasons]
         return html_table([plan_head(self), *plan_rows(self)], [plan_title(self), *reasons])
