@@ -54,6 +54,7 @@ COMMANDS = {
     "doctor": ("machines.doctor", "Describe this machine: versions, CPUs, memory, GPUs, disk."),
     "cluster": ("machines.cluster", "Start a Dask scheduler and workers."),
 }
+_IMPORT_TORCH = ("train", "run", "predict", "select", "report")  # see commands/early.py
 _AS_JSON = Annotated[bool, options.output("--json", help="Print the result as JSON.")]
 _QUIET = Annotated[bool, options.general("-q", "--quiet", help="Print only results, warnings and errors.")]
 _VERBOSE = Annotated[bool, options.general("-v", "--verbose", help="Print times, all warnings and tracebacks.")]
@@ -194,8 +195,9 @@ def command_of(name: str) -> Any:
     def run(as_json: bool, quiet: bool, verbose: bool, **arguments: Any) -> None:
         _set_verbosity(quiet, verbose)
         arguments = {key: value for key, value in arguments.items() if value != []}  # an empty list: default
-        result = import_module("nnunet_lite.commands.early").answer_early(name, arguments)
-        commands_module: Any = None
+        commands_module = result = None
+        if name in _IMPORT_TORCH:
+            result = import_module("nnunet_lite.commands.early").answer_early(name, arguments)
         if result is None:
             commands_module = import_module(module)
             result = getattr(commands_module, function_name)(**arguments)

@@ -59,7 +59,7 @@ def answer_early(command: str, given: dict[str, Any]) -> options.About | None:
         _check_folds(planned_paths(place, dataset), given)
     elif command == "predict":
         _check_prediction(place, dataset, given)
-    elif command in ("select", "report", "preprocess"):
+    elif command in ("select", "report"):
         planned_paths(place, dataset, only_reads=command == "report")
     return None
 
