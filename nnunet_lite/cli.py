@@ -45,7 +45,7 @@ COMMANDS = {
     "select": ("select.select", "Compare trained models and pairs of them on the held-out cases."),
     "report": ("select.report", "Write an HTML page about the dataset, its plan, models and scores."),
     "run": ("run.run", "Check, plan, preprocess, train every fold, select and report."),
-    "view": ("evaluate.view", "Look at an image with reference and prediction in the browser."),
+    "view": ("evaluate.view", "Look at images with reference and prediction in the browser."),
     "import": ("export.import_model", "Make a model folder of a zip or of a model that nnU-Net wrote."),
     "export": ("export.export_model", "Pack a model into one file, or write it for nnU-Net v2 or onnxruntime."),
     "info": ("info.show_info", "Describe a model, how it was made and how well it scores; or a planned dataset."),
@@ -82,7 +82,8 @@ class Command(TyperCommand):
         """Write required arguments without braces, and several in one without a second pair of brackets."""
         return [re.sub(r"^{(.*)}|^\[(\[.*\])\]\.\.\.", r"\1\2", piece) for piece in super().collect_usage_pieces(ctx)]
 
-    def format_options(self, ctx: Any, formatter: Any) -> None:
+    def panels(self, ctx: Any) -> dict[str, list[tuple[str, str]]]:
+        """Return names and help of the arguments and options in each panel."""
         panels: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             if record := parameter.get_help_record(ctx):  # a hidden one has none
@@ -94,9 +95,12 @@ class Command(TyperCommand):
                 is_argument = parameter.param_type_name == "argument"
                 panel = "Arguments" if is_argument else getattr(parameter, "rich_help_panel", None) or "General"
                 panels.setdefault(panel, []).append((names, text))
-        for panel in sorted(panels, key=options.PANELS.index):
+        return {panel: panels[panel] for panel in sorted(panels, key=options.PANELS.index)}
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        for panel, rows in self.panels(ctx).items():
             with formatter.section(panel):
-                formatter.write_dl(panels[panel])
+                formatter.write_dl(rows)
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Examples"):
@@ -115,7 +119,7 @@ class CommandGroup(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args[0] not in COMMANDS and not ctx.resilient_parsing:
-            refuse_command(args[0])
+            refuse_command(args[0], args[1:])
         name, command, rest = super().resolve_command(ctx, args)
         return name, command, rest if ctx.resilient_parsing else translate_arguments(command, rest)
 
@@ -124,7 +128,7 @@ class CommandGroup(TyperGroup):
             formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
         Command.format_options(self, ctx, formatter)  # type: ignore[arg-type]
 
-    format_epilog = Command.format_epilog
+    panels, format_epilog = Command.panels, Command.format_epilog
 
 
 app = typer.Typer(

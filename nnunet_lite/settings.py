@@ -1,8 +1,8 @@
 """Everything a run can vary: a recipe (TOML), then options and `--set` -> one frozen, validated object.
 
 A key is `section.name`, as in the recipe. Unknown keys are refused with the nearest one. The resolved settings are
-stored with the run (run.json), so that a resumed or finished run says how it was made. `scripts/describe_settings.py`
-prints docs/reference/settings.md.
+stored with the run (run.json), so that a resumed or finished run says how it was made. `scripts/write_reference.py`
+writes docs/reference/settings.md.
 """
 
 from __future__ import annotations
@@ -76,39 +76,90 @@ class _Section(BaseModel):
 class PlanSettings(_Section):
     """If a recipe sets another U-Net than the plan has, the plan is made again from the fingerprint."""
 
-    preset: Preset | None = Field(None, description="default: the plan's")
-    memory: float | None = Field(None, gt=0, description="GPU memory budget in GB; default: the preset's")
-    adopt: bool = Field(True, description="with --init: the model's spacing, patch, network, normalisation")
+    preset: Preset | None = Field(
+        None,
+        description="U-Net of the plan: nnU-Net's own, or a residual encoder of three sizes; none: as planned",
+    )
+    memory: float | None = Field(
+        None,
+        gt=0,
+        description="GB of GPU memory for a training step, which decides patch and batch; none: the preset's",
+    )
+    adopt: bool = Field(
+        True, description="with `training.init`: whether spacing, patch, network and normalisation are the model's"
+    )
 
 
 class TrainingSettings(_Section):
     """Length, sampling and arithmetic of a run."""
 
-    epochs: int = Field(1000, ge=1)
-    iterations: int = Field(250, ge=1, description="per epoch")
-    validation_iterations: int = Field(50, ge=0, description="pseudo-validation batches per epoch; 0 = none")
-    time_limit: Minutes | None = Field(None, gt=0, description='minutes, or "8h", "90m", "300s"; the schedule fits it')
-    limit_validation: bool = Field(True, description="the time limit covers the validation on whole images too")
-    early_stop: int | None = Field(None, ge=1, description="epochs without a better held-out Dice that end the run")
-    batch_size: int | None = Field(None, ge=1, description="instead of the plan's")
-    patch_size: tuple[int, ...] | None = Field(None, description="instead of the plan's")
-    patch_voxels: int | None = Field(None, ge=64, description="the planned patch is shortened to at most this many")
-    batch_voxels: int | None = Field(None, ge=64, description="the planned batch is reduced to this, or to two patches")
-    accumulate: int = Field(1, ge=1, description="batches whose gradients make one step")
-    foreground: float = Field(0.33, ge=0, le=1, description="share of samples centred on a foreground voxel")
-    gradient_clip: float | None = Field(12.0, gt=0, description="largest gradient norm")
-    precision: NumberFormat = "auto"
-    channels_last: Auto = "auto"
-    deep_supervision: bool = True
-    compile: Auto = Field("auto", description="torch.compile; auto: on a GPU, where it is faster")
-    cache: Literal["auto", "device", "ram", "disk"] = Field("auto", description="where preprocessed cases are kept")
-    workers: int | None = Field(None, ge=0, description="threads that prepare batches; default: 0 on a CPU, 2 on a GPU")
-    seed: int | None = Field(None, ge=0, description="makes two runs identical on the CPU, without a time limit")
-    init: str | None = Field(None, description="model to start from, ours or nnU-Net's: fine-tuning")
-    freeze: Literal["encoder", "all-but-head"] | None = Field(None, description="weights that are not trained")
-    logger: Logger = Field("none", description="where metrics go too; needs the extra of that name")
+    epochs: int = Field(1000, ge=1, description="number of epochs; after each one a checkpoint is written")
+    iterations: int = Field(250, ge=1, description="training steps of an epoch")
+    validation_iterations: int = Field(
+        50, ge=0, description="batches of held-out patches that are scored after each epoch; 0: no progress curve"
+    )
+    time_limit: Minutes | None = Field(
+        None, gt=0, description="length of a fold; the learning-rate schedule fits itself to it; none: `epochs` decides"
+    )
+    limit_validation: bool = Field(
+        True, description="whether the time limit includes the prediction of the held-out images at the end"
+    )
+    early_stop: int | None = Field(
+        None,
+        ge=1,
+        description="epochs without a better held-out Dice after which the run ends; none: never before its end",
+    )
+    batch_size: int | None = Field(None, ge=1, description="patches in a batch; none: as planned")
+    patch_size: tuple[int, ...] | None = Field(
+        None, description="voxels of a patch along (z, y, x), or (y, x) for 2d; none: as planned"
+    )
+    patch_voxels: int | None = Field(
+        None, ge=64, description="most voxels of a patch; a larger planned one is shortened; none: no limit"
+    )
+    batch_voxels: int | None = Field(
+        None, ge=64, description="most voxels of a batch, which keeps at least two patches; none: no limit"
+    )
+    accumulate: int = Field(1, ge=1, description="batches whose gradients make one step, as one larger batch would")
+    foreground: float = Field(
+        0.33, ge=0, le=1, description="share of the patches that are centred on a voxel of a label (oversampling)"
+    )
+    gradient_clip: float | None = Field(
+        12.0, gt=0, description="largest norm of a gradient, to which larger ones are scaled down; none: no limit"
+    )
+    precision: NumberFormat = Field(
+        "auto", description="number format of the network in training; auto: the fastest that is safe on this machine"
+    )
+    channels_last: Auto = Field(
+        "auto", description="whether channels are the innermost axis in memory; auto: whichever is faster"
+    )
+    deep_supervision: bool = Field(
+        True, description="whether the coarser stages of the decoder have outputs with a loss too"
+    )
+    compile: Auto = Field("auto", description="whether torch.compile translates the network; auto: on a GPU, if faster")
+    cache: Literal["auto", "device", "ram", "disk"] = Field(
+        "auto", description="where preprocessed cases are kept; device: on the GPU; auto: the first that has space"
+    )
+    workers: int | None = Field(
+        None, ge=0, description="threads that prepare batches; 0: only the main thread; none: 0 on a CPU, 2 on a GPU"
+    )
+    seed: int | None = Field(
+        None,
+        ge=0,
+        description="random seed; two runs on a CPU without a time limit are identical; none: a new one",
+    )
+    init: str | None = Field(
+        None, description="model to start from: name, folder, zip or checkpoint, nnU-Net's too; none: random weights"
+    )
+    freeze: Literal["encoder", "all-but-head"] | None = Field(
+        None, description="weights that are not trained; all-but-head: only the output layers are; none: all are"
+    )
+    logger: Logger = Field(
+        "none", description="program that gets the metrics of each epoch too; needs the extra of that name"
+    )
     max_bad_steps: int = Field(
-        20, ge=1, description="steps of an epoch with a non-finite loss that are skipped before giving up"
+        20,
+        ge=1,
+        description="steps of an epoch with a non-finite loss at which the run ends; fewer are skipped",
     )
 
     @model_validator(mode="before")
@@ -129,22 +180,33 @@ class TrainingSettings(_Section):
 class NetworkSettings(_Section):
     """Changes to the planned network; what is not set stays as planned."""
 
-    features_base: int | None = Field(None, ge=1, description="of the first stage; doubled at each further one")
-    features_max: int | None = Field(None, ge=1)
-    norm: Literal["instance", "batch", "none"] | None = None
-    activation: Literal["leaky_relu", "relu"] | None = None
-    factory: Factory | None = Field(None, description='"file.py:function", of (planned network, inputs, outputs)')
+    features_base: int | None = Field(
+        None, ge=1, description="channels of the first stage; each further stage has twice as many; none: as planned"
+    )
+    features_max: int | None = Field(None, ge=1, description="most channels of a stage; none: as planned")
+    norm: Literal["instance", "batch", "none"] | None = Field(
+        None, description='normalisation after each convolution; "none": there is none; not set: as planned'
+    )
+    activation: Literal["leaky_relu", "relu"] | None = Field(
+        None, description="activation function after each convolution; none: as planned"
+    )
+    factory: Factory | None = Field(
+        None,
+        description='"file.py:function", of (planned network, inputs, outputs); none: the planned U-Net',
+    )
 
 
 class LossSettings(_Section):
     """Weights of the terms of the loss; 0 leaves a term out."""
 
-    cross_entropy: float = Field(1.0, ge=0, description="softmax; for regions binary, of each")
-    dice: float = Field(1.0, ge=0)
-    top_k: float = Field(0.0, ge=0, description="cross-entropy of the voxels where it is largest")
-    top_k_share: float = Field(0.1, gt=0, le=1, description="how many of the voxels these are")
-    bce: float = Field(0.0, ge=0, description="binary cross-entropy of each class against the rest")
-    class_weights: Weights | None = Field(None, description="for each class, background first, or for each region")
+    cross_entropy: float = Field(1.0, ge=0, description="weight of the cross-entropy; for regions binary, of each")
+    dice: float = Field(1.0, ge=0, description="weight of the soft Dice")
+    top_k: float = Field(0.0, ge=0, description="weight of the cross-entropy of the voxels where it is largest")
+    top_k_share: float = Field(0.1, gt=0, le=1, description="top_k: share of all voxels that these are")
+    bce: float = Field(0.0, ge=0, description="weight of the binary cross-entropy of each class against the rest")
+    class_weights: Weights | None = Field(
+        None, description="weight of each class in all terms, background first, or of each region; none: all equal"
+    )
 
     @model_validator(mode="after")
     def _has_a_term(self) -> LossSettings:
@@ -154,61 +216,86 @@ class LossSettings(_Section):
 
 
 class OptimizerSettings(_Section):
-    name: Literal["sgd", "adam", "adamw"] = "sgd"
-    lr: float = Field(0.01, gt=0)
-    momentum: float = Field(0.99, ge=0, lt=1, description="Nesterov, for sgd")
-    weight_decay: float = Field(3e-5, ge=0)
-    ema: float | None = Field(None, gt=0, lt=1, description="decay of the averaged weights, which become the model")
+    """How a step changes the weights."""
+
+    name: Literal["sgd", "adam", "adamw"] = Field("sgd", description="algorithm; sgd: with Nesterov momentum")
+    lr: float = Field(0.01, gt=0, description="initial learning rate, the size of a step")
+    momentum: float = Field(0.99, ge=0, lt=1, description="sgd: share of the last step that the next one keeps")
+    weight_decay: float = Field(3e-5, ge=0, description="how much each step shrinks the weights, against overfitting")
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="decay of the averaged weights, which become the model; none: the last weights do"
+    )
 
 
 class ScheduleSettings(_Section):
     """How the learning rate goes down. Plateau: on the moving average of the training loss, once an epoch."""
 
-    name: Literal["poly", "cosine", "constant", "plateau"] = "poly"
-    power: float = Field(0.9, gt=0, description="poly: lr * (1 - progress) ** power")
-    warmup: float = Field(0.0, ge=0, lt=1, description="share of the run in which the rate rises linearly")
-    patience: int = Field(30, ge=1, description="plateau: epochs without improvement")
-    factor: float = Field(0.2, gt=0, lt=1, description="plateau: what the rate is multiplied by")
-    min_lr: float = Field(1e-6, ge=0, description="plateau: the run ends below this rate")
+    name: Literal["poly", "cosine", "constant", "plateau"] = Field(
+        "poly", description="curve of the rate; poly and cosine end at 0; plateau falls where the loss stands still"
+    )
+    power: float = Field(0.9, gt=0, description="poly: the rate is lr * (1 - progress) ** power")
+    warmup: float = Field(0.0, ge=0, lt=1, description="share of the run in which the rate rises linearly first")
+    patience: int = Field(30, ge=1, description="plateau: epochs without improvement after which the rate falls")
+    factor: float = Field(0.2, gt=0, lt=1, description="plateau: what the rate is multiplied by when it falls")
+    min_lr: float = Field(1e-6, ge=0, description="plateau: the run ends when the rate is lower")
 
 
 class AugmentationSettings(_Section):
-    """Probabilities (p_) and ranges of each transform; p = 0 turns one off, `enabled` all of them."""
+    """Random changes of the training patches. p_: the probability for a patch; 0 turns a transform off.
 
-    enabled: bool = True
-    pipeline: Literal["native", "batchgenerators"] = Field("native", description="batchgenerators: as nnU-Net v1")
+    Ranges are those from which a value is drawn for each patch, or for each of its channels.
+    """
+
+    enabled: bool = Field(True, description="whether patches are changed at all")
+    pipeline: Literal["native", "batchgenerators"] = Field(
+        "native",
+        description="native: in batches, on the training device; batchgenerators: as nnU-Net v1, on the CPU",
+    )
     extra: tuple[dict[str, Any], ...] = Field(
         (),
         description='batchgenerators transforms, applied last: [{name = "RicianNoiseTransform", p_per_sample = 0.1}]',
     )
-    p_rotation: float = Field(0.2, ge=0, le=1)
+    p_rotation: float = Field(0.2, ge=0, le=1, description="probability of a rotation")
     rotation: float = Field(30.0, ge=0, le=180, description="degrees either way about each axis of a 3D patch")
     rotation_in_plane: float | None = Field(
-        None, ge=0, le=180, description="of 2D and anisotropic patches; default: 180, of elongated 2D ones 15"
+        None, ge=0, le=180, description="degrees for 2D and anisotropic patches; none: 180, for elongated 2D ones 15"
     )
-    p_scaling: float = Field(0.2, ge=0, le=1)
-    scaling: Factors = (0.7, 1.4)
-    p_noise: float = Field(0.1, ge=0, le=1)
-    noise_std: Deviations = (0.0, 0.1)
-    p_blur: float = Field(0.2, ge=0, le=1)
-    blur_sigma: Factors = Field((0.5, 1.0), description="voxels")
-    p_brightness: float = Field(0.15, ge=0, le=1)
-    brightness: Factors = (0.75, 1.25)
-    p_contrast: float = Field(0.15, ge=0, le=1)
-    contrast: Factors = (0.75, 1.25)
-    p_low_resolution: float = Field(0.25, ge=0, le=1)
-    low_resolution: Shares = (0.5, 1.0)
-    p_gamma_inverted: float = Field(0.1, ge=0, le=1)
-    p_gamma: float = Field(0.3, ge=0, le=1)
-    gamma: Factors = (0.7, 1.5)
-    p_mirror: float = Field(0.5, ge=0, le=1, description="per axis")
-    mirror_axes: Axes | None = Field(None, description="axes of the patch; default: all")
+    p_scaling: float = Field(0.2, ge=0, le=1, description="probability of a change of size")
+    scaling: Factors = Field((0.7, 1.4), description="range of its factor; below 1 magnifies")
+    p_noise: float = Field(0.1, ge=0, le=1, description="probability of Gaussian noise")
+    noise_std: Deviations = Field((0.0, 0.1), description="range of its standard deviation, of normalised intensities")
+    p_blur: float = Field(0.2, ge=0, le=1, description="probability of a Gaussian blur, of half of the channels")
+    blur_sigma: Factors = Field((0.5, 1.0), description="range of its sigma in voxels")
+    p_brightness: float = Field(0.15, ge=0, le=1, description="probability that intensities are multiplied")
+    brightness: Factors = Field((0.75, 1.25), description="range of the factor")
+    p_contrast: float = Field(0.15, ge=0, le=1, description="probability that distances from the mean are multiplied")
+    contrast: Factors = Field((0.75, 1.25), description="range of the factor")
+    p_low_resolution: float = Field(
+        0.25, ge=0, le=1, description="probability of a lower resolution (down and up again), of half of the channels"
+    )
+    low_resolution: Shares = Field((0.5, 1.0), description="range of the share of voxels along an axis that are kept")
+    p_gamma_inverted: float = Field(0.1, ge=0, le=1, description="probability of a gamma curve on inverted intensities")
+    p_gamma: float = Field(0.3, ge=0, le=1, description="probability of a gamma curve: intensities to a power")
+    gamma: Factors = Field((0.7, 1.5), description="range of the power, of both")
+    p_mirror: float = Field(0.5, ge=0, le=1, description="probability of mirroring, for each axis")
+    mirror_axes: Axes | None = Field(
+        None, description="axes of the patch that are mirrored, also when predicting; none: all of them"
+    )
     mirror_swap: tuple[tuple[str, str], ...] = Field(
         (), description='labels to swap when left and right are swapped: [["kidney_left", "kidney_right"]]'
     )
-    mirror_swap_axis: int | None = Field(None, ge=0, le=2, description="from left to right; default: by the plan")
-    p_cascade_morphology: float = Field(0.4, ge=0, le=1, description="cascade: dilate, erode, open or close a label")
-    p_cascade_removal: float = Field(0.2, ge=0, le=1, description="cascade: remove a component of a label")
+    mirror_swap_axis: int | None = Field(
+        None, ge=0, le=2, description="axis of the patch from left to right; none: by the plan's orientation"
+    )
+    p_cascade_morphology: float = Field(
+        0.4,
+        ge=0,
+        le=1,
+        description="cascade: probability that the first stage's labels are dilated, eroded, opened or closed",
+    )
+    p_cascade_removal: float = Field(
+        0.2, ge=0, le=1, description="cascade: probability that the first stage's labels lose a component"
+    )
 
     def mirrored_axes(self, dimensions: int) -> tuple[int, ...]:
         """Return the axes of a patch with two or three dimensions that training mirrors."""
@@ -218,13 +305,32 @@ class AugmentationSettings(_Section):
 
 
 class InferenceSettings(_Section):
-    step_size: float = Field(0.5, gt=0, le=1, description="distance of two windows as a share of the patch")
-    mirroring: bool = Field(True, description="average over mirrored copies, on the axes mirrored in training")
-    precision: NumberFormat = "auto"
-    sums: Literal["float32", "float16"] = Field("float32", description="of logits; float16: rounded as in nnU-Net")
-    skip_empty: Auto = Field("auto", description="zero windows are background; auto: with normalisation inside a mask")
-    compile: bool = Field(False, description="torch.compile; takes a minute at the start, so it is for many images")
-    max_memory: float | None = Field(None, gt=0, description="GB of the machine, and of the GPU; default: 80 % of free")
+    """How images are predicted: held-out ones after the training, and those of `nnlite predict`."""
+
+    step_size: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="distance of two windows as a share of the patch; 1: no overlap (faster, less exact)",
+    )
+    mirroring: bool = Field(
+        True, description="whether predictions of mirrored copies are averaged, on the axes mirrored in training"
+    )
+    precision: NumberFormat = Field(
+        "auto", description="number format of the network when predicting; auto: the fastest that is safe"
+    )
+    sums: Literal["float32", "float16"] = Field(
+        "float32", description="number format of the sums of windows; float16: half the memory, rounded as in nnU-Net"
+    )
+    skip_empty: Auto = Field(
+        "auto", description="whether windows of zeros are background; auto: with normalisation inside a mask"
+    )
+    compile: bool = Field(
+        False, description="whether torch.compile translates the network; takes a minute at the start, for many images"
+    )
+    max_memory: float | None = Field(
+        None, gt=0, description="GB that predicting may use of the machine, and of the GPU; none: 80 % of what is free"
+    )
 
 
 class Settings(_Section):

@@ -68,7 +68,7 @@ def predicted(case: Case, seed: int, dataset: Dataset, out: Path) -> CaseScore:
     moved = np.where(edge & (draws.random(moved.shape) < 0.1), np.roll(moved, 1, 2), moved)
     path = out / f"{case.id}.nii.gz"
     write_label(path, moved, geometry)
-    metrics = score_case(moved, reference, dataset.labels, geometry.spacing, surface=False)
+    metrics = score_case(moved, reference, dataset.labels, geometry.spacing)
     return CaseScore(case.id, str(path), str(case.label), metrics)
 
 
@@ -89,7 +89,7 @@ def epochs(dataset: Dataset, draws: np.random.Generator) -> list[dict[str, objec
 
 
 def opening_seconds(page: Path, repeats: int = 3) -> float:
-    """From the request for the page to its load event, in headless Chromium with a new profile, best of some."""
+    """From the request for the page until it is drawn, in headless Chromium with a new profile, best of some."""
     from playwright.sync_api import sync_playwright
 
     program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -100,6 +100,7 @@ def opening_seconds(page: Path, repeats: int = 3) -> float:
             tab = browser.new_context().new_page()
             start = time.perf_counter()
             tab.goto(page.as_uri())
+            tab.evaluate("new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(drawn)))")
             times.append(time.perf_counter() - start)
         browser.close()
     return min(times)

@@ -174,7 +174,7 @@ REFUSED = {
     "negative memory": given(f"{PREDICT} --max-memory -1", "max_memory"),
     "no such device": given(f"{PREDICT} --device warp", "warp"),
     "probabilities of a label that is not there": given(f"{PREDICT} --save-probabilities Tail", "Tail"),
-    "DICOM of what is none": given(f"{PREDICT} --dicom-seg", "scan.nii.gz"),
+    "DICOM of what is none": given(f"{PREDICT} --format dicom-seg", "scan.nii.gz"),
     # zips
     "no zip": file("model.zip", "PK no", IMPORT),
     "no zip to predict with": file("model.zip", "x", f"{PREDICT}.zip"),

@@ -109,6 +109,11 @@ def bad_output(options: str, *says: str, make: Callable[[Path], object] = lambda
     return Bad(make, f"predict -m model {options}", says)
 
 
+def write_other_record(place: Path) -> None:
+    (place / "taken").mkdir()
+    (place / "taken" / "predictions.json").write_text('{"format": "other"}')
+
+
 AMONG = "would contain images and label maps"
 TWO, ONE = copies_of_scan("in/a.nii.gz", "in/b.nii.gz"), copies_of_scan("in/a_0000.nii.gz")
 NESTED = copies_of_scan("in/a/t1.nii.gz")
@@ -119,8 +124,14 @@ OUTPUTS = {
     "a format that label maps do not have": bad_output("-i scan.nii.gz -o new/seg.jpg", "seg.jpg", "Use .png"),
     "a header alone": bad_output("-i scan.nii.gz -o seg.mhd", "Use .mha"),
     "a picture for a volume": bad_output("-i scan.nii.gz -o seg.png", "seg.png", "cannot be written", "Use .nii.gz"),
-    "DICOM without being asked for": bad_output("-i scan.nii.gz -o seg.dcm", "--dicom-seg"),
-    "NIfTI for a DICOM segmentation": bad_output("-i scan.nii.gz -o seg.nii.gz --dicom-seg", ".dcm"),
+    "DICOM of a NIfTI image": bad_output("-i scan.nii.gz -o seg.dcm", "scan.nii.gz", "is no DICOM series"),
+    "contours of a NIfTI image": bad_output("-i scan.nii.gz -o new --format rtstruct", "is no DICOM series"),
+    "NIfTI for a DICOM segmentation": bad_output("-i scan.nii.gz -o seg.nii.gz --format dicom-seg", "end in .dcm"),
+    "a DICOM segmentation for contours": bad_output("-i scan.nii.gz -o seg.dcm --format rtstruct", ".rtstruct.dcm"),
+    "an unknown format": bad_output("-i scan.nii.gz -o new --format stl", "stl", "seg.nrrd"),
+    "a folder with another record": bad_output(
+        "-i scan.nii.gz -o taken", "predictions.json", "is of an unknown format", make=write_other_record
+    ),
     "into the folder of the images": bad_output("-i in -o in", AMONG, "--output", make=ONE),
     "into it by another path": bad_output("-i in -o in/../in/.", AMONG, make=ONE),
     "into it by a link": bad_output("-i in -o other", AMONG, make=linked),
@@ -205,11 +216,11 @@ def test_a_label_map_beside_the_channels_that_would_be_one_of_them(tmp_path: Pat
     cases, labels = find_cases([images[0]], 2), Labels(names={"background": 0, "organ": 1})
     assert cases == [Case("a", images)]
     with pytest.raises(UserError, match=AMONG):
-        check_output([images[0]], cases, tmp_path, labels, False)
+        check_output([images[0]], cases, tmp_path, labels)
     with pytest.raises(UserError, match=AMONG):
-        check_output([images[0]], cases, tmp_path / "a.nii.gz", labels, False)
-    check_output([images[0]], cases, tmp_path / "seg.nii.gz", labels, False)
-    check_output([images[0]], cases, tmp_path / "out", labels, False)
+        check_output([images[0]], cases, tmp_path / "a.nii.gz", labels)
+    check_output([images[0]], cases, tmp_path / "seg.nii.gz", labels)
+    check_output([images[0]], cases, tmp_path / "out", labels)
 
 
 def test_killed_while_it_writes_maps_it_leaves_nothing_temporary(command: Command, place: Path, counts: Counts) -> None:
@@ -282,7 +293,7 @@ def test_label_maps_and_other_maps_have_the_geometry_of_the_image(command: Comma
     code, _, err = command("predict", "-m", "model", "-i", "in", "-o", "out", *options, cwd=place)
     assert code == 0, err
     images = sorted((place / "in").iterdir())
-    assert [path.name for path in sorted((place / "out").glob("*.*"))] == [image.name for image in images]
+    assert [path.name for path in sorted((place / "out").glob("*.[!j]*"))] == [image.name for image in images]
     for image in images:
         geometry, label, name = read_geometry(image)[0], place / "out" / image.name, image.name.partition(".")[0]
         assert not read_geometry(label)[0].differences(geometry)

@@ -29,6 +29,11 @@ from nnunet_lite.errors import UserError
 TINY = {**TINIEST, "training.epochs": 6, "training.iterations": 4, "training.patch_size": [16, 16, 16]}
 
 
+def label_maps(folder: Path) -> dict[str, bytes | str]:
+    """The files of a prediction, without its record, which has times."""
+    return {name: content for name, content in contents(folder).items() if name != "predictions.json"}
+
+
 @pytest.fixture(scope="module")
 def scheduler() -> Iterator[str]:
     """Two workers of one thread; one that dies is started again, a task that killed two is given up."""
@@ -146,7 +151,12 @@ def test_images_are_predicted_on_workers(
     there = nnunet_lite.predict("in", "there", scheduler=scheduler, **options)
     assert len(there.files) == 3
     assert list(there.failed) == list(here.failed) == ["broken"]
-    assert contents(tmp_path / "there") == contents(tmp_path / "here")
+    assert label_maps(tmp_path / "there") == label_maps(tmp_path / "here")
+    records = [json.loads((tmp_path / name / "predictions.json").read_text()) for name in ("here", "there")]
+    here_run, there_run = ({**record["runs"][0], "date": ""} for record in records)
+    assert here_run == there_run and len(records[1]["runs"]) == 1
+    assert {one["result"] == "written" for one in records[1]["predictions"].values()} == {True, False}
+    assert records[0]["predictions"].keys() == records[1]["predictions"].keys()
     assert there.folds == here.folds
 
 
@@ -163,7 +173,7 @@ def test_workers_that_live_on_see_that_a_model_was_trained_again(
     save_file({name: value.neg() for name, value in load_file(file).items()}, file, about)
     nnunet_lite.predict(image, tmp_path / "after", model=model, device="cpu", settings=changes, scheduler=scheduler)
     nnunet_lite.predict(image, tmp_path / "here", model=model, device="cpu", settings=changes)
-    assert contents(tmp_path / "after") == contents(tmp_path / "here") != contents(tmp_path / "before")
+    assert label_maps(tmp_path / "after") == label_maps(tmp_path / "here") != label_maps(tmp_path / "before")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from highdicom.seg import segread
 from pydicom import Dataset, dcmread
 from pydicom.dataset import FileMetaDataset
 from pydicom.filebase import DicomBytesIO
@@ -20,10 +19,9 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, MRImageStorage, 
 
 import nnunet_lite
 from nnunet_lite.data.cases import find_cases
-from nnunet_lite.data.dicom import is_series, segment_names, series_geometry, series_slices, write_dicom_seg
+from nnunet_lite.data.dicom import is_series, require_dicom, series_geometry, series_slices
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import read_geometry, read_image, read_images, read_label
-from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 
 CASE = "hippocampus_001.nii.gz"
@@ -309,78 +307,9 @@ def test_patient_study_and_series_folders(series: Path, pixels: np.ndarray, tmp_
 def test_the_extra_is_needed_for_segmentations_only(series: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("pydicom", "highdicom"):
         monkeypatch.setitem(sys.modules, name, None)
-    array = read_image(series).array[0]
-    with pytest.raises(UserError, match=r"DICOM-SEG needs the extra \[dicom\] .* pip install 'nnunet-lite\[dicom\]'"):
-        write_dicom_seg(series / "seg.dcm", array, series, Labels(names={"background": 0, "a": 1}))
-
-
-LABELS = Labels(names={"background": 0, "Anterior": 1, "Tumör 肝": 7, "never found": 300})
-
-
-def read_segmentation(path: Path) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
-    """The label map of a DICOM segmentation, as highdicom reads it, the first voxel in LPS mm, and value -> name."""
-    file = segread(path)
-    values = {
-        int(s.SegmentNumber): int(s.SegmentDescription.removeprefix("label value ")) for s in file.SegmentSequence
-    }
-    names = {values[int(s.SegmentNumber)]: str(s.SegmentLabel) for s in file.SegmentSequence}
-    volume = file.get_volume(combine_segments=True)
-    numbers = volume.array[::-1]  # highdicom counts slices against the normal
-    origin = volume.affine[:3] @ [len(numbers) - 1, 0, 0, 1]
-    return np.select([numbers == number for number in values], list(values.values())), origin, names
-
-
-@pytest.mark.parametrize("where", [slice(2, 6), slice(4, 5), slice(0, 0)])
-def test_segmentations_come_back(series: Path, tmp_path: Path, where: slice) -> None:
-    path, random = tmp_path / "out" / "seg.dcm", np.random.default_rng(0)
-    segmentation = np.zeros(GRID.shape, np.uint16)
-    segmentation[where] = random.choice([0, 1, 7], segmentation[where].shape)
-    write_dicom_seg(path, segmentation, series, LABELS)
-    back, origin, names = read_segmentation(path)
-    if segmentation.any():
-        np.testing.assert_array_equal(back, segmentation[where])
-        np.testing.assert_allclose(origin, np.add(GRID.origin, where.start * 2.5 * OBLIQUE[:, 2]), atol=1e-6)
-        assert names == segment_names(LABELS)
-    else:
-        assert not back.any() and names == {1: "Anterior"}
-
-
-def test_a_segmentation_refers_to_its_series(series: Path, tmp_path: Path) -> None:
-    segmentation = np.ones(GRID.shape, np.uint8)
-    write_dicom_seg(tmp_path / "seg.dcm", segmentation, series, LABELS)
-    d, source = dcmread(tmp_path / "seg.dcm"), [dcmread(s.path) for s in series_slices(series)]
-    for name in ("PatientID", "PatientName", "StudyInstanceUID", "FrameOfReferenceUID"):
-        assert d[name].value == source[0][name].value
-    assert d.Modality == "SEG" and d.SeriesInstanceUID != source[0].SeriesInstanceUID
-    referred = d.ReferencedSeriesSequence[0]
-    assert referred.SeriesInstanceUID == source[0].SeriesInstanceUID
-    uids = {item.ReferencedSOPInstanceUID for item in referred.ReferencedInstanceSequence}
-    assert uids == {image.SOPInstanceUID for image in source}
-    assert [s.SegmentLabel for s in d.SegmentSequence] == list(segment_names(LABELS).values())
-    assert not is_series(tmp_path / "seg.dcm"), "no image to predict"
-    regions = Labels(names={"background": 0, "whole": (1, 2), "core": 2}, region_order=(3, 5))
-    assert segment_names(regions) == {3: "whole", 5: "core"}
-    with pytest.raises(UserError, match=r"label values \[2\] are not among"):
-        write_dicom_seg(tmp_path / "seg.dcm", segmentation * 2, series, LABELS)
-    with pytest.raises(ValueError, match=r"shape \(3, 50, 35\) for a series of shape \(8, 50, 35\)"):
-        write_dicom_seg(tmp_path / "seg.dcm", segmentation[:3], series, LABELS)
-
-
-def test_a_series_whose_uids_were_emptied(series: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def anonymise(i: int, d: Dataset) -> None:
-        for name in ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "PatientID"):
-            setattr(d, name, "")
-
-    instances = [s.path for s in series_slices(series)]
-    change(series, anonymise)
-    studies = set()
-    for name in ("a.dcm", "b.dcm"):
-        write_dicom_seg(tmp_path / name, np.ones(GRID.shape, np.uint8), series, LABELS)
-        d = dcmread(tmp_path / name)
-        studies.add(d.StudyInstanceUID)
-        assert len(d.ReferencedSeriesSequence[0].ReferencedInstanceSequence) == len(instances)
-    assert len(studies) == 1 and "" not in studies
-    assert "has no StudyInstanceUID, SeriesInstanceUID; viewers may not" in capsys.readouterr().err
+    assert read_image(series).array.shape[1] == 8
+    with pytest.raises(UserError, match=r"RTSTRUCT need the extra \[dicom\] .* pip install 'nnunet-lite\[dicom\]'"):
+        require_dicom()
 
 
 def test_prediction_of_a_series_equals_that_of_its_nifti(tiny_model: Path, hippocampus: Path, tmp_path: Path) -> None:

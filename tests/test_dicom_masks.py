@@ -12,8 +12,8 @@ from pydicom.dataset import FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, RTStructureSetStorage, generate_uid
 from test_dicom import GRID, save_series
 
-from nnunet_lite.data.dicom import write_dicom_seg
 from nnunet_lite.data.dicom_masks import convert_masks
+from nnunet_lite.data.dicom_writers import write_dicom_seg
 from nnunet_lite.data.discovery import files_below
 from nnunet_lite.data.images import read_geometry, read_image, read_label
 from nnunet_lite.data.labels import Labels

@@ -1,18 +1,25 @@
-"""README and docs: their commands run on ten small cases, and the code can produce the messages that they quote."""
+"""README and docs: their commands run on ten small cases, and the code can produce the messages that they quote.
+
+The pages of the reference are those of the code; the site is built strictly, and needs no network.
+"""
 
 from __future__ import annotations
 
 import ast
+import gc
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,18 +27,22 @@ from samples import subcommand
 
 import nnunet_lite
 from nnunet_lite import cli
+from nnunet_lite.settings import keys
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
-TEXT = {page: page.read_text() for page in PAGES}
-BLOCK = re.compile(r"^```([a-z]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+REFERENCE = ROOT / "docs" / "reference"
+GENERATED = runpy.run_path(str(ROOT / "scripts" / "write_reference.py"))["PAGES"]  # test_cli parses their examples
+TEXT = {page: page.read_text() for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))}
+PAGES = [page for page, text in TEXT.items() if "```" in text and page.name not in GENERATED]
+BLOCK = re.compile(r"^(<!-- only parsed: .+ -->\n)?```([a-z]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 Run = Callable[..., tuple[int, str, str]]
 
 # A command of a page may take hours; here it does the same steps with a tiny network.
 TINY = (
     "training.epochs=1", "training.iterations=2", "training.validation_iterations=1", "training.time_limit=null",
     "training.precision=fp32", "training.channels_last=false", "training.patch_voxels=18432",
-    "training.batch_voxels=36864", "network.features_base=4", "network.features_max=8",
+    "training.batch_voxels=36864", "network.features_base=4", "network.features_max=8", "inference.mirroring=false",
+    "inference.step_size=1.0", "inference.precision=fp32",
 )  # fmt: skip
 SHORTER = (
     (r"nnlite (train|run) .*", " ".join(f"--set {setting}" for setting in TINY)),
@@ -39,7 +50,7 @@ SHORTER = (
     (r"nnlite import .*\.zip", "--replace"),
 )
 # These are only parsed: they take minutes, change the environment, or need GPUs, nnU-Net, a cluster or its queue. The
-# small images need no low-resolution stage.
+# small images need no low-resolution stage. So are those of a block below a line `<!-- only parsed: needs a GPU -->`.
 NOT_RUN = re.compile(
     r"scripts/(demo|test)\.sh|pip install .*|.*--gpus \d+.*|torchrun .*|ssh .*"
     r"|nnlite train 3d_(lowres|cascade_fullres) .*|python scripts/compare_(preprocessed|training)\.py .*"
@@ -47,69 +58,67 @@ NOT_RUN = re.compile(
 )
 
 
-def blocks(page: Path, *languages: str) -> Iterator[tuple[int, str]]:
-    """The first line's number and the text of a page's code blocks in some languages."""
+def blocks(page: Path) -> Iterator[tuple[int, str, str, bool]]:
+    """First line's number, language and text of a page's code blocks, and whether they are only parsed."""
     for match in BLOCK.finditer(TEXT[page]):
-        if match[1] in languages:
-            yield TEXT[page][: match.start(2)].count("\n") + 1, match[2]
+        yield TEXT[page][: match.start(3)].count("\n") + 1, match[2], match[3], match[1] is not None
 
 
-def commands(page: Path) -> list[str]:
-    """Lines of code blocks that begin with one of our programs, with or without `$ ` before it."""
-    lines = (line for _, block in blocks(page, "", "bash", "console")
-             for line in re.sub(r"\\\n\s*", " ", block).splitlines())  # fmt: skip
-    found = (line.removeprefix("$ ") for line in lines)
+def commands(block: str) -> list[str]:
+    """Lines of a code block that begin with one of our programs, with or without `$ ` before it."""
+    lines = re.sub(r"\\\n\s*", " ", block).splitlines()
     ours = re.compile(r"(nnlite|scripts/\S+\.(sh|py)|python scripts/|torchrun|pip|ssh)\b")
+    found = (line.removeprefix("$ ") for line in lines)
     return [shlex.join(shlex.split(text, comments=True)) for text in found if ours.match(text)]
 
 
-@pytest.fixture
-def place(tmp_path: Path, tiny_workspace: Path, tiny_model: Path, hippocampus: Path) -> Path:
-    """A folder as that of a reader: the raw data, images to predict with their references, a workspace with a model."""
-    raw = Path(json.loads((tiny_model.parent.parent / "dataset.json").read_text())["root"])
-    shutil.copytree(raw, tmp_path / "Task04_Hippocampus")
-    shutil.copytree(tiny_workspace, tmp_path / "nnlite_workspace")
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory, tiny_workspace: Path, hippocampus: Path) -> Iterator[Path]:
+    """A folder as that of a reader: raw data, images, references, and a workspace with one trained fold."""
+    folder = tmp_path_factory.mktemp("start")
+    planned = tiny_workspace / "Task04_Hippocampus"
+    shutil.copytree(json.loads((planned / "dataset.json").read_text())["root"], folder / "Task04_Hippocampus")
+    shutil.copytree(tiny_workspace, folder / "nnlite_workspace")
     for name, source in (("images", "imagesTs"), ("references", "labelsTs")):
-        (tmp_path / name).mkdir()
+        (folder / name).mkdir()
         for file in sorted((hippocampus / source).iterdir())[:2]:
-            shutil.copy(file, tmp_path / name)
-    for image in (tmp_path / "images").iterdir():
-        patient = tmp_path / "my_patients" / image.name.removesuffix(".nii.gz")
+            shutil.copy(file, folder / name)
+    for image in (folder / "images").iterdir():
+        patient = folder / "my_patients" / image.name.removesuffix(".nii.gz")
         patient.mkdir(parents=True)
         shutil.copy(image, patient / "t1.nii.gz")
-        shutil.copy(tmp_path / "references" / image.name, patient / "mask.nii.gz")
-    shutil.copy(next((tmp_path / "images").iterdir()), tmp_path / "scan.nii.gz")
-    return tmp_path
+        shutil.copy(folder / "references" / image.name, patient / "mask.nii.gz")
+    shutil.copy(next((folder / "images").iterdir()), folder / "scan.nii.gz")
+    tiny, workspace = dict(setting.split("=") for setting in TINY), folder / "nnlite_workspace"
+    nnunet_lite.train("3d_fullres", 0, recipe="cpu", settings=tiny, workspace=workspace, device="cpu")
+    gc.freeze()  # a training collects what is free three times: not all that the tests have imported
+    yield folder
+    gc.unfreeze()
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.name)
-def test_commands_of_a_page(page: Path, place: Path, command: Run) -> None:
-    """In order, from top to bottom; those that cannot run here are read by the command line's parser."""
-    for text in commands(page):
-        words = shlex.split(text)
-        if NOT_RUN.fullmatch(text):
-            parse(words)
-        elif words[:2] == ["nnlite", "view"]:
-            run_view(words[1:], place)
-        else:
-            assert words[0] == "nnlite", f"{page}: {text}: neither run nor excluded"
-            shorter = next((options for pattern, options in SHORTER if re.fullmatch(pattern, text)), "")
-            code, out, err = command(*words[1:], *shlex.split(shorter), cwd=place)
-            assert code == 0, f"{page}: {text}\n{out}{err}"
-
-
-@pytest.mark.parametrize("page", [page for page in PAGES if list(blocks(page, "python"))], ids=lambda page: page.name)
-def test_python_of_a_page(page: Path, place: Path, command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(place)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_code_of_a_page(page: Path, start: Path, tmp_path: Path, command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands and Python in order, from top to bottom; commands that cannot run here are parsed."""
+    shutil.copytree(start, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("NNLITE_WORKSPACE", raising=False)
-    tiny = dict(setting.split("=") for setting in TINY)
     image = np.random.default_rng(1).normal(size=(30, 40, 30)).astype(np.float32)
     known = {"array": image, "z": 1.0, "y": 1.0, "x": 1.0}
-    if "onnx" in TEXT[page]:
-        assert command("export", "--format", "onnx", "-o", "OUT", cwd=place)[0] == 0
-    for line, block in blocks(page, "python"):
-        code = block.replace('time_limit="10m"', f"settings={tiny}")
-        exec(compile("\n" * (line - 1) + code, str(page), "exec"), known)
+    for line, language, block, only_parsed in blocks(page):
+        if language == "python":
+            code = block.replace('time_limit="10m"', f"settings={dict(one.split('=') for one in TINY)}")
+            exec(compile("\n" * (line - 1) + code, str(page), "exec"), known)
+        for text in commands(block) if language in ("", "bash", "console") else ():
+            words = shlex.split(text)
+            if only_parsed or NOT_RUN.fullmatch(text):
+                parse(words)
+            elif words[:2] == ["nnlite", "view"]:
+                run_view(words[1:], tmp_path)
+            else:
+                assert words[0] == "nnlite", f"{page}: {text}: neither run nor excluded"
+                shorter = next((options for pattern, options in SHORTER if re.fullmatch(pattern, text)), "")
+                code, out, err = command(*words[1:], *shlex.split(shorter), cwd=tmp_path)
+                assert code == 0, f"{page}: {text}\n{out}{err}"
 
 
 def parse(words: list[str]) -> None:
@@ -121,11 +130,11 @@ def parse(words: list[str]) -> None:
         assert (ROOT / words[words[0] == "python"]).is_file(), words
 
 
-def run_view(arguments: list[str], place: Path) -> None:
+def run_view(arguments: list[str], folder: Path) -> None:
     """`nnlite view` until it prints its address, then Ctrl-C."""
     program = [str(Path(sysconfig.get_path("scripts")) / "nnlite"), *arguments, "--no-browser"]
     environment = {k: v for k, v in os.environ.items() if k != "NNLITE_WORKSPACE"}
-    with subprocess.Popen(program, cwd=place, env=environment, stdout=-1, stderr=-1, text=True) as process:
+    with subprocess.Popen(program, cwd=folder, env=environment, stdout=-1, stderr=-1, text=True) as process:
         assert process.stdout is not None
         address = process.stdout.readline()
         process.send_signal(signal.SIGINT)
@@ -205,3 +214,47 @@ def test_keys_of_files_are_documented(tiny_model: Path) -> None:
     assert {key for keys in objects for key in keys if f"`{key}`" not in page} <= {"sha256"}
     written = {path.name for path in root.rglob("*") if path.is_file() and not path.name.endswith((".nii.gz", ".lock"))}
     assert not {name for name in written if name not in page and not re.match(r"(2d|3d_\w+)-\w+\.json", name)}
+
+
+# ----------------------------------------------------------------------------------------- the reference and the site
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_a_page_of_the_reference_is_that_of_the_code(name: str) -> None:
+    assert (REFERENCE / name).read_text() == GENERATED[name](), "run scripts/write_reference.py"
+
+
+@pytest.mark.parametrize("name", ["settings.md", "plans.md"])
+def test_every_key_has_legal_values_and_a_meaning(name: str) -> None:
+    rows = [row.strip("| ").split(" | ") for row in TEXT[REFERENCE / name].splitlines() if row.startswith("| `")]
+    assert [
+        row for row in rows if len(row) != 4 or not row[1 if name == "plans.md" else 2].strip() or len(row[3]) < 4
+    ] == []
+    if name == "settings.md":
+        assert [row[0].strip("`") for row in rows] == keys()
+
+
+def test_every_object_of_the_python_api_is_on_its_page() -> None:
+    assert set(re.findall(r"^::: nnunet_lite\.(\w+)$", TEXT[REFERENCE / "api.md"], re.MULTILINE)) == set(
+        nnunet_lite.__all__
+    )
+
+
+def test_the_site_is_built_and_read_without_a_network(browser: Any, tmp_path: Path) -> None:
+    """Links, anchors and the navigation are complete; pages opened as files load nothing else, and search works."""
+    pytest.importorskip("mkdocstrings", reason="needs the extra [docs]")
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path]
+    done = subprocess.run(
+        build, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    page = browser.new_page()
+    errors: list[str] = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("request", lambda request: errors.extend([request.url] * (not request.url.startswith(("file:", "blob:")))))
+    for name in ("reference/api.html", "index.html"):
+        page.goto((tmp_path / name).as_uri())
+    page.fill("input.md-search__input", "oversampling")
+    page.click("a.md-search-result__link")
+    page.wait_for_url("**/*.html*")
+    assert "oversampling" in page.inner_text("article") and not errors

@@ -134,7 +134,7 @@ def test_other_settings_are_refused_with_the_differences(trained: Path, command:
 def test_predict_any_mix_of_formats(trained: Path, predicted: Path) -> None:
     """Label maps have the format, grid and header of their image, and values of the dataset."""
     names = sorted(path.name for path in (trained / "in").iterdir())
-    assert sorted(path.name for path in predicted.iterdir()) == names
+    assert sorted(path.name for path in predicted.iterdir()) == sorted([*names, "predictions.json"])
     assert [Path(name).suffix for name in names] == [".gz", ".nrrd", ".mha"]
     for name in names:
         image, label = trained / "in" / name, predicted / name
@@ -154,7 +154,8 @@ def test_predict_resumes_where_it_stopped(trained: Path, predicted: Path, comman
     code, out, _ = command(*given, "--continue", "--json", cwd=trained)
     assert code == 0 and [Path(file).name for file in json.loads(out)["files"]] == sorted(files(trained / "in2"))
     after = files(trained / "out2")
-    assert after.pop(first.name) and after == before, "only the missing one is made"
+    changed = {first.name, "predictions.json"}
+    assert after.keys() == before.keys() | changed and {n for n in after if after[n] != before.get(n)} == changed
     assert first.read_bytes() == (predicted / first.name).read_bytes()
 
 
@@ -173,7 +174,11 @@ def test_one_broken_input_does_not_stop_the_others(trained: Path, command: Comma
     assert "in3/cut.nii.gz" in failed[0]
     assert failed[1].startswith("failed: wide: ") and "3 channels, the model expects 1 (MRI)" in failed[1]
     names = {path.name for path in (trained / "out3").iterdir()}
+    record = json.loads((trained / "out3" / "predictions.json").read_text())["predictions"]
+    names -= {"predictions.json"}
     assert names == {path.name for path in (trained / "in").iterdir()}, "and nothing of the broken ones"
+    assert {name for name, one in record.items() if one["result"] == "written"} == names
+    assert record["cut.nii.gz"]["result"].startswith("failed: ") and "truncated" in record["cut.nii.gz"]["result"]
 
 
 def test_evaluate(trained: Path, nnlite: Command, command: Command) -> None:

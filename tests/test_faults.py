@@ -365,9 +365,10 @@ def test_two_predict_into_one_folder(
     both = [start_nnlite(*arguments, "out", cwd=tmp_path) for _ in range(2)]
     assert [ended(process)[0] for process in both] == [0, 0]
     assert command(*arguments, "alone", cwd=tmp_path)[0] == 0
-    for file in (tmp_path / "alone").iterdir():
+    for file in (tmp_path / "alone").glob("*.nii.gz"):
         assert gzip.decompress((tmp_path / "out" / file.name).read_bytes()) == gzip.decompress(file.read_bytes())
-    assert len(list((tmp_path / "out").iterdir())) == 2
+    assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())["predictions"]) == 2
+    assert len(list((tmp_path / "out").iterdir())) == 3
 
 
 COMMANDS = """

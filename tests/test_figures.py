@@ -1,23 +1,14 @@
-"""Charts have axes on which values can be read; pictures are oriented as a radiologist expects, with exact outlines."""
+"""Charts have axes on which values can be read."""
 
 from __future__ import annotations
 
-import base64
-import io
 import json
-import re
 
 import numpy as np
 import pytest
-import SimpleITK
-from PIL import Image
-from samples import sample_plan
 
-from nnunet_lite.data.geometry import Geometry
-from nnunet_lite.data.geometry import Image as ScanImage
-from nnunet_lite.data.labels import Labels
 from nnunet_lite.reporting import figures
-from nnunet_lite.reporting.figures import Curve, outline_path, planes_of, plot_curves, slice_of
+from nnunet_lite.reporting.figures import Curve, plot_curves
 
 
 def curve(*values: float | None) -> list[Curve]:
@@ -42,7 +33,9 @@ def test_ticks() -> None:
     close = [text for _, text in plot_curves("loss", curve(1.0000001, 1.0000004), "epoch").y.ticks]
     assert len(set(close)) == len(close) >= 3, "a loss that changes in the seventh digit"
     assert len(plot_curves("loss", curve(0.3, 0.1 + 0.2), "epoch").y.ticks) >= 3, "they differ by rounding"
-    assert figures.tick_values(0, 4e-14, 4) == pytest.approx([0, 1e-14, 2e-14, 3e-14, 4e-14], rel=1e-9)
+    tiny = figures.Axis((0, 4e-14), (0, 100), n_ticks=4).ticks
+    assert [float(text) for _, text in tiny] == pytest.approx([0, 1e-14, 2e-14, 3e-14, 4e-14], rel=1e-9)
+    assert figures.Axis((0, 3e4), (0, 100), n_ticks=3).ticks[-1] == (100, "30000")
 
 
 def test_a_logarithmic_axis() -> None:
@@ -55,7 +48,8 @@ def test_a_logarithmic_axis() -> None:
     for rates in ([0.01 * (1 - i / 100) ** 0.9 for i in range(100)], [0.01, *[1e-5] * 9, -1.0], [0.01, *[0.0] * 9]):
         assert not plot_curves("lr", curve(*rates), "epoch", "", (0.0, None)).y.logarithmic
     assert not plot_curves("Dice", curve(1.0, *[1e-3] * 9), "epoch", "", (0, 1)).y.logarithmic
-    assert figures.log_tick_values(0.003, 0.06) == [0.005, 0.01, 0.02, 0.05]
+    narrow = figures.Axis((0.003, 0.06), (0, 100), n_ticks=4, logarithmic=True)
+    assert [text for _, text in narrow.ticks] == ["0.005", "0.01", "0.02", "0.05"]
 
 
 def test_agreement_of_volumes() -> None:
@@ -101,110 +95,3 @@ def test_rows_without_a_score() -> None:
     same = figures.plot_intervals("Dice", [("a", 0.8, None, None), ("b", 0.8, None, None)], "Dice").x
     assert same.pixels[0] < same.pixel(0.8) < same.pixels[1]
     assert figures.plot_dots("Dice", [("a", [("case", None)])], "model").content["rows"] == [("a", [], None)]
-
-
-# ------------------------------------------------------------------------------------------------------------ pictures
-
-
-@pytest.mark.parametrize("code", ["LPS", "RAS", "LAS", "SPL", "AIR", "PSR", "ILA"])
-def test_any_orientation_becomes_that_of_the_patient(code: str) -> None:
-    """As ITK reorients it: to the head, to the back, to the left."""
-    expected = np.arange(4 * 5 * 6, dtype=np.int16).reshape(4, 5, 6)
-    image = SimpleITK.GetImageFromArray(expected)
-    image.SetSpacing((1.0, 2.0, 3.0))
-    oriented = SimpleITK.DICOMOrient(image, code)
-    array = SimpleITK.GetArrayFromImage(oriented)
-    geometry = Geometry(array.shape, oriented.GetSpacing()[::-1], oriented.GetOrigin(), oriented.GetDirection())
-    turn, _ = planes_of(geometry)
-    np.testing.assert_array_equal(turn.apply(array), expected)
-    assert geometry.turned(turn).spacing == (3.0, 2.0, 1.0)
-
-
-def test_planes() -> None:
-    """The head is at the top of coronal and sagittal planes, the front at the top of axial ones."""
-    array = np.arange(4 * 5 * 6).reshape(4, 5, 6)  # to the head, to the back, to the left
-    whole = ((0, 4), (0, 5), (0, 6))
-    axial, coronal, sagittal = planes_of(Geometry(array.shape, (1.0, 1.0, 1.0)))[1]
-    np.testing.assert_array_equal(slice_of(array, axial, 2, whole), array[2])
-    np.testing.assert_array_equal(slice_of(array, coronal, 3, whole), array[::-1, 3])
-    np.testing.assert_array_equal(slice_of(array, sagittal, 1, whole), array[::-1, :, 1])
-    assert (axial.sides, coronal.sides, sagittal.sides) == ("RLAP", "RLSI", "APSI")
-    turn, planes = planes_of(Geometry((1, 4, 5), (999.0, 1.0, 1.0), dimensions=2))
-    assert [plane.name for plane in planes] == ["xy"] and turn.order == (0, 1, 2)
-    _, planes = planes_of(Geometry((3, 4, 5), (1.0, 1.0, 1.0), oriented=False))
-    assert [plane.name for plane in planes] == ["xy", "xz", "yz"] and not any(plane.upwards for plane in planes)
-
-
-def fill(path: str, shape: tuple[int, int]) -> np.ndarray:
-    """The pixels whose centre an SVG path encloses, by the even-odd rule."""
-    inside = np.zeros(shape, bool)
-    x = y = start_y = 0
-    for command, numbers in re.findall(r"([Mhvz])([-\d ]*)", path):
-        if command == "M":
-            x, y = (int(n) for n in numbers.split())
-            start_y = y
-        elif command == "h":
-            x += int(numbers)
-        else:
-            end = start_y if command == "z" else y + int(numbers)
-            inside[min(y, end) : max(y, end), x:] ^= True
-            y = end
-    return inside
-
-
-def test_outlines_enclose_exactly_the_mask() -> None:
-    draws = np.random.default_rng(0)
-    for share in (0.1, 0.5, 0.9, 1.0):
-        for _ in range(10):
-            mask = draws.random((9, 13)) < share
-            np.testing.assert_array_equal(fill(outline_path(mask), mask.shape), mask)
-    assert outline_path(np.zeros((3, 3), bool)) == ""
-    assert outline_path(np.ones((2, 3), bool)) == "M0 0h3v2h-3z"
-    label = np.zeros((40, 60), np.uint8)
-    label[10:20, 30:60] = 1
-    coarse, step = figures.thin_out(label, 10)
-    assert coarse.shape == (10, 10) and step == (4, 6)
-    assert outline_path(coarse == 1, step) == "M30 8h30v12h-30z", "in voxels of the picture"
-
-
-def test_errors_are_missed_added_or_of_another_label() -> None:
-    reference, prediction = np.array([[0, 1, 1, 2, 2, 0]]), np.array([[0, 1, 0, 1, 2, 2]])
-    assert figures.find_errors(reference, prediction).tolist() == [[0, 0, 1, 3, 0, 2]]
-    assert list(figures.ERROR_COLOURS) == ["missed", "added", "another label"]
-    plan = sample_plan(Labels(names={"a": 1, "b": 2}, ignore=3))
-    draws = np.random.default_rng(0)
-    labels = draws.integers(0, 4, (1, 30, 40)), draws.integers(0, 3, (1, 30, 40))
-    image = ScanImage(np.zeros((1, 1, 30, 40), np.float32), Geometry((1, 30, 40), (999.0, 1.0, 1.0), dimensions=2))
-    oriented = figures.OrientedImage(image, plan)
-    whole = ((0, 1), (0, 30), (0, 40))
-    drawn = oriented.draw(oriented.planes[0], (0, 15, 20), whole, 64, *labels)
-    kinds = np.where(labels[0] == 3, 0, figures.find_errors(*labels))[0]
-    for kind, path in enumerate(drawn["errors"], 1):
-        np.testing.assert_array_equal(fill(path, (30, 40)), kinds == kind)
-
-
-def test_the_box_contains_the_mask_with_a_margin() -> None:
-    mask = np.zeros((300, 40, 300), bool)
-    mask[100:200, 10:20, 290:300] = True
-    assert figures.box_around(mask) == ((70, 230), (0, 40), (204, 300))
-    assert figures.box_around(np.zeros((3, 4, 5), bool)) == ((0, 3), (0, 4), (0, 5))
-
-
-def test_grey_levels_ignore_the_background() -> None:
-    (channel,) = sample_plan(Labels(names={"a": 1})).channels
-    image = np.zeros((10, 100, 100), np.float32)
-    image[5:] = np.linspace(100, 200, 5 * 100 * 100).reshape(5, 100, 100)
-    low, high = figures.grey_levels(image, channel)
-    assert low == pytest.approx(101, abs=1) and high == pytest.approx(199.5, abs=1)
-    image[0, 0, 0], image[0, 0, 1] = np.nan, np.inf
-    shown = figures.to_bytes(image[0], (low, high))
-    assert shown.dtype == np.uint8 and shown[0, 0] == 0 and shown[0, 1] == 255
-    assert figures.grey_levels(np.full((4, 4), 7.0), channel) == (0.0, 1.0)
-
-
-def test_webp_is_shrunk_to_the_longest_side() -> None:
-    picture = np.tile(np.arange(200, dtype=np.uint8), (50, 1))
-    image = Image.open(io.BytesIO(base64.b64decode(figures.webp(picture, 100))))
-    assert image.format == "WEBP" and image.size == (100, 50)
-    found = np.asarray(image.convert("L")).astype(int)
-    assert abs(found[25, 10] - 20) < 8 and abs(found[25, 90] - 180) < 8

@@ -18,7 +18,7 @@ from test_dicom_masks import LABELS, box, patient, save_contours
 import nnunet_lite
 from nnunet_lite.data.cases import find_cases
 from nnunet_lite.data.dataset import read_dataset
-from nnunet_lite.data.dicom import write_dicom_seg
+from nnunet_lite.data.dicom_writers import write_dicom_seg
 from nnunet_lite.data.images import read_image
 from nnunet_lite.data.raw_files import reason_to_plan
 from nnunet_lite.errors import UserError

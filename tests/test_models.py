@@ -210,7 +210,7 @@ def test_predict_with_all_options(
     image, out = min(tmp_path / "in" / scans[0].name, scans[1], key=lambda path: path.name), tmp_path / "out"
     assert err.endswith(f"next: nnlite view {image} {out / image.name}; or nnlite evaluate {out} REFERENCES\n")
     written = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    assert written == {f"{kind.format(name)}.nii.gz" for kind in kinds for name in names}
+    assert written == {"predictions.json", *(f"{kind.format(name)}.nii.gz" for kind in kinds for name in names)}
     *shares, label = (
         np.asarray(nibabel.load(tmp_path / "out" / f"{kind.format(names[0])}.nii.gz").dataobj)
         for kind in (*kinds[:3], "{}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,7 @@ def translated(line: str) -> str:
         ("preprocess 2d 3d_fullres", "2d 3d_fullres"),
         ("preprocess 4 -c 2d -np 2 -plans_name nnUNetPlans", "2d --workers 2 -d 4"),
         ("plan 4 -c 2d 3d_fullres --verify_dataset_integrity", "4 -c 2d -c 3d_fullres"),
-        ("train 4 2d 0 -tr nnUNetTrainer_100epochs --val", "2d 0 --epochs 100 -d 4"),
-        ("evaluate a b -djfile dataset.json -pfile plans.json", "a b"),
+        ("train 4 2d 0 -tr nnUNetTrainer_100epochs --continue_training", "2d 0 --epochs 100 -d 4"),
         ("run -f 0 1 -c 2d Task04", "Task04 -f 0 -f 1 -c 2d"),
         ("train -c=2d -f=0 -d=4", "2d 0 -d 4"),
         ("plan -d=4", "4"),
@@ -119,9 +119,20 @@ def test_a_skipped_option_says_why_and_an_answer_ends_the_command(command: Comma
         "preprocess 4 -plans_name myPlans": "--preset resenc_m|resenc_l|resenc_xl`",
         "predict -d 4 -tr nnUNetTrainer_100epochs": "`nnlite predict -m MODEL` chooses a model",
         "export m.zip -f 0 1": "`nnlite export` takes no -f. All folds are taken. `nnlite predict -f 0 1` chooses some",
-        "nnUNetv2_plan_and_preprocess -d 4": "is a command of nnU-Net. `nnlite plan DATA` does it",
+        "nnUNetv2_plan_and_preprocess -d 4": "is a command of nnU-Net. `nnlite plan 4` does it",
+        "plan_and_preprocess": "`nnlite plan DATA` does it",
+        "evaluate_folder refs 'my out' -djfile x": "`nnlite evaluate 'my out' refs` does it",
+        "evaluate refs out -djfile x": "`nnlite evaluate PREDICTIONS REFERENCES`, in this order",
+        "train 4 2d 0 --val": "The same command without it scores a finished fold",
         "find_best_configuration 4": "is a command of nnU-Net. `nnlite select` does it",
     }.items():
-        code, out, err = command(*typed.split(), cwd=tmp_path)
+        code, out, err = command(*shlex.split(typed), cwd=tmp_path)
         assert (code, out) == (2, "") and says in err and err.count("\n") == 1, err
     assert list(tmp_path.iterdir()) == []
+    for typed, says in {
+        "train 4 2d 0 -tr nnUNetTrainer_5epochs": "-tr nnUNetTrainer_5epochs is --epochs 5\n",
+        "train 4 2d 0 -p nnUNetPlans": "-p nnUNetPlans is skipped: it is the default\n",
+        "predict -d 4 -i a -o b -tr nnUNetTrainer": "-tr nnUNetTrainer is skipped: -m MODEL chooses a model\n",
+    }.items():
+        code, _, err = command(*typed.split(), cwd=tmp_path)
+        assert code == 2 and err.startswith(says), err

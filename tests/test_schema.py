@@ -77,8 +77,3 @@ def test_an_illegal_value_names_its_place(tmp_path: Path, place: str, value: Any
 
     with pytest.raises(UserError, match=message):
         read_edited(tmp_path, change)
-
-
-def test_the_schema_in_docs_is_current() -> None:
-    docs = Path(__file__).parent.parent / "docs/reference/plans.schema.json"
-    assert json.loads(docs.read_text()) == Plan.model_json_schema()

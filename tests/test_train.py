@@ -185,7 +185,9 @@ def test_a_run_resumes_where_only_the_explanations_of_the_plan_changed(workspace
         train(workspace, 0)
 
 
-def test_labels_are_renamed_under_models(workspace: Path, models: Path, hippocampus: Path, tmp_path: Path) -> None:
+def test_labels_are_renamed_under_models(
+    workspace: Path, models: Path, hippocampus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Names are not the plan's arithmetic: folds, selection and prediction with the models that exist go on."""
     paths, nnlite = planned_paths(workspace), {"workspace": workspace, "device": "cpu"}
     assert nnunet_lite.select(**nnlite).models == ("3d_fullres-default",)
@@ -199,6 +201,14 @@ def test_labels_are_renamed_under_models(workspace: Path, models: Path, hippocam
     image = hippocampus / "imagesTr" / "hippocampus_001.nii.gz"
     first = nnunet_lite.predict(image, tmp_path / "a.nii.gz", **nnlite)
     assert first.labels.region_names == ("Anterior", "Posterior") and list(first.postprocessing) == ["Anterior"]
+    record = read_json(tmp_path / "predictions.json")["runs"]
+    assert [run["labels"] for run in record] == [{"background": 0, "Anterior": 1, "Posterior": 2}]
+    nnunet_lite.predict(image, tmp_path / "a.nii.gz", **nnlite)
+    assert "1 label map of an earlier prediction will be replaced; --continue keeps them\n" in capfd.readouterr().err
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").touch()
+    with pytest.raises(UserError, match=r"holds no image .* This model was trained on \.nii\.gz\. Supported"):
+        nnunet_lite.predict(tmp_path / "notes", tmp_path / "b", **nnlite)
     train(workspace, 2)
     plan = Plan.read(models / "3d_fullres-default" / "plans.json")
     assert plan.labels.region_names == ("front", "Posterior")

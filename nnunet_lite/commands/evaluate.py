@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from difflib import get_close_matches
@@ -16,16 +16,17 @@ import nnunet_lite
 from nnunet_lite import log
 from nnunet_lite.commands import options
 from nnunet_lite.data.cases import Case
-from nnunet_lite.data.dataset import Dataset, stored_dataset
+from nnunet_lite.data.dataset import stored_dataset
+from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError, no_such_file
-from nnunet_lite.evaluation.scores import Scores, score_files
+from nnunet_lite.evaluation.scores import Scores, read_summaries, score_files
 from nnunet_lite.files import read_json, scratch, write_json, write_text
 from nnunet_lite.inference.cases import output_file
 from nnunet_lite.models.argument import find_models
 from nnunet_lite.models.folder import VALIDATION, model_folders, trained_folds
 from nnunet_lite.models.lookup import choose_model
 from nnunet_lite.planning.schema import Plan
-from nnunet_lite.reporting.viewer import View, open_browser, read_case_scene, read_file_scene, serve
+from nnunet_lite.reporting.viewer import Scene, View, open_browser, read_case_scene, read_file_scene, serve
 from nnunet_lite.workspace import Paths, planned_datasets, select_dataset, workspace_folder
 
 
@@ -121,9 +122,13 @@ def evaluate(
 
 
 def view(
-    case: Annotated[str | Path, typer.Argument(help="Case of the dataset, or an image file or DICOM series.")],
+    case: Annotated[
+        str | Path | None,
+        typer.Argument(help="Case of the dataset, or an image file or DICOM series.", show_default="the worst case"),
+    ] = None,
     segmentations: Annotated[
-        str | Path | Sequence[str | Path] | None, typer.Argument(help="Label maps of that file.")
+        str | Path | Sequence[str | Path] | None,
+        typer.Argument(help="Label maps of that file; the others are compared with the first."),
     ] = None,
     *,
     model: Annotated[
@@ -139,16 +144,17 @@ def view(
     dataset: options.DatasetName = None,
     workspace: options.Workspace = None,
 ) -> View:
-    """Look at an image with reference and prediction in the browser.
+    """Look at images with reference and prediction in the browser.
 
-    The page is served on 127.0.0.1 until `View.close()` or the end of the process.
+    The page lists all cases of the dataset, the worst first. It is served on 127.0.0.1 until `View.close()` or the end
+    of the process.
 
     Parameters
     ----------
-    case : str or Path
-        Case of the dataset, or an image file or DICOM series.
+    case : str or Path, optional
+        Case of the dataset, or an image file or DICOM series; default: the case with the lowest Dice.
     segmentations : str, Path or sequence of them, optional
-        Label maps of that file.
+        Label maps of that file; the others are compared with the first.
     model : str or sequence of str, optional
         Models of the dataset whose cross-validation to show, "a+b" for an ensemble; default: the selected one. Other
         models, and those that are given with a file, predict the image now.
@@ -171,62 +177,92 @@ def view(
 
     Examples
     --------
+    nnlite view
     nnlite view hippocampus_001
     nnlite view scan.nii.gz label.nii.gz -m model.zip
     """
-    file, names, root = Path(case), options.names_of(model) or [], workspace_folder(workspace)
+    names, root = options.names_of(model) or [], workspace_folder(workspace)
     maps = [segmentations] if isinstance(segmentations, str | Path) else list(segmentations or ())
-    if file.exists() and not maps and find_models(file, root, required=False):
+    file = None if case is None else Path(case)
+    if file is not None and file.exists() and not maps and find_models(file, root, required=False):
         raise UserError("is a model", file, f"See what it predicts: `nnlite view CASE -m {file}`.")
-    if file.exists() or maps:
+    if file is not None and (file.exists() or maps):
         models = [(name, nnunet_lite.load(name, workspace=root)) for name in names]
         labels = models[0][1].plan.labels if models else None
         if dataset:
             labels = stored_dataset(select_dataset(workspace, dataset, only_reads=True).dataset).labels
-        page = serve(read_file_scene(file, [Path(path) for path in maps], labels, models))
+        scene = read_file_scene(file, [Path(path) for path in maps], labels, models)
+        page = serve(lambda _: scene, {file.name: None}, file.name)
     else:
-        paths = select_dataset(workspace, dataset, only_reads=True)
-        planned = stored_dataset(paths.dataset)
-        planned_case = _case_of(planned, str(case))
-        own = {path.name for place in (paths.models, paths.ensembles) for path in place.glob("*/")}
-        in_dataset = [name for name in names if name in own]
-        models = [(name, nnunet_lite.load(name, workspace=root)) for name in names if name not in in_dataset]
-        for name, _ in models:
-            log.warn(f"{name} predicts {planned_case.id} now; it may have been trained on this case")
-        predictions = _predictions(paths, planned_case, in_dataset if names else None)
-        page = serve(read_case_scene(planned, planned_case, predictions, models))
+        page = _serve_dataset(select_dataset(workspace, dataset, only_reads=True), case, names, root)
     if browser and not open_browser(page):
         log.info("no browser with windows was found; open the address in one")
     return page
 
 
-def _case_of(dataset: Dataset, name: str) -> Case:
+def _serve_dataset(paths: Paths, case: str | Path | None, names: list[str], root: Path) -> View:
+    """Serve all cases of a dataset with their cross-validation, the worst first."""
+    dataset, channels = stored_dataset(paths.dataset), Plan.read(paths.plans).channels
+    own = {path.name for place in (paths.models, paths.ensembles) for path in place.glob("*/")}
+    in_dataset = [name for name in names if name in own] if names else _chosen(paths)
+    models = [(name, nnunet_lite.load(name, workspace=root)) for name in names if name not in own]
     cases = {case.id: case for case in dataset.cases}
+    scores = _scores(paths, in_dataset[0], dataset.labels) if in_dataset else {}
+    listed = {name: scores.get(name) for name in [*(case for case in scores if case in cases), *cases]}
+    first = next(iter(listed)) if case is None else _case_of(cases, str(case), dataset.name)
+
+    def read(name: str) -> Scene:
+        for model, _ in models:
+            log.warn(f"{model} predicts {name} now; it may have been trained on this case")
+        predictions = _predictions(paths, cases[name], in_dataset, required=bool(names) and name == first)
+        return read_case_scene(dataset, cases[name], predictions, models, channels)
+
+    return serve(read, listed, first)
+
+
+def _scores(paths: Paths, model: str, labels: Labels) -> dict[str, float]:
+    """Return the mean Dice of each case that a model held out, the lowest first."""
+    try:
+        rows = read_summaries(
+            sorted(_model_folder(paths, model).glob(f"fold_*/{VALIDATION}/summary.json")), labels
+        ).rows
+    except UserError as error:  # the cases can be looked at without their scores
+        log.warn(str(error))
+        return {}
+    known = {row.case: row.mean_dice for row in rows if row.mean_dice is not None}
+    return {case: known[case] for case in sorted(known, key=known.__getitem__)}
+
+
+def _model_folder(paths: Paths, name: str) -> Path:
+    return paths.ensembles / name if "+" in name else paths.models / name
+
+
+def _case_of(cases: Mapping[str, Case], name: str, dataset: str) -> str:
     if name not in cases:
         nearest = get_close_matches(name, cases, 3)
         fix = f"Did you mean {' or '.join(nearest)}?" if nearest else f"Its cases are {', '.join(list(cases)[:3])} ..."
-        raise UserError(f"there is no file {name}, and no case of that name in {dataset.name}", fix=fix)
-    return cases[name]
+        raise UserError(f"there is no file {name}, and no case of that name in {dataset}", fix=fix)
+    return name
 
 
-def _predictions(paths: Paths, case: Case, names: Sequence[str] | None) -> list[tuple[str, Path]]:
+def _predictions(paths: Paths, case: Case, names: Sequence[str], required: bool) -> list[tuple[str, Path]]:
     """Return name and label map of each model's prediction of a case that it held out.
 
     Raises
     ------
     UserError
-        One of the models in `names` has none.
+        One of the models has none, and it is required.
     """
     predictions = []
-    for name in _chosen(paths) if names is None else names:
-        folder = paths.ensembles / name if "+" in name else paths.models / name
+    for name in names:
+        folder = _model_folder(paths, name)
         maps = (output_file(case, fold / VALIDATION) for fold in sorted(folder.glob("fold_*")))
         if file := next((path for path in maps if path.is_file()), None):
             predictions.append((f"{name}, {file.parent.parent.name.replace('_', ' ')}", file))
-        elif names is None:
-            log.info(f"{name} has not predicted {case.id}: the fold that holds it out is not trained")
-        else:
+        elif required:
             raise UserError(f"has not predicted {case.id}: the fold that holds it out is not trained", folder)
+        else:
+            log.info(f"{name} has not predicted {case.id}: the fold that holds it out is not trained")
     return predictions
 
 

@@ -7,8 +7,10 @@ Options that cannot be taken are answered in one line: with what does it here.
 from __future__ import annotations
 
 import re
+import shlex
 from collections import deque
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from nnunet_lite import log
@@ -21,11 +23,12 @@ _OURS = {
     "--continue_prediction": "--continue", "--disable_ensembling": "--no-ensembles", "--disable_tta": "--no-mirroring",
     "--save_probabilities": "--save-probabilities",
 }  # fmt: skip
-_LABELS = "the labels are those of the files; PREDICTIONS come first, then REFERENCES"
+_ORDER = "Without it: `nnlite evaluate PREDICTIONS REFERENCES`, in this order, which is not nnU-Net's."
 # an option of nnU-Net that nothing depends on here: how many values it has, and why it is skipped
 _SKIPPED = {
     "--c": (0, "the same command resumes"),
     "--chill": (0, "references without a prediction are listed, and not scored"),
+    "--continue_training": (0, "the same command resumes"),
     "--clean": (0, "`plan` takes the fingerprint of the files as they are"),
     "--disable_checkpointing": (0, "one checkpoint is kept, which every epoch replaces"),
     "--disable_progress_bar": (0, "bars are shown on a terminal only"),
@@ -38,10 +41,7 @@ _SKIPPED = {
     "--npz": (0, "`select` computes the probabilities that it needs"),
     "-prev_stage_predictions": (1, "the first stage of a cascade is predicted too"),
     "--use_compressed": (0, "compressed cases are unpacked where that is faster"),
-    "--val": (0, "`train` scores a finished fold that has no scores"),
     "--verify_dataset_integrity": (0, "`plan` always checks the dataset"),
-    "-djfile": (1, _LABELS),
-    "-pfile": (1, _LABELS),
 }
 _PLANS = (
     "nnUNetPlans",
@@ -51,17 +51,20 @@ _PLANS = (
 _CLASSES = "Nothing is chosen by the name of a class: normalization and resampling are fields of plans.json."
 # an option of nnU-Net that something else does here: its default, which changes nothing, and what does it
 _ANSWERS = {
+    "-djfile": ("", _ORDER),
     "-f": ("", "All folds are taken. `nnlite predict -f 0 1` chooses some; so does a copy of the model's folder with "
            "only these."),
     "-fpe": ("DatasetFingerprintExtractor", _CLASSES),
     "-overwrite_plans_name": ("nnUNetPlans", "A workspace has one plan of a dataset; `-w FOLDER` takes another one."),
     "-overwrite_target_spacing": ("", "Edit the spacing in plans.json; planning again keeps it."),
     "-p": _PLANS,
+    "-pfile": ("", _ORDER),
     "-pl": ("ExperimentPlanner", "Give `nnlite plan DATA --preset {preset}`."),
     "-plans_name": _PLANS,
     "-preprocessor_name": ("DefaultPreprocessor", _CLASSES),
     "-tr": ("nnUNetTrainer", "What a trainer class changes is a setting: `nnlite train ... --epochs 100`, "
             "`--set loss.top_k=1` or `--recipe FILE.toml`; `nnlite predict -m MODEL` chooses a model."),
+    "--val": ("", "The same command without it scores a finished fold that has no scores."),
     "--val_best": ("", "A fold has one model, that of its last epoch."),
 }  # fmt: skip
 # arguments of ours that are options of nnU-Net
@@ -99,8 +102,8 @@ _DATASET = re.compile(r"\d+|(Task|Dataset)\d+\w*")  # an id, or a name of nnU-Ne
 _CHECKPOINT = re.compile(r"checkpoint_(\w+)\.pth")
 
 
-def refuse_command(name: str) -> None:
-    """Say what does here what a command of nnU-Net does.
+def refuse_command(name: str, arguments: Sequence[str]) -> None:
+    """Say what does here what a command of nnU-Net does, with the dataset or the two folders that were typed.
 
     Raises
     ------
@@ -108,6 +111,11 @@ def refuse_command(name: str) -> None:
         The name is one of nnU-Net's commands, with or without nnUNetv2_.
     """
     if answer := _COMMANDS.get(name.removeprefix("nnUNetv2_")):
+        typed = dict(pairwise(arguments))
+        if data := typed.get("-d") or next((word for word in arguments if _DATASET.fullmatch(word)), None):
+            answer = answer.replace("DATA", data)
+        if len(arguments) > 1 and not any(word.startswith("-") for word in arguments[:2]):
+            answer = answer.replace("PREDICTIONS REFERENCES", shlex.join((arguments[1], arguments[0])))
         raise UserError(f"{name} is a command of nnU-Net", fix=answer)
 
 
@@ -189,8 +197,10 @@ def _answered(name: str, left: deque[str], own: Mapping[str, Any], command: str)
     default, answer = _ANSWERS[name]
     value = next(iter(_take(left)), "")
     if name == "-tr" and "--epochs" in own and (epochs := _EPOCHS.fullmatch(value)):
+        log.info(f"{name} {value} is --epochs {epochs[1]}")
         return ["--epochs", epochs[1]]
     if default and value == default:
+        log.info(f"{name} {value} is skipped: {'-m MODEL chooses a model' if '-m' in own else 'it is the default'}")
         return []
     size = _RESENC.fullmatch(value)
     preset = f"resenc_{size[1].lower()}" if size else "resenc_m|resenc_l|resenc_xl"

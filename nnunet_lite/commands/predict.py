@@ -13,19 +13,22 @@ from nnunet_lite import log
 from nnunet_lite.commands import options
 from nnunet_lite.data.cases import Case, find_cases
 from nnunet_lite.data.labels import Labels
-from nnunet_lite.data.names import stem
+from nnunet_lite.data.names import PICTURES, Format, stem, suffix_of
 from nnunet_lite.data.problems import html_table, plural
-from nnunet_lite.errors import UserError, describe
+from nnunet_lite.errors import UserError, describe, no_such_file
 from nnunet_lite.evaluation.postprocessing import apply_rules
 from nnunet_lite.evaluation.selection import choose_models, weights_fingerprint
-from nnunet_lite.inference.cases import check_output, names_file
+from nnunet_lite.files import read_json
+from nnunet_lite.inference.cases import check_output, names_file, output_file
 from nnunet_lite.inference.folder import predict_cases
 from nnunet_lite.inference.outputs import ExtraMaps, parse_label_names
 from nnunet_lite.inference.predictor import Predictor, load
+from nnunet_lite.inference.record import CaseResult, PredictionRecord, describe_predictor
 from nnunet_lite.models.argument import as_model_folder, find_model
-from nnunet_lite.models.folder import trained_folds
+from nnunet_lite.models.folder import now_as_text, trained_folds, versions_in_use
 from nnunet_lite.models.lookup import first_common_fold, read_model
 from nnunet_lite.networks.cpu import keep_freed_memory
+from nnunet_lite.planning.schema import Plan
 from nnunet_lite.workspace import select_dataset, workspace_folder
 
 # --speed: changes of the settings; "fast" also uses one fold
@@ -129,8 +132,15 @@ def predict(
     save_uncertainty: Annotated[
         bool, options.output("--save-uncertainty", help="Write maps of entropy and of the folds' disagreement too.")
     ] = False,
-    dicom_seg: Annotated[
-        bool, options.output("--dicom-seg", help="Write DICOM segmentations of DICOM series.")
+    format: Annotated[
+        Format | None,
+        options.output(help="Write label maps so; the last two need DICOM series.", show_default="as the images"),
+    ] = None,
+    per_label: Annotated[
+        bool, options.output("--per-label", help="Write a file for each label too: segmentations/CASE/LABEL.")
+    ] = False,
+    statistics: Annotated[
+        bool, options.output("--statistics", help="Write volumes and mean intensities of labels too, as CSV and JSON.")
     ] = False,
     num_parts: Annotated[
         int, options.data("-num_parts", "--num-parts", min=1, help="Share the images between this many calls.")
@@ -180,8 +190,13 @@ def predict(
         Write their maps too: "all", or names of labels with commas.
     save_uncertainty : bool
         Write maps of entropy and of the folds' disagreement too.
-    dicom_seg : bool
-        Write DICOM segmentations of DICOM series.
+    format : {"nifti", "seg.nrrd", "dicom-seg", "rtstruct"}, optional
+        Of the label maps; default: that of their images, or that of a file's name. seg.nrrd is a segmentation of 3D
+        Slicer; dicom-seg and rtstruct are for DICOM series.
+    per_label : bool
+        Write a file for each label too.
+    statistics : bool
+        Write statistics.csv and statistics.json too: volumes and mean intensities of the labels.
     num_parts, part_id : int
         Predict only image part_id, part_id + num_parts, ... of the sorted images; other calls, which may write into the
         same folder at the same time, predict the others.
@@ -190,7 +205,7 @@ def predict(
     device : str, optional
         Such as "cpu" or "cuda:1"; default: a GPU if there is one.
     skip_existing : bool
-        Keep label maps that exist already.
+        Keep cases whose files exist already.
     postprocess : bool
         Postprocess as `select` found to help.
     accept_geometry : bool
@@ -239,7 +254,7 @@ def predict(
     paths = None if models else select_dataset(workspace, dataset, needs_plan=False)
     folders, folds, rules = choose_models(paths, models, configurations, options.names_of(fold), postprocess)
     if missing := next((source for source in sources if not source.exists()), None):  # loading may take long
-        raise UserError("there is no such file or folder", missing)
+        raise no_such_file(missing)
     if speed == "fast" and fold is None:
         folds = folds[:1] if folds else first_common_fold(folders, checkpoint)
     loader = partial(
@@ -252,9 +267,13 @@ def predict(
     else:
         with as_model_folder(folders[0], checkpoint) as folder:
             plan, used = read_model(folder)[0], folds or trained_folds(folder)
-    cases = find_cases(sources, len(plan.channels), [channel.name for channel in plan.channels])
-    check_output(sources, cases, out, plan.labels, dicom_seg)
+    cases = _find_images(sources, plan, folders[0])
+    check_output(sources, cases, out, plan.labels, format)
     cases = sorted(cases, key=lambda case: case.id)[part_id::num_parts] if num_parts > 1 else cases
+    if not skip_existing and (existing := sum(output_file(case, out, format).is_file() for case in cases)):
+        log.info(
+            f"{out}: {plural(existing, 'label map')} of an earlier prediction will be replaced; --continue keeps them"
+        )
     if unknown := sorted(rules.keys() - set(plan.labels.region_names)):
         what = f"the selection postprocesses {unknown[0]}, which is no label of the model"
         raise UserError(what, fix="Run `nnlite select` again, or give --no-postprocess.")
@@ -264,30 +283,53 @@ def predict(
         log.info("one network predicts: there is no map of disagreement, only of entropy")
     writing: dict[str, Any] = {
         "maps": ExtraMaps(names, save_uncertainty, several),
-        "dicom_seg": dicom_seg,
+        "format": format,
+        "per_label": per_label,
+        "statistics": statistics,
         "skip_existing": skip_existing,
         "postprocess": partial(apply_rules, labels=plan.labels, rules=rules) if rules else None,
         "accept_geometry": accept_geometry,
     }
+    words = {label: str(rule) for label, rule in rules.items()}
+    described = {"labels": plan.labels.to_json(), "regions_class_order": plan.labels.region_order}
+    run = {"date": now_as_text(), "versions": versions_in_use(), "checkpoint": checkpoint, "postprocessing": words}
+    run |= {key: value for key, value in described.items() if value is not None}
+    record = PredictionRecord((out.parent if names_file(out) else out).absolute(), run, shared=num_parts > 1)
     if scheduler is None:
         if predictor.device.type == "cpu":
             keep_freed_memory()
         how = f"{predictor} on {predictor.device}, {predictor.arithmetic.precision}"
         log.info(f"predicting {plural(len(cases), 'image')} with {how}")
-        files, failed = predict_cases(predictor, cases, out, **writing)
+        report = partial(record.add, how=describe_predictor(predictor))
+        files, failed = predict_cases(predictor, cases, out, report=report, **writing)
     else:
-        files, failed = _predict_on(scheduler, loader, cases, out.absolute(), writing)
+        files, failed = _predict_on(scheduler, loader, cases, out.absolute(), writing, record)
     for case, reason in failed.items():
         log.error(f"failed: {case}: {reason}")
-    words = {label: str(rule) for label, rule in rules.items()}
     images = {case.id: case.images[0] for case in cases}
     return Predictions(out, tuple(files), failed, tuple(folders), tuple(used), plan.labels, words, images)
 
 
+def _find_images(sources: Sequence[Path], plan: Plan, model: Path) -> list[Case]:
+    """Find the images, and say on which files the model was trained if there are none, or pictures instead of scans."""
+    table = model / "dataset.json"
+    ending = read_json(table).get("file_ending") if table.is_file() else None
+    try:
+        cases = find_cases(sources, len(plan.channels), [channel.name for channel in plan.channels])
+    except UserError as error:
+        if ending is None or "no image" not in error.what:
+            raise
+        raise UserError(error.what, error.file, f"This model was trained on {ending}. {error.fix}") from None
+    endings = {suffix_of(case.images[0]) for case in cases}
+    if ending is not None and not any((ending in PICTURES) == (found in PICTURES) for found in endings):
+        log.warn(f"this model was trained on {ending}, these are {', '.join(sorted(endings))} files")
+    return cases
+
+
 def after_predict(result: Predictions, **_: Any) -> list[list[str]]:
     """Return the commands to type next: to look at the first label map, and to score those of a folder."""
-    if not result.files or result.failed or result.files[0].suffix == ".dcm":  # the failures are the last words
-        return []
+    if not result.files or result.failed or result.files[0].name.endswith((".dcm", ".seg.nrrd")):  # for other programs
+        return []  # and failures are the last words
     file, out = result.files[0], result.output
     image = next(path for case, path in result.images.items() if file == out or file.name.startswith(f"{case}."))
     scoring = [] if file == out else [["nnlite", "evaluate", str(out), "REFERENCES"]]
@@ -302,18 +344,25 @@ _loaded: dict[str, Predictor] = {}  # the model that this worker predicts with
 
 def _predict_case(
     case: Case, loader: partial[Predictor], out: Path, writing: dict[str, Any]
-) -> tuple[list[Path], dict[str, str]]:
-    """Predict a case on a worker; as `predict_cases`. The model is loaded again only if its weights change."""
+) -> tuple[list[Path], dict[str, str], list[CaseResult], dict[str, Any]]:
+    """Predict a case on a worker; as `predict_cases`, and for the record. Other weights are loaded again."""
     folders, folds = loader.args[:2]
     key = str((loader, [weights_fingerprint(folder, f) for folder in folders for f in folds or trained_folds(folder)]))
     if key not in _loaded:
         _loaded.clear()
         _loaded[key] = loader()
-    return predict_cases(_loaded[key], [case], out, **writing)
+    results: list[CaseResult] = []
+    files, failed = predict_cases(_loaded[key], [case], out, report=results.append, **writing)
+    return files, failed, results, describe_predictor(_loaded[key])
 
 
 def _predict_on(
-    scheduler: str, loader: partial[Predictor], cases: Sequence[Case], out: Path, writing: dict[str, Any]
+    scheduler: str,
+    loader: partial[Predictor],
+    cases: Sequence[Case],
+    out: Path,
+    writing: dict[str, Any],
+    record: PredictionRecord,
 ) -> tuple[list[Path], dict[str, str]]:
     """Predict cases on the workers of a Dask scheduler; as `predict_cases`."""
     files: list[Path] = []
@@ -328,6 +377,8 @@ def _predict_on(
             else:
                 files += found[0]
                 failed |= found[1]
+                for result in found[2]:
+                    record.add(result, found[3])
     return sorted(files), dict(sorted(failed.items()))
 
 

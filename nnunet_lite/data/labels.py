@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from nnunet_lite.errors import UserError
 
@@ -64,29 +64,15 @@ def label_colours(n: int) -> list[Colour]:
 
 
 class Labels(BaseModel):
-    """The labels of a dataset.
-
-    Parameters
-    ----------
-    names : dict of str to int or tuple of int
-        Name -> value, or name -> values of a region. The background is the label called "background", otherwise the
-        value 0, which is added if it is missing.
-    ignore : int or None
-        The value of voxels that are not annotated, which the loss ignores.
-    region_order : tuple of int or None
-        For regions, the value that is written for each region, in the order of writing (later ones overwrite).
-
-    Raises
-    ------
-    ValueError
-        There is no foreground, a value has two meanings, or the values are too far apart.
-    """
+    """The labels of a dataset. The background is the label of that name, otherwise the value 0, which is added."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    names: dict[str, int | tuple[int, ...]]
-    ignore: int | None = None
-    region_order: tuple[int, ...] | None = None
+    names: dict[str, int | tuple[int, ...]] = Field(description="value of each label, or values of each region")
+    ignore: int | None = Field(None, description="value of voxels that are not annotated, which the loss ignores")
+    region_order: tuple[int, ...] | None = Field(
+        None, description="regions: the value that is written for each, in the order of writing (later ones overwrite)"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Labels:
@@ -149,6 +135,13 @@ class Labels(BaseModel):
     def region_values(self) -> tuple[tuple[int, ...], ...]:
         """The values of each of `region_names`."""
         return tuple(_members(self.names[name]) for name in self.region_names)
+
+    @cached_property
+    def segments(self) -> dict[str, tuple[int, ...]]:
+        """For each of `region_names`, the values in a predicted label map that it covers; regions may overlap."""
+        written = self.region_order if self.has_regions and self.region_order else [v[0] for v in self.region_values]
+        each = zip(self.region_names, self.region_values, written, strict=True)
+        return {name: values if value in values else (value,) for name, values, value in each}
 
     @property
     def n_classes(self) -> int:

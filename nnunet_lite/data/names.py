@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Literal
 
 from nnunet_lite.errors import UserError
 
@@ -32,6 +33,11 @@ _LABEL_WORDS = (
     "masks?|msk|[dp]?segs?|segmentations?|labels?(?:tr)?|lbl|gt|ground[ _-]?truth|truth|rois?|annotations?|contours?"
 )
 LABEL_WORD = re.compile(rf"(?:^|[\W_]+)(?:{_LABEL_WORDS})(?=[\W_]|$)", re.IGNORECASE)
+
+Format = Literal["nifti", "seg.nrrd", "dicom-seg", "rtstruct"]  # in which predictions are written
+ENDINGS: dict[Format, str] = {
+    "nifti": ".nii.gz", "seg.nrrd": ".seg.nrrd", "rtstruct": ".rtstruct.dcm", "dicom-seg": ".dcm",
+}  # fmt: skip
 
 AGAIN = "Copy or export it again."
 DEFLATE_LIMIT = 1032  # largest factor by which deflate compresses
@@ -90,6 +96,41 @@ def stem(path: Path) -> str:
         "case_0000" for case_0000.nii.gz.
     """
     return path.name[: len(path.name) - len(suffix_of(path) or path.suffix)]
+
+
+def format_of(path: Path) -> Format | None:
+    """Return the format of a prediction.
+
+    Parameters
+    ----------
+    path : Path
+        Its file.
+
+    Returns
+    -------
+    str or None
+        None for other endings of images, such as .png.
+    """
+    if suffix_of(path) in NIFTI:
+        return "nifti"
+    return next((known for known, ending in ENDINGS.items() if path.name.lower().endswith(ending)), None)
+
+
+def case_of(path: Path) -> str:
+    """Return the name of a prediction without its ending.
+
+    Parameters
+    ----------
+    path : Path
+        Its file.
+
+    Returns
+    -------
+    str
+        "scan" for scan.nii.gz, scan.seg.nrrd and scan.rtstruct.dcm.
+    """
+    known = format_of(path)
+    return path.name[: -len(ENDINGS[known])] if known in ("seg.nrrd", "rtstruct") else stem(path)
 
 
 # ---------------------------------------------------------------------------------------------- images of several files

@@ -21,11 +21,10 @@ from nnunet_lite.evaluation.postprocessing import Gain, Rule
 from nnunet_lite.evaluation.scores import four_digits
 from nnunet_lite.evaluation.statistics import Margin, summarize
 from nnunet_lite.files import first_problem, read_json
-from nnunet_lite.models.folder import MODEL, is_finished, read_run, stage_path
+from nnunet_lite.models.folder import MODEL, add_weights, is_finished, read_run, stage_path
 from nnunet_lite.models.lookup import choose_model, read_model
 from nnunet_lite.workspace import Paths
 
-_FINGERPRINT_BYTES = 1 << 22  # of a file of weights: its header says how they were trained, and all weights differ
 _SELECT_AGAIN = "Run `nnlite select` again."
 
 
@@ -278,8 +277,6 @@ def changed_models(paths: Paths, selection: Selection) -> list[str]:
 def weights_fingerprint(folder: Path, fold: str) -> str:
     """Hash the weights of a fold, of a cascade with those of its first stage; "" if there are none.
 
-    The size and the first megabytes of the file differ between any two trainings, and are read in an instant.
-
     Parameters
     ----------
     folder : Path
@@ -294,7 +291,5 @@ def weights_fingerprint(folder: Path, fold: str) -> str:
         file = stage / f"fold_{fold}" / MODEL
         if not file.is_file():
             return ""
-        digest.update(str(file.stat().st_size).encode())
-        with file.open("rb") as content:
-            digest.update(content.read(_FINGERPRINT_BYTES))
+        add_weights(digest, file)
     return digest.hexdigest()[:16]

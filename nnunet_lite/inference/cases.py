@@ -14,16 +14,18 @@ import numpy as np
 
 from nnunet_lite import log
 from nnunet_lite.data.cases import Case, split_name
+from nnunet_lite.data.dicom import require_dicom
 from nnunet_lite.data.formats import require_picture_values
 from nnunet_lite.data.geometry import PICTURE_SPACING, Geometry
-from nnunet_lite.data.images import Image, label_suffix, read_geometry, read_image, read_images
+from nnunet_lite.data.images import Image, is_dicom, label_suffix, read_geometry, read_image, read_images
 from nnunet_lite.data.labels import Labels
-from nnunet_lite.data.names import PICTURES, TIFF, ending_of, stem, suffix_of
+from nnunet_lite.data.names import ENDINGS, PICTURES, TIFF, Format, ending_of, format_of, stem, suffix_of
 from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.preprocessing.pipeline import output_values
 
+_NOT_IN_NAMES = str.maketrans(dict.fromkeys('/\\:*?"<>| ', "_"))  # characters that a file name cannot have everywhere
 _MICROSCOPIC = 0.05  # mm: smaller voxels are of a microscope
 _OTHER_UNIT = 100  # the unit of voxels that are 100 times smaller or larger than those of the training may be wrong
 
@@ -228,14 +230,30 @@ def names_file(out: Path) -> bool:
     return (suffix_of(out) != "" or out.suffix.lower() == ".dcm") and not out.is_dir()
 
 
-def output_file(case: Case, out: Path, dicom_seg: bool = False) -> Path:
-    """Return the file of a case's label map: its id, in the format of its image; or `out`, if that names a file."""
+def file_name(label: str) -> str:
+    """Return the name of a label as a part of a file's name on every system."""
+    return label.translate(_NOT_IN_NAMES)
+
+
+def output_file(case: Case, out: Path, format: Format | None = None) -> Path:
+    """Return the file of a case's label map: its id, in a format or that of its image; or `out`, if it names a file."""
     if names_file(out):
         return out
-    return out / f"{case.id}{'.dcm' if dicom_seg else label_suffix(suffix_of(case.images[0]))}"
+    return out / f"{case.id}{ENDINGS[format] if format else label_suffix(suffix_of(case.images[0]))}"
 
 
-def check_output(sources: Sequence[Path], cases: Sequence[Case], out: Path, labels: Labels, dicom_seg: bool) -> None:
+def require_series(image: Path | None) -> Path:
+    """Return the image of a DICOM-SEG or RTSTRUCT file; refuse what is no DICOM series, and a missing extra."""
+    require_dicom()
+    if image is None or not is_dicom(image):
+        who = "is" if image else "the image is"
+        raise UserError(f"{who} no DICOM series, so it can have no DICOM-SEG or RTSTRUCT", image, "Use .nii.gz.")
+    return image
+
+
+def check_output(
+    sources: Sequence[Path], cases: Sequence[Case], out: Path, labels: Labels, format: Format | None = None
+) -> None:
     """Refuse an output that the label maps cannot have, before anything is predicted.
 
     Parameters
@@ -248,25 +266,28 @@ def check_output(sources: Sequence[Path], cases: Sequence[Case], out: Path, labe
         A folder or, of a single case, a file.
     labels : Labels
         What the model predicts.
-    dicom_seg : bool
-        Whether label maps are DICOM segmentations.
+    format : str, optional
+        Of the label maps; default: that of their images.
 
     Raises
     ------
     UserError
-        One file for several cases; or a format that cannot store the label map; or a folder in which the next command
-        would find the label maps as images.
+        One file for several cases; or a format that cannot store the label map; a DICOM format for an image that is no
+        series; or a folder in which the next command would find the label maps as images.
     """
     if names_file(out):
-        _check_file(cases, out, labels, dicom_seg)
+        _check_file(cases, out, labels, format)
     elif not out.exists() and (any(guess_type(out.name)) or out.suffix.lower() in (".npy", ".npz")):
         raise UserError(f"label maps cannot be written as {out.suffix}", out, "Give a folder, or a name with .nii.gz.")
+    for case in cases:
+        if output_file(case, out, format).suffix.lower() == ".dcm":
+            require_series(case.images[0])
     folder = (out.parent if names_file(out) else out).resolve()
     given = {identify(source) for source in sources if source.is_dir()}
     parents = {path if path.is_dir() else path.parent for case in cases for path in case.images}
     with_case_folders = {identify(parent.parent) for parent in parents if identify(parent) not in given} & given
     next_to_channels = any(
-        len(case.images) > 1 and split_name(stem(case.images[0]))[0] == stem(output_file(case, out, dicom_seg))
+        len(case.images) > 1 and split_name(stem(case.images[0]))[0] == stem(output_file(case, out, format))
         for case in cases
         if identify(case.images[0].parent) == identify(folder)
     )
@@ -275,14 +296,16 @@ def check_output(sources: Sequence[Path], cases: Sequence[Case], out: Path, labe
         raise UserError(what, out, "Choose another --output.")
 
 
-def _check_file(cases: Sequence[Case], out: Path, labels: Labels, dicom_seg: bool) -> None:
+def _check_file(cases: Sequence[Case], out: Path, labels: Labels, format: Format | None) -> None:
     """Refuse a name of a label map for several images, or with a format that cannot store it."""
     if len(cases) > 1:
         raise UserError(f"names one label map, for {len(cases)} images", out, "Give a folder.")
-    if dicom_seg != (out.suffix.lower() == ".dcm"):
-        raise UserError("a DICOM segmentation ends in .dcm, and needs --dicom-seg", out)
+    if format not in (None, format_of(out)):
+        raise UserError(
+            f"files of --format {format} end in {ENDINGS[format]}", out, "Rename it, or leave out --format."
+        )
     suffix = suffix_of(out)
-    if not dicom_seg and label_suffix(suffix) != suffix:
+    if suffix and label_suffix(suffix) != suffix:
         raise UserError(f"label maps cannot be written as {suffix}", out, f"Use {label_suffix(suffix)}.")
     if suffix in PICTURES:
         require_picture_values(out, output_values(labels), read_geometry(cases[0].images[0])[0])

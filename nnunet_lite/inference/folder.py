@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+import time
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -10,22 +11,24 @@ from math import prod
 from pathlib import Path
 from tempfile import TemporaryFile
 from traceback import format_exception
+from typing import Any
 
 import numpy as np
 
 from nnunet_lite import log
 from nnunet_lite.data.cases import Case
-from nnunet_lite.data.dicom import require_dicom, write_dicom_seg
 from nnunet_lite.data.geometry import Geometry
-from nnunet_lite.data.images import is_dicom, write_label
-from nnunet_lite.data.names import stem
+from nnunet_lite.data.images import read_images, write_label
+from nnunet_lite.data.names import Format, case_of
 from nnunet_lite.data.nifti import write_nifti
 from nnunet_lite.data.problems import few, plural
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.files import allocate, atomic, lacks_space, no_space, sweep
-from nnunet_lite.inference.cases import identify, names_file, output_file, read_case_image
+from nnunet_lite.inference.cases import file_name, identify, names_file, output_file, read_case_image
 from nnunet_lite.inference.outputs import STEPS, ExtraMaps
 from nnunet_lite.inference.predictor import Predictor, PreparedImage, prepare_image, segment
+from nnunet_lite.inference.record import CaseResult, read_statistics
+from nnunet_lite.inference.results import SEGMENTATIONS, label_file, measure_labels, write_segmentation
 from nnunet_lite.system import cases_in_flight, cpus
 
 # changes a label map (z, y, x) of some spacing before it is written
@@ -35,7 +38,6 @@ _MOST_READERS = 4  # images that are read, cropped, normalised and resampled at 
 _READING = 4  # times the size of a preprocessed image: what reading and preprocessing one takes
 _MOST_WRITING = 2  # label maps that wait to be written
 _NAME_BYTES = 255
-_NOT_IN_NAMES = str.maketrans(dict.fromkeys('/\\:*?"<>| ', "_"))  # characters that a file name cannot have everywhere
 
 
 def predict_cases(
@@ -44,7 +46,10 @@ def predict_cases(
     out: Path,
     *,
     maps: ExtraMaps = ExtraMaps(),
-    dicom_seg: bool = False,
+    format: Format | None = None,
+    per_label: bool = False,
+    statistics: bool = False,
+    report: Callable[[CaseResult], None] = lambda result: None,
     skip_existing: bool = False,
     stage_classes: Callable[[str], np.ndarray] | None = None,
     postprocess: Postprocess | None = None,
@@ -62,10 +67,16 @@ def predict_cases(
         A folder; of a single case also the name of its label map, whose ending decides the format.
     maps : ExtraMaps
         Maps to write too, into the folders probabilities and uncertainty in `out`.
-    dicom_seg : bool
-        Write DICOM segmentations; the images must be DICOM series.
+    format : str, optional
+        Of the label maps; default: that of their images.
+    per_label : bool
+        Write a file for each label too, into the folder segmentations in `out`.
+    statistics : bool
+        Measure the labels, for `report`.
+    report : callable
+        Takes each case before its label map is written; in the end those that failed.
     skip_existing : bool
-        Keep label maps that exist already.
+        Keep cases whose files exist already.
     stage_classes : callable, optional
         Returns the classes that the first stage predicts of a case, by its id, on the grid of its preprocessed array;
         for the second stage of a cascade that was loaded without the first.
@@ -84,36 +95,56 @@ def predict_cases(
     Raises
     ------
     UserError
-        A label map would overwrite an image, a name would be too long, or an image of a DICOM segmentation is no DICOM
-        series.
+        A label map would overwrite an image, or a name would be too long or that of two files.
     OSError
         The disk is full.
     """
-    targets = {case.id: output_file(case, out, dicom_seg) for case in cases}
-    _check_targets(targets, cases, maps, dicom_seg)
+    labels, channels = predictor.plan.labels, [channel.name for channel in predictor.plan.channels]
+    targets = {case.id: output_file(case, out, format) for case in cases}
+    extra = {
+        case.id: [_map_file(targets[case.id], name) for name in maps.names]
+        + [label_file(targets[case.id], label, case.images[0]) for label in labels.segments if per_label]
+        for case in cases
+    }
+    _check_targets(cases, targets, extra)
     out = out.parent if names_file(out) else out
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("probabilities", "uncertainty"):  # of a killed run; this one may write no such maps
-        sweep(out / name)
-    files = [path for path in targets.values() if skip_existing and path.is_file()]
-    todo = [case for case in cases if targets[case.id] not in files]
+    for folder in (out / "probabilities", out / "uncertainty", *out.glob(f"{SEGMENTATIONS}/*")):
+        sweep(folder)  # of a killed run; this one may write nothing there
+    measured = read_statistics(out) if statistics else {}
+
+    def is_complete(case: Case) -> bool:
+        needed = [targets[case.id], *extra[case.id]]
+        return all(path.is_file() for path in needed) and (not statistics or case_of(targets[case.id]) in measured)
+
+    kept = {case.id for case in cases if skip_existing and is_complete(case)}
+    files = [targets[name] for name in kept]
+    todo = [case for case in cases if case.id not in kept]
     failed: dict[str, str] = {}
     turned: dict[str, list[str]] = defaultdict(list)
 
     def read(case: Case) -> PreparedImage:
         return prepare_image(predictor, read_case_image(predictor.plan, case, accept_geometry))
 
-    def write(case: Case, geometry: Geometry, label_map: np.ndarray, arrays: dict[str, np.ndarray]) -> None:
+    def write(
+        case: Case, geometry: Geometry, label_map: np.ndarray, arrays: dict[str, np.ndarray], seconds: float
+    ) -> None:
         target = targets[case.id]
         for name, array in arrays.items():
             with atomic(_map_file(target, name)) as temporary:
                 write_nifti(temporary, array, geometry, 1 / STEPS, case.images[0])
         if postprocess is not None:
             label_map = postprocess(label_map, geometry.spacing)
-        if target.suffix == ".dcm":  # the label map is the last file: if it exists, the case is complete
-            write_dicom_seg(target, label_map, case.images[0], predictor.plan.labels)
-        else:
-            write_label(target, label_map, geometry, like=case.images[0])
+        for label, values in labels.segments.items() if per_label else ():
+            file = label_file(target, label, case.images[0])
+            write_label(file, np.isin(label_map, values), geometry, like=case.images[0])
+        sizes = None
+        if statistics:
+            image = read_images(case.images, len(channels), accept_geometry).array
+            sizes = measure_labels(label_map, image, geometry, labels, channels)
+        report(_result(case, target, "written", round(seconds, 2), sizes))
+        # the label map is the last file: if it exists, the case is complete
+        write_segmentation(target, label_map, geometry, labels, case.images[0])
 
     def fail(case: Case, error: Exception) -> None:
         if lacks_space(error):  # then no other case can be written either
@@ -134,6 +165,7 @@ def predict_cases(
         for case, source in zip(log.progress(todo, len(todo), "predict"), sources, strict=True):
             try:
                 prepared = source.result()
+                began = time.monotonic()
                 classes = None if stage_classes is None else stage_classes(case.id)
                 label_map, arrays = segment(predictor, prepared, classes, maps, partial(_array_on_disk, out))
             except Exception as error:  # as above
@@ -144,36 +176,45 @@ def predict_cases(
             if own is not None and own != (predictor.plan.orientation or own):
                 turned[own].append(case.id)
             del prepared  # or it would be in memory until the next image is read
-            queue.append((case, writer.submit(write, case, geometry, label_map, arrays)))
+            seconds = time.monotonic() - began
+            queue.append((case, writer.submit(write, case, geometry, label_map, arrays, seconds)))
             if len(queue) > _MOST_WRITING:
                 finish(*queue.popleft())
         for case, writing in queue:
             finish(case, writing)
+    for case in todo:
+        if case.id in failed:
+            report(_result(case, targets[case.id], f"failed: {failed[case.id]}"))
     if turned:
         stored = ", ".join(f"{plural(len(ids), 'image')} stored as {own} ({few(ids)})" for own, ids in turned.items())
         log.info(f"turned to {predictor.plan.orientation}, the orientation of the model: {stored}")
     return sorted(files), failed
 
 
-def _check_targets(targets: Mapping[str, Path], cases: Sequence[Case], maps: ExtraMaps, dicom_seg: bool) -> None:
-    """Refuse label maps that could not be written, by case id, before anything is predicted."""
+def _result(case: Case, target: Path, result: str, *more: Any) -> CaseResult:
+    return CaseResult(target, case.id, tuple(str(path.absolute()) for path in case.images), result, *more)
+
+
+def _check_targets(cases: Sequence[Case], targets: Mapping[str, Path], extra: Mapping[str, Sequence[Path]]) -> None:
+    """Refuse label maps and further files, by case id, that could not be written, before anything is predicted."""
     images = {identify(path) for case in cases for path in case.images}
     if overwritten := next((path for path in targets.values() if identify(path) in images), None):
         raise UserError("would be overwritten by its own label map", overwritten, "Choose another --output.")
-    written = [*targets.values(), *(_map_file(path, name) for path in targets.values() for name in maps.names)]
+    further = [path for paths in extra.values() for path in paths]
+    written = [*targets.values(), *further]
     if too_long := next((path for path in written if len(path.name.encode()) > _NAME_BYTES), None):
         what = f"has a longer name than file systems allow ({_NAME_BYTES} bytes)"
-        raise UserError(what, too_long, f"Rename the image{', or leave out its maps' if maps else ''}.")
-    if dicom_seg:
-        require_dicom()
-        if other := next((case.images[0] for case in cases if not is_dicom(case.images[0])), None):
-            raise UserError("is no DICOM series, so it can have no DICOM segmentation", other)
+        raise UserError(what, too_long, f"Rename the image{', or leave out its maps' if further else ''}.")
+    if twice := [path for path, n in Counter(written).items() if n > 1]:
+        raise UserError(
+            "would be the file of two labels, whose names differ only in signs", twice[0], "Rename a label."
+        )
 
 
 def _map_file(target: Path, name: str) -> Path:
     """Return the file of a map, by its name in `ExtraMaps`, of the image with a label map."""
     folder, _, of = name.partition("/")
-    return target.parent / folder / f"{stem(target)}_{of.translate(_NOT_IN_NAMES)}.nii.gz"
+    return target.parent / folder / f"{case_of(target)}_{file_name(of)}.nii.gz"
 
 
 def _read_ahead(

@@ -31,7 +31,16 @@ from nnunet_lite.inference.sliding_window import SlidingWindow
 from nnunet_lite.inference.windows import LabelSwap
 from nnunet_lite.models.argument import find_model, unpacked
 from nnunet_lite.models.checkpoint import load_weights
-from nnunet_lite.models.folder import MODEL, Checkpoint, is_finished, is_nnunet, other_folds, stage_path, trained_folds
+from nnunet_lite.models.folder import (
+    MODEL,
+    Checkpoint,
+    is_finished,
+    is_nnunet,
+    model_fingerprint,
+    other_folds,
+    stage_path,
+    trained_folds,
+)
 from nnunet_lite.models.lookup import read_model
 from nnunet_lite.models.nnunet import nnunet_checkpoints, read_nnunet
 from nnunet_lite.networks.cpu import speed_up_on_cpu
@@ -80,6 +89,8 @@ class Predictor:
         Models whose probabilities are averaged with those of this one.
     of_nnunet : bool
         Whether nnU-Net trained it, so that it predicts as it does there.
+    fingerprint : str
+        Hash of its plan and weights.
     """
 
     folder: Path
@@ -95,6 +106,7 @@ class Predictor:
     swap: LabelSwap | None = None
     partners: tuple[Predictor, ...] = ()
     of_nnunet: bool = False
+    fingerprint: str = ""
 
     def __str__(self) -> str:
         first = "" if self.first_stage is None else f"{self.first_stage}, then "
@@ -149,7 +161,7 @@ class Predictor:
             given = as_image(image, spacing, self.plan)
             label_map, maps = segment(self, prepare_image(self, given), maps=ExtraMaps(names))
         later = None if maps else partial(self, file or replace(given, array=given.array.copy()))  # it may be changed
-        return Segmentation(label_map, given.geometry, maps, later, file)
+        return Segmentation(label_map, given.geometry, self.plan.labels, maps, later, file)
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
@@ -243,6 +255,7 @@ def _load_model(
     first_stage = None
     with unpacked(path, checkpoint) as folder:
         trained = _read_nnunet(folder, folds, checkpoint) if is_nnunet(folder) else _read(folder, folds, trusted)
+        fingerprint = model_fingerprint(folder, trained.networks, checkpoint)
         if with_first_stage and trained.configuration.previous_stage is not None:
             first = _find_first_stage(folder, trained)
             first_stage = _load_model(first, None, device, changes, checkpoint, trusted)
@@ -277,6 +290,7 @@ def _load_model(
         first_stage=first_stage,
         swap=label_swap(trained.plan, trained.run["configuration"], augmentation),
         of_nnunet=trained.of_nnunet,
+        fingerprint=fingerprint,
     )
 
 

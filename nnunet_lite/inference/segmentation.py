@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from nnunet_lite.data.geometry import Geometry
-from nnunet_lite.data.images import write_label
+from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.inference.outputs import PROBABILITIES, STEPS
+from nnunet_lite.inference.results import write_segmentation
 
 
 class Segmentation(np.ndarray):
@@ -26,15 +27,18 @@ class Segmentation(np.ndarray):
         The array.
     geometry : Geometry
         Of the image.
+    labels : Labels
+        Names of the values.
     maps : mapping of str to ndarray, shape (z, y, x)
         Maps that were made with it, as from `predict_label_map`.
     predict : callable, optional
         Predicts the image again, and takes `probabilities`.
     source : Path, optional
-        The file of the image, whose NIfTI header is copied.
+        The image, whose NIfTI header is copied; or its DICOM series.
     """
 
     _geometry: Geometry | None = None  # of what is computed
+    _labels: Labels | None = None
     _maps: Mapping[str, np.ndarray] = {}
     _predict: Callable[..., Segmentation] | None = None
     _source: Path | None = None
@@ -43,19 +47,22 @@ class Segmentation(np.ndarray):
         cls,
         label_map: np.ndarray,
         geometry: Geometry | None,
+        labels: Labels | None,
         maps: Mapping[str, np.ndarray],
         predict: Callable[..., Segmentation] | None = None,
         source: Path | None = None,
     ) -> Segmentation:
         self = label_map.view(cls)
-        self._geometry, self._maps, self._predict, self._source = geometry, maps, predict, source
+        self._geometry, self._labels, self._maps, self._predict = geometry, labels, maps, predict
+        self._source = source
         return self
 
     def __array_wrap__(self, array: np.ndarray, context: Any = None, return_scalar: bool = False) -> Any:
         return self if array is self else np.asarray(array)[()]  # a sum is a number
 
     def copy(self, order: Any = "C") -> Segmentation:
-        return Segmentation(self.array.copy(order), self._geometry, self._maps, self._predict, self._source)
+        array = self.array.copy(order)
+        return Segmentation(array, self._geometry, self._labels, self._maps, self._predict, self._source)
 
     def __copy__(self) -> Segmentation:
         return self.copy()
@@ -64,7 +71,7 @@ class Segmentation(np.ndarray):
         return self.copy()
 
     def __reduce__(self) -> tuple[Any, ...]:  # pickled without the model
-        return Segmentation, (self.array, self._geometry, self._maps, None, self._source)
+        return Segmentation, (self.array, self._geometry, self._labels, self._maps, None, self._source)
 
     def __repr__(self) -> str:
         if self._geometry is None:
@@ -122,11 +129,14 @@ class Segmentation(np.ndarray):
         Parameters
         ----------
         path : str or Path
-            Such as "liver.nii.gz".
+            Such as "liver.nii.gz" or "liver.seg.nrrd" (3D Slicer); of a DICOM series also "liver.dcm" (DICOM-SEG) and
+            "liver.rtstruct.dcm" (contours).
 
         Raises
         ------
         UserError
             The format cannot store it.
         """
-        write_label(path, self.array, self.geometry, like=self._source)
+        geometry, labels = self.geometry, self._labels
+        assert labels is not None  # what has a geometry has labels
+        write_segmentation(Path(path), self.array, geometry, labels, self._source)

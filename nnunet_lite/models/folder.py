@@ -10,12 +10,13 @@ begun may have any length. A folder in which nothing was trained yet accepts any
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import secrets
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -54,6 +55,7 @@ _INCIDENTAL = (
 )  # fmt: skip
 _LENGTH = ("training.epochs", "training.time_limit")
 _OPTIONS = ("epochs", "iterations", "time_limit", "batch_size", "seed", "init")  # settings of training with an option
+_FINGERPRINT_BYTES = 1 << 22  # of a file of weights: its header says how they were trained, and all weights differ
 
 
 # ------------------------------------------------------------------------------------------------ begin and resume
@@ -121,7 +123,7 @@ def open_run(
             write_text(folder / "plans.json", plan.to_json())
             if settings.training.seed not in (None, old.training.seed):
                 run["seed"] = settings.training.seed
-            history = [*run.get("changed", []), {"when": _now(), "changes": changes}]
+            history = [*run.get("changed", []), {"when": now_as_text(), "changes": changes}]
             write_json(file, {**run, "settings": settings.model_dump(mode="json"), "changed": history})
         elif ignored:
             log.warn(f"{folder}: validation uses the settings that the run began with, without {'; '.join(ignored)}; "
@@ -245,7 +247,8 @@ def fold_seed(seed: int, fold: str) -> int:
     return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
 
 
-def _now() -> str:
+def now_as_text() -> str:
+    """Return date and time, UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
@@ -268,9 +271,13 @@ def write_description(folder: Path, plan: Plan, dataset: dict[str, Any], run: di
     """
     write_text(folder / "plans.json", plan.to_json())
     write_json(folder / "dataset.json", dataset)
+    write_json(folder / _RUN, {"format": FORMAT, **run, "began": now_as_text(), "versions": versions_in_use()})
+
+
+def versions_in_use() -> dict[str, str]:
+    """Return the versions of what a result depends on."""
     versions = {"nnunet_lite": nnunet_lite.__version__, "python": platform.python_version()}
-    versions |= {name: version(name) for name in ("torch", "numpy")}
-    write_json(folder / _RUN, {"format": FORMAT, **run, "began": _now(), "versions": versions})
+    return versions | {name: version(name) for name in ("torch", "numpy")}
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -498,6 +505,21 @@ def weight_files(folder: Path, checkpoint: Checkpoint = "final") -> dict[str, Pa
     """Return the weights of each finished fold of a model folder; of nnU-Net's, the folds that have this checkpoint."""
     name = nnunet_file(checkpoint) if is_nnunet(folder) else MODEL
     return {path.parent.name.removeprefix("fold_"): path for path in sorted(folder.glob(f"fold_*/{name}"))}
+
+
+def model_fingerprint(folder: Path, folds: Iterable[str], checkpoint: Checkpoint = "final") -> str:
+    """Hash the plan of a model, and of the weights of each fold the size and first megabytes: 16 hexadecimal digits."""
+    files, digest = weight_files(folder, checkpoint), hashlib.sha256((folder / "plans.json").read_bytes())
+    for fold in folds:
+        add_weights(digest, files[fold])
+    return digest.hexdigest()[:16]
+
+
+def add_weights(digest: Any, file: Path) -> None:
+    """Add a file of weights to a hash: its size and first megabytes, which differ between any two trainings."""
+    digest.update(str(file.stat().st_size).encode())
+    with file.open("rb") as content:
+        digest.update(content.read(_FINGERPRINT_BYTES))
 
 
 def trained_folds(folder: Path, checkpoint: Checkpoint = "final") -> list[str]:

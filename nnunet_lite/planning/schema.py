@@ -64,23 +64,23 @@ class _Model(BaseModel):
 class Statistics(_Model):
     """Intensities of one channel over the foreground voxels of the training set."""
 
-    mean: float
-    median: float
-    std: float
-    min: float
-    max: float
-    percentile_00_5: float
-    percentile_99_5: float
+    mean: float = Field(description="mean, which `ct` subtracts")
+    median: float = Field(description="median")
+    std: float = Field(description="standard deviation, by which `ct` divides")
+    min: float = Field(description="smallest value")
+    max: float = Field(description="largest value")
+    percentile_00_5: float = Field(description="percentile 0.5, to which `ct` raises lower values")
+    percentile_99_5: float = Field(description="percentile 99.5, to which `ct` lowers higher values")
 
 
 class Channel(_Model):
     """One input channel: how it is normalised, and whether only inside the nonzero mask."""
 
-    name: str
-    normalization: Scheme
-    use_mask: bool = False
+    name: str = Field(description="name in dataset.json, which chooses the normalisation")
+    normalization: Scheme = Field(description="how intensities are normalised")
+    use_mask: bool = Field(False, description="whether only voxels inside the nonzero mask of an image are normalised")
     clip_percentiles: Percentiles | None = Field(None, description="of each image, before normalisation")
-    statistics: Statistics
+    statistics: Statistics = Field(description="intensities of the training set")
 
     def to_text(self) -> str:
         """Say how the channel is normalised."""
@@ -111,14 +111,14 @@ def exact_storage(channels: Iterable[Channel]) -> Precision:
 class Network(_Model):
     """A U-Net, from the finest stage to the bottleneck. Kernels and strides are per stage and axis (z, y, x)."""
 
-    kind: Literal["plain", "residual"] = "plain"
-    features: tuple[Positive, ...] = Field(min_length=1)
-    strides: tuple[tuple[Positive, ...], ...]
-    kernels: tuple[tuple[KernelSize, ...], ...]
+    kind: Literal["plain", "residual"] = Field("plain", description="blocks of the encoder")
+    features: tuple[Positive, ...] = Field(min_length=1, description="channels of each stage")
+    strides: tuple[tuple[Positive, ...], ...] = Field(description="step from the stage before; the first one's is 1")
+    kernels: tuple[tuple[KernelSize, ...], ...] = Field(description="size of the convolutions of each stage, odd")
     blocks: tuple[Positive, ...] = Field(description="convolutions (plain) or residual blocks per encoder stage")
     decoder_convolutions: tuple[Positive, ...] = Field(description="convolutions per decoder stage, finest last")
-    norm: Literal["instance", "batch", "none"] = "instance"
-    activation: Literal["leaky_relu", "relu"] = "leaky_relu"
+    norm: Literal["instance", "batch", "none"] = Field("instance", description="normalisation after each convolution")
+    activation: Literal["leaky_relu", "relu"] = Field("leaky_relu", description="activation function")
 
     @model_validator(mode="after")
     def _same_length(self) -> Network:
@@ -135,15 +135,17 @@ class Network(_Model):
 
 
 class Resampling(_Model):
-    """Spline orders. `separate_z`: resample slices one by one along the coarse axis; None = where spacing ratio > 3."""
+    """Spline orders of resampling: 0 is the nearest voxel, 1 linear, 3 cubic."""
 
-    image_order: SplineOrder = 3
-    image_order_z: SplineOrder = 0
-    label_order: SplineOrder = 1
-    label_order_z: SplineOrder = 0
-    logits_order: SplineOrder = 1
-    logits_order_z: SplineOrder = 0
-    separate_z: bool | None = None
+    image_order: SplineOrder = Field(3, description="images")
+    image_order_z: SplineOrder = Field(0, description="images, along the coarse axis where slices are resampled")
+    label_order: SplineOrder = Field(1, description="label maps, each label by itself")
+    label_order_z: SplineOrder = Field(0, description="label maps, along that axis")
+    logits_order: SplineOrder = Field(1, description="outputs of the network, back to the grid of the image")
+    logits_order_z: SplineOrder = Field(0, description="outputs of the network, along that axis")
+    separate_z: bool | None = Field(
+        None, description="whether slices are resampled one by one; null: where one spacing is over 3 times another"
+    )
 
 
 class Configuration(_Model):
@@ -151,12 +153,12 @@ class Configuration(_Model):
 
     spacing: tuple[Length, ...] = Field(description="target spacing in mm, transposed axis order")
     median_shape: tuple[Length, ...] = Field(description="median shape in voxels at that spacing")
-    patch_size: tuple[Positive, ...]
-    batch_size: Positive
-    network: Network
-    batch_dice: bool
-    resampling: Resampling = Resampling()
-    previous_stage: str | None = None
+    patch_size: tuple[Positive, ...] = Field(description="voxels of a patch")
+    batch_size: Positive = Field(description="patches in a batch")
+    network: Network = Field(description="the U-Net")
+    batch_dice: bool = Field(description="whether the Dice loss is that of the whole batch, not the mean over patches")
+    resampling: Resampling = Field(Resampling(), description="spline orders")
+    previous_stage: str | None = Field(None, description="of a cascade: the configuration whose label maps it refines")
     memory_gb: float | None = Field(None, description="predicted memory of a training step, GB (1e9 bytes)")
     reasons: tuple[str, ...] = Field((), description="which rules decided")
 
@@ -193,19 +195,19 @@ class Configuration(_Model):
 class Sizes(_Model):
     """The sizes that the options of `nnlite plan` give one configuration instead of the planned ones."""
 
-    patch_size: tuple[Positive, ...] | None = None
-    batch_size: Positive | None = None
+    patch_size: tuple[Positive, ...] | None = Field(None, description="of `--patch-size`")
+    batch_size: Positive | None = Field(None, description="of `--batch-size`")
 
 
 class Options(_Model):
     """The options of `nnlite plan` that shape a plan; None where one was not given."""
 
-    preset: str | None = None
-    memory_gb: Length | None = None
+    preset: str | None = Field(None, description="of `--preset`")
+    memory_gb: Length | None = Field(None, description="of `--memory`")
     adopted: str | None = Field(None, description="the plans.json that was adopted instead of planning")
     sizes: dict[str, Sizes] = Field({}, description="by configuration")
-    clip_percentiles: Percentiles | None = None
-    stored_as: Precision | None = None
+    clip_percentiles: Percentiles | None = Field(None, description="of `--clip-percentiles`")
+    stored_as: Precision | None = Field(None, description="of `--store`")
 
     @classmethod
     def check(cls, **options: Any) -> Options:
@@ -225,23 +227,23 @@ class Options(_Model):
 class Plan(_Model):
     """Everything that preprocessing, training and inference need to know of a dataset."""
 
-    format: Literal["nnlite-plan-1"] = "nnlite-plan-1"
-    dataset: str
+    format: Literal["nnlite-plan-1"] = Field("nnlite-plan-1", description="version of this contract")
+    dataset: str = Field(description="name of the dataset")
     options: Options | None = Field(None, description="it was made with these, and is planned again with them")
-    preset: str = "default"
-    memory_gb: float = Field(8, gt=0, description="GPU memory budget")
+    preset: str = Field("default", description="which U-Net was planned: default, resenc_m, resenc_l, resenc_xl")
+    memory_gb: float = Field(8, gt=0, description="GPU memory budget in GB")
     orientation: Orientation | None = Field(None, description='where x, y, z point after reading, such as "LAS"')
     axis_order: AxisOrder = Field((0, 1, 2), description="transposition applied to (z, y, x)")
     median_spacing: tuple[Length, Length, Length] = Field(description="of the raw images, transposed, mm")
     median_shape: tuple[Length, Length, Length] = Field(description="of the cropped raw images, transposed, voxels")
-    channels: tuple[Channel, ...] = Field(min_length=1)
-    labels: Labels
-    n_cases: int = 0
+    channels: tuple[Channel, ...] = Field(min_length=1, description="the input channels, in the order of the files")
+    labels: Labels = Field(description="names and values")
+    n_cases: int = Field(0, description="number of training cases")
     stored_as: Precision = Field(
         default_factory=lambda data: exact_storage(data.get("channels", ())),
         description="type of preprocessed images on disk; default: float32 where a channel is not standardised",
     )
-    configurations: dict[str, Configuration] = Field(min_length=1, description='one may have "inherits_from"')
+    configurations: dict[str, Configuration] = Field(min_length=1, description='by name; one may have "inherits_from"')
 
     @model_validator(mode="before")
     @classmethod

@@ -1,33 +1,20 @@
-"""The tables, charts and pictures of the report as data; templates/tables.html.j2 and charts.html.j2 write them.
+"""The tables and charts of the report as data; templates/tables.html.j2 and charts.html.j2 write them.
 
-Charts: colours are classes of report.css, so a chart follows the page's light or dark theme. A chart takes a few
-kilobytes and a millisecond. (matplotlib takes half a second to import and 30 ms for each chart, and its SVG has fixed
+The colours of charts are classes of report.css, so a chart follows the page's light or dark theme. A chart takes a few
+kilobytes and a millisecond. (matplotlib only chooses the ticks: it takes 30 ms for a chart, and its SVG has fixed
 colours.)
-
-Pictures: slices as WebP with the outlines of their labels. Axial ones have the patient's right on the left and the
-front at the top; coronal ones the right on the left and sagittal ones the front on the left, both with the head at the
-top. Files such as PNG are shown as stored.
 """
 
 from __future__ import annotations
 
-import base64
-import io
 import math
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image as PillowImage
-
-from nnunet_lite.data.geometry import Box, Geometry, Image, Turn, bounding_box, slices, triple, turn_between
-from nnunet_lite.data.images import read_label
-from nnunet_lite.errors import UserError
-from nnunet_lite.planning.schema import Channel, Plan
+from matplotlib.ticker import Locator, LogLocator, MaxNLocator
 
 _MAX_POINTS = 400  # of a curve, about one per pixel
 _MIN_RANGE = 1e-9  # of the values; smaller differences are rounding
@@ -35,24 +22,10 @@ _MARGIN = 0.05  # of the range of values, on each side of it
 _LOG_SHARE = 20  # positive values whose median is below this part of the largest are drawn on a logarithmic axis
 _LIMITS = 1.96  # standard deviations: 95 % of normally distributed differences are within
 _ROW_HEIGHT = 26  # of charts with one row for each label or model
-_LETTER_WIDTH = 6.6  # of the names of the rows
-MAX_CHANNELS = 4  # of a case that are shown
-_TILE_SIZE = 224  # pixels along the longer side of a picture of the montage
-_QUALITY, _METHOD = 75, 4  # of WebP; method 0 is fast, 6 is small
-_LEVEL_SAMPLES = 200_000  # voxels for the grey levels of an image
-_CT_MARGIN = 0.25  # by which a CT's grey levels exceed the intensities of the foreground
-
-# On pictures, which are dark in both themes: the palette of Okabe and Ito, brightened for outlines.
-LABEL_COLOURS = (
-    "#56b4e9", "#ff9d4d", "#34d3a2", "#ff8fcf", "#f0e442", "#8fd0ff", "#b69bf0", "#d6a196", "#b4e05a", "#e5e7eb",
-)  # fmt: skip
-# Of the voxels that a prediction has wrong, as `find_errors` numbers them from 1.
-ERROR_COLOURS = {"missed": "#d55e00", "added": "#0072b2", "another label": "#ffd700"}
+_LETTER_WIDTH = 8  # of texts beside an axis
 
 Value = str | float | tuple[str, float | None] | None  # of a cell; (text, value to sort by)
 Interval = tuple[str, float | None, float | None, float | None]  # name, mean, low, high
-Thinned = tuple[np.ndarray, tuple[int, int]]  # a slice of a label map with fewer voxels, see `thin_out`
-Picture = dict[str, Any]  # a plane as tables.html.j2 and report.js draw it, see `OrientedImage.draw`
 
 
 # ---------------------------------------------------------------------------------------------------------- tables
@@ -188,13 +161,17 @@ class Axis:
     @cached_property
     def ticks(self) -> list[tuple[float, str]]:
         """(pixel, text) of each tick; the texts have enough digits to differ."""
-        values: list[float] = []
+        low, high = self.values
+        locator: Locator = MaxNLocator(
+            self.n_ticks or 1, integer=self.only_integers, steps=[1, 2, 5, 10], min_n_ticks=1
+        )
         if self.logarithmic:
-            values = log_tick_values(*self.values)
-        elif self.n_ticks:
-            values = tick_values(*self.values, self.n_ticks, self.only_integers)
+            locator = LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,))
+        rounding = 1e-9 * (high - low)
+        found = locator.tick_values(low, high) if self.n_ticks else []
+        values = [float(f"{value:.12g}") for value in found if low - rounding <= value <= high + rounding]
         texts: list[str] = []
-        for digits in range(4, 13):
+        for digits in range(6, 13):
             texts = [f"{value:.{digits}g}" for value in values]
             if len(set(texts)) == len(texts):
                 break
@@ -407,11 +384,26 @@ def plot_agreement(title: str, volumes: Mapping[str, tuple[float, float]], unit:
     differences = [difference for *_, difference in points]
     bias, spread = float(np.mean(differences)), _LIMITS * float(np.std(differences, ddof=1))
     lines = [("no difference", 0.0), ("bias", bias), ("lower limit", bias - spread), ("upper limit", bias + spread)]
-    x = Axis(_range([mean for _, mean, _ in points], _MARGIN), (52, 438), f"mean of both ({unit})", 6)
     heights = _range([*differences, *(height for _, height in lines)], _MARGIN)
     y = Axis(heights, (196, 10), f"prediction - reference ({unit})", 4)
-    note = f"bias {bias:+.3g} {unit}, 95 % limits {bias - spread:+.3g} to {bias + spread:+.3g}, {len(points)} cases"
+    left = 30 + _LETTER_WIDTH * max(len(text) for _, text in y.ticks)
+    x = Axis(_range([mean for _, mean, _ in points], _MARGIN), (left, 438), f"mean of both ({unit})", 5)
+    center, low, high = (f"{rounded(value, 3):+g}" for value in (bias, bias - spread, bias + spread))
+    note = f"bias {center} {unit}, 95 % limits {low} to {high}, {len(points)} cases"
     return Chart("agreement", title, x, y, {"points": points, "lines": lines, "model": model}, 460, note)
+
+
+def rounded(value: float, digits: int) -> float:
+    """Return a number with some significant digits.
+
+    Parameters
+    ----------
+    value : float
+        The number.
+    digits : int
+        How many.
+    """
+    return float(f"{value:.{digits}g}")
 
 
 def _row_axes(names: list[str], values: tuple[float, float], label: str) -> tuple[Axis, Axis]:
@@ -427,39 +419,6 @@ def _clean(points: Sequence[tuple[float, float | None]]) -> list[tuple[float, fl
     return [(x, y if y is not None and math.isfinite(y) else None) for x, y in kept]
 
 
-def tick_values(low: float, high: float, about: int, only_integers: bool = False) -> list[float]:
-    """Return round numbers in a range: multiples of 1, 2 or 5 times a power of ten.
-
-    Parameters
-    ----------
-    low, high : float
-        The ends of the range.
-    about : int
-        How many numbers, about.
-    only_integers : bool
-        Whether only integers are allowed.
-    """
-    rough = (high - low) / about
-    power = 10 ** math.floor(math.log10(rough))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
-    step = max(1, step) if only_integers else step
-    first = math.ceil(low / step - 1e-9)
-    return [float(f"{i * step:.12g}") for i in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def log_tick_values(low: float, high: float) -> list[float]:
-    """Return the powers of ten in a range of positive numbers; in a narrow one also their 2 and 5 times.
-
-    Parameters
-    ----------
-    low, high : float
-        The ends of the range.
-    """
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    values = [float(f"{step}e{power}") for power in powers for step in ((1, 2, 5) if high < 100 * low else (1,))]
-    return [value for value in values if low <= value <= high]
-
-
 def _range(values: Sequence[float], margin: float = 0.0) -> tuple[float, float]:
     """Return the range of values with a margin, a share of it; a constant gets a range of its order of magnitude."""
     low, high = min(values), max(values)
@@ -469,383 +428,3 @@ def _range(values: Sequence[float], margin: float = 0.0) -> tuple[float, float]:
     if high - low <= _MIN_RANGE * size:
         low, high = low - size / 2, high + size / 2
     return low - margin * (high - low), high + margin * (high - low)
-
-
-# ---------------------------------------------------------------------------------------------------------- pictures
-
-
-class Plane(NamedTuple):
-    """A plane of a turned array.
-
-    Parameters
-    ----------
-    name : str
-        Such as "axial".
-    normal, rows, columns : int
-        Axes (0, 1, 2) of the array.
-    upwards : bool
-        Whether the first row is at the bottom.
-    sides : str
-        The letters at the left, right, top and bottom.
-    """
-
-    name: str
-    normal: int
-    rows: int
-    columns: int
-    upwards: bool = False
-    sides: str = ""
-
-
-_PATIENT_PLANES = (
-    Plane("axial", 0, 1, 2, sides="RLAP"),
-    Plane("coronal", 1, 0, 2, upwards=True, sides="RLSI"),
-    Plane("sagittal", 2, 0, 1, upwards=True, sides="APSI"),
-)
-_STORED_PLANES = (Plane("xy", 0, 1, 2), Plane("xz", 1, 0, 2), Plane("yz", 2, 0, 1))
-
-
-def planes_of(geometry: Geometry) -> tuple[Turn, tuple[Plane, ...]]:
-    """Return how to turn an array (z, y, x) to the patient's head, back and left, and the planes to show.
-
-    An image without a known orientation is shown as it is stored, a picture in its one plane.
-
-    Parameters
-    ----------
-    geometry : Geometry
-        Of the image.
-
-    Returns
-    -------
-    Turn
-        The transposition and flips.
-    tuple of Plane
-        The planes.
-    """
-    if geometry.orientation is None or geometry.shape[0] == 1:
-        return Turn(), _STORED_PLANES[: 1 if geometry.shape[0] == 1 else 3]
-    return turn_between(geometry.orientation, "LPS"), _PATIENT_PLANES
-
-
-class OrientedImage:
-    """An image turned to the patient's axes, with its planes and the grey levels of its channels.
-
-    Parameters
-    ----------
-    image : Image
-        The image as it is stored.
-    plan : Plan
-        Its labels and the statistics of its channels.
-    """
-
-    def __init__(self, image: Image, plan: Plan) -> None:
-        self.turn, self.planes = planes_of(image.geometry)
-        self.geometry, self.labels, self.colour = image.geometry, plan.labels, image.is_colour
-        self.array, self.spacing = self.turn.apply(image.array), self.geometry.turned(self.turn).spacing
-        channels = zip(image.array[:MAX_CHANNELS], plan.channels, strict=False)
-        self.levels = [(0.0, 255.0) if self.colour else grey_levels(values, about) for values, about in channels]
-
-    def tile(self, reference: np.ndarray | None) -> Picture:
-        """Draw the first plane, through most of the labels, in the first channel or in colour.
-
-        Parameters
-        ----------
-        reference : ndarray or None, shape (z, y, x)
-            The turned label map.
-        """
-        shape = self.array.shape[1:]
-        at = tuple(n // 2 for n in shape)
-        if reference is not None:
-            at = fullest_slices(reference != self.labels.background)
-        whole = (0, shape[0]), (0, shape[1]), (0, shape[2])
-        return self.draw(self.planes[0], at, whole, _TILE_SIZE, reference, None, channels=3 if self.colour else 1)
-
-    def overlay(self, reference: np.ndarray | None, file: Path, size: int) -> list[Picture]:
-        """Draw the planes through the slices with most errors of a prediction.
-
-        Parameters
-        ----------
-        reference : ndarray or None, shape (z, y, x)
-            The turned label map.
-        file : Path
-            The prediction.
-        size : int
-            Pixels along the longer side.
-
-        Raises
-        ------
-        UserError
-            The prediction cannot be read, or has another shape than its image.
-        """
-        stored, geometry, _ = read_label(file, self.geometry)
-        if geometry.shape != self.geometry.shape:
-            raise UserError(f"has shape {geometry.shape}, its image {self.geometry.shape}", file)
-        prediction, labels = self.turn.apply(stored), self.labels
-        reference = np.zeros_like(prediction) if reference is None else reference
-        wrong = prediction != reference
-        if labels.ignore is not None:
-            wrong &= reference != labels.ignore
-        foreground = (reference != labels.background) | (prediction != labels.background)
-        at, box = fullest_slices(wrong if wrong.any() else foreground), box_around(foreground)
-        return [self.draw(plane, at, box, size, reference, prediction) for plane in self.planes]
-
-    def draw(
-        self,
-        plane: Plane,
-        at: tuple[int, ...],
-        box: Box,
-        size: int,
-        reference: np.ndarray | None,
-        prediction: np.ndarray | None,
-        channels: int = MAX_CHANNELS,
-    ) -> Picture:
-        """Draw one plane for the page.
-
-        Parameters
-        ----------
-        plane : Plane
-            Which one.
-        at : tuple of int
-            The slice along each axis.
-        box : Box
-            The part of the image to show.
-        size : int
-            Pixels along the longer side.
-        reference, prediction : ndarray or None, shape (z, y, x)
-            Turned label maps to outline.
-        channels : int
-            How many of them are shown.
-
-        Returns
-        -------
-        dict
-            WebP of each channel, outlines in voxels, size in voxels and mm, and the slice as it is stored; "errors" are
-            the outlines of each kind of error.
-        """
-        index, n = at[plane.normal], self.array.shape[1 + plane.normal]
-        visible = zip(self.array[:channels], self.levels, strict=False)
-        pixels = [to_bytes(slice_of(channel, plane, index, box), levels) for channel, levels in visible]
-        pictures = [np.stack(pixels, axis=-1)] if self.colour else pixels
-        height, width = pixels[0].shape
-        label_slices = [
-            None if label is None else thin_out(slice_of(label, plane, index, box), size)
-            for label in (reference, prediction)
-        ]
-        outlines = [None if label is None else self._outlines(*label) for label in label_slices]
-        return {
-            "name": plane.name,
-            "sides": plane.sides,
-            "size": [width, height],
-            "mm": [round(width * self.spacing[plane.columns], 3), round(height * self.spacing[plane.rows], 3)],
-            "slice": n - 1 - index if self.turn.reversed[plane.normal] else index,
-            "of": n,
-            "axis": "zyx"[self.turn.order[plane.normal]],
-            "cropped": any(high - low < n for (low, high), n in zip(box, self.array.shape[1:], strict=True)),
-            "images": [webp(picture, size) for picture in pictures],
-            "reference": outlines[0] or [],
-            "prediction": outlines[1],
-            "errors": self._errors(*label_slices),
-        }
-
-    def _errors(self, reference: Thinned | None, prediction: Thinned | None) -> list[str]:
-        """Outline each kind of error in a slice (SVG paths in the order of `ERROR_COLOURS`)."""
-        if reference is None or prediction is None:
-            return []
-        wrong = find_errors(reference[0], prediction[0], self.labels.background)
-        if self.labels.ignore is not None:
-            wrong[reference[0] == self.labels.ignore] = 0
-        return [outline_path(wrong == kind, reference[1]) for kind in range(1, len(ERROR_COLOURS) + 1)]
-
-    def _outlines(self, label: np.ndarray, step: tuple[int, int]) -> list[tuple[int, str]]:
-        """Outline the regions in a slice: (number of the region, SVG path)."""
-        masks = (np.isin(label, members) for members in self.labels.region_values)
-        return [(i, outline_path(mask, step)) for i, mask in enumerate(masks) if mask.any()]
-
-
-def find_errors(reference: np.ndarray, prediction: np.ndarray, background: int = 0) -> np.ndarray:
-    """Number the voxels where two label maps differ: 1 missed, 2 added, 3 another label; 0 where they are equal.
-
-    Parameters
-    ----------
-    reference, prediction : ndarray of int
-        Label maps of one shape.
-    background : int
-        Its value in both.
-
-    Returns
-    -------
-    ndarray of uint8
-        The keys of `ERROR_COLOURS`, from 1.
-    """
-    wrong = np.where(prediction == background, np.uint8(1), np.where(reference == background, np.uint8(2), np.uint8(3)))
-    wrong[prediction == reference] = 0
-    return wrong
-
-
-def fullest_slices(mask: np.ndarray) -> tuple[int, ...]:
-    """Return the slice along each axis that has most of a mask; the middle one if the mask is empty.
-
-    Parameters
-    ----------
-    mask : ndarray of bool, shape (z, y, x)
-    """
-    if not mask.any():
-        return tuple(n // 2 for n in mask.shape)
-    by_row = mask.sum(axis=2, dtype=np.int64)
-    counts = by_row.sum(axis=1), by_row.sum(axis=0), mask.sum(axis=(0, 1), dtype=np.int64)
-    return tuple(int(count.argmax()) for count in counts)
-
-
-def box_around(mask: np.ndarray, margin: float = 0.3, smallest: int = 96) -> Box:
-    """Return the box of a mask with a margin; the whole array if the mask is empty.
-
-    Parameters
-    ----------
-    mask : ndarray of bool, shape (z, y, x)
-    margin : float
-        On each side, as a share of the size of the mask.
-    smallest : int
-        The least size of the box in voxels, where the array is that large.
-    """
-    box = []
-    for (low, high), n in zip(bounding_box(mask), mask.shape, strict=True):
-        size = max(high - low + 2 * int(np.ceil(margin * (high - low))), smallest)
-        low = max(0, min((low + high - size) // 2, n - size))
-        box.append((low, min(n, low + size)))
-    return triple(box)
-
-
-def slice_of(array: np.ndarray, plane: Plane, index: int, box: Box) -> np.ndarray:
-    """Return a slice (rows, columns) of a turned array, with the rows as they are drawn.
-
-    Parameters
-    ----------
-    array : ndarray, shape (z, y, x)
-        The turned array.
-    plane : Plane
-        Which plane.
-    index : int
-        Which slice along its normal.
-    box : Box
-        The part to show.
-    """
-    where: list[slice | int] = [*slices(box)]
-    where[plane.normal] = index
-    picture = array[tuple(where)]
-    return picture[::-1] if plane.upwards else picture
-
-
-def grey_levels(values: np.ndarray, channel: Channel) -> tuple[float, float]:
-    """Return the intensities of black and white.
-
-    CT: those of the foreground with a margin. Others: the 1st and 99.5th percentile of all but the darkest value.
-
-    Parameters
-    ----------
-    values : ndarray, shape (z, y, x)
-        A channel of the image.
-    channel : Channel
-        Its normalization and statistics.
-    """
-    if channel.normalization == "ct":
-        low, high = channel.statistics.percentile_00_5, channel.statistics.percentile_99_5
-        margin = _CT_MARGIN * max(high - low, 1.0)
-        return low - margin, high + margin
-    flat = values.reshape(-1)[:: max(1, values.size // _LEVEL_SAMPLES)]
-    flat = flat[np.isfinite(flat)]
-    inside = flat[flat > flat.min()] if flat.size else flat
-    if not inside.size:
-        return 0.0, 1.0
-    low, high = (float(v) for v in np.percentile(inside, (1, 99.5)))
-    return (low, high) if high > low else (low, low + 1)
-
-
-def to_bytes(picture: np.ndarray, levels: tuple[float, float]) -> np.ndarray:
-    """Convert intensities to grey levels 0 to 255; values that are not finite are black or white.
-
-    Parameters
-    ----------
-    picture : ndarray, shape (y, x)
-        Intensities.
-    levels : tuple of float
-        Those of black and white.
-    """
-    low, high = levels
-    grey = (np.nan_to_num(picture.astype(np.float32), nan=low, posinf=high, neginf=low) - low) * (255 / (high - low))
-    return np.clip(np.rint(grey), 0, 255).astype(np.uint8)
-
-
-def webp(picture: np.ndarray, size: int) -> str:
-    """Write a picture as a WebP file in base64.
-
-    Parameters
-    ----------
-    picture : ndarray of uint8, shape (y, x) or (y, x, 3)
-    size : int
-        The most pixels along an axis; a larger picture shrinks.
-    """
-    image = PillowImage.fromarray(np.ascontiguousarray(picture))
-    page_size = min(image.width, size), min(image.height, size)
-    if page_size != image.size:
-        image = image.resize(page_size, PillowImage.Resampling.BOX)
-    file = io.BytesIO()
-    image.save(file, "WEBP", quality=_QUALITY, method=_METHOD)
-    return base64.b64encode(file.getvalue()).decode("ascii")
-
-
-def thin_out(label: np.ndarray, size: int) -> Thinned:
-    """Take every n-th voxel of a label map, so that at most about `size` remain along an axis; also returns n (y, x).
-
-    Parameters
-    ----------
-    label : ndarray, shape (y, x)
-    size : int
-    """
-    down, across = (max(1, -(-n // size)) for n in label.shape)
-    return label[down // 2 :: down, across // 2 :: across], (down, across)
-
-
-def outline_path(mask: np.ndarray, step: tuple[int, int] = (1, 1)) -> str:
-    """Draw the closed outlines of a mask (y, x) along the edges of its voxels, as an SVG path.
-
-    Holes run the other way round, so that both fill rules leave them empty.
-
-    Parameters
-    ----------
-    mask : ndarray of bool, shape (y, x)
-    step : tuple of int
-        Size (y, x) of a pixel of the mask in the picture.
-    """
-    padded = np.zeros((mask.shape[0] + 2, mask.shape[1] + 2), np.int8)
-    padded[1:-1, 1:-1] = mask
-    across, down = defaultdict(list), defaultdict(list)  # start (y, x) -> ends of the runs that begin there
-    # the mask is to the right of the path: its upper edges run to the right, its left edges up
-    for y, first, last, sign in _runs(np.diff(padded, axis=0)):
-        start, end = (first, last) if sign > 0 else (last, first)
-        across[y, start].append((y, end))
-    for x, first, last, sign in _runs(np.diff(padded, axis=1).T):
-        start, end = (last, first) if sign > 0 else (first, last)
-        down[start, x].append((end, x))
-    paths = []
-    for y, x in list(across):
-        while across[y, x]:
-            parts, at = [f"M{x * step[1]} {y * step[0]}"], (y, x)
-            while True:
-                corner = across[at].pop()
-                parts.append(f"h{(corner[1] - at[1]) * step[1]}")
-                at = down[corner].pop()
-                if at == (y, x):  # z draws the last run
-                    break
-                parts.append(f"v{(at[0] - corner[0]) * step[0]}")
-            paths.append("".join([*parts, "z"]))
-    return "".join(paths)
-
-
-def _runs(edges: np.ndarray) -> list[tuple[int, int, int, int]]:
-    """Find runs of equal nonzero numbers along the rows: (row, first edge, last edge, number), with 0 at both ends."""
-    rows, bounds = np.nonzero(np.diff(edges, axis=1))
-    same_row = rows[1:] == rows[:-1]  # two bounds of a row enclose a run, which may be one of zeros
-    rows, first, last = rows[:-1][same_row], bounds[:-1][same_row], bounds[1:][same_row]
-    numbers = edges[rows, first + 1]
-    runs = (array[numbers != 0].tolist() for array in (rows, first, last, numbers))
-    return list(zip(*runs, strict=True))

@@ -32,7 +32,7 @@ from nnunet_lite.models.folder import MODEL, model_folders, read_weights_header
 from nnunet_lite.models.lookup import read_model
 from nnunet_lite.planning.fingerprint import Fingerprint
 from nnunet_lite.planning.schema import Plan
-from nnunet_lite.reporting.figures import MAX_CHANNELS, OrientedImage, Picture
+from nnunet_lite.reporting.pictures import MAX_CHANNELS, OrientedImage, Picture
 from nnunet_lite.training.metrics import METRICS
 from nnunet_lite.workspace import Paths
 
@@ -377,10 +377,11 @@ def draw_cases(material: Material) -> Material:
         more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
         notes.append(f"{len(problems)} of {len(cases)} cases could not be shown: {'; '.join(problems[:3])}{more}")
     for model in material.scored:
-        if (n := len(overlaid[model.name])) < len(model.worst_first):
-            notes.append(
-                f"{model.label}: pictures of the worst, best and median, {n} of {len(model.worst_first)} cases"
-            )
+        if (n := len(overlaid[model.name])) < (of := len(model.worst_first)):
+            notes.append(f"{model.label}: pictures of the worst, best and median, {n} of {of} cases")
+        if not np.isfinite(model.scores.values("NSD")).any():
+            again = "delete summary.json in its folders `validation` and train again, which scores the same predictions"
+            notes.append(f"{model.label}: NSD and HD95 were not measured; to measure them, {again}")
     return replace(material, pictures=by_case, overlays=overlaid, notes=(*material.notes, *notes))
 
 

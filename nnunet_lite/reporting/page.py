@@ -1,7 +1,8 @@
 """The report of a dataset: one HTML page that contains everything it shows and never uses the network.
 
 `write_report` reads the workspace and draws the cases (material.py). Each function `_..._section` returns what one
-section of templates/report.html.j2 shows: tables, charts and pictures (figures.py). `render_page` fills the template.
+section of templates/report.html.j2 shows: tables and charts (figures.py), pictures
+(pictures.py). `render_page` fills the template.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from markupsafe import Markup
 
 import nnunet_lite
 from nnunet_lite import log
+from nnunet_lite.data.labels import label_colours
 from nnunet_lite.data.problems import plural
 from nnunet_lite.evaluation.metrics import METRICS
 from nnunet_lite.evaluation.scores import CaseScore
@@ -29,23 +31,24 @@ from nnunet_lite.evaluation.selection import Candidate
 from nnunet_lite.evaluation.statistics import Margin, Statistic
 from nnunet_lite.files import write_text
 from nnunet_lite.models.folder import first_training
-from nnunet_lite.planning.show import plan_head, plan_reasons, plan_rows, plan_title
+from nnunet_lite.planning.show import length_unit, plan_head, plan_reasons, plan_rows, plan_title
 from nnunet_lite.reporting import figures
 from nnunet_lite.reporting.figures import Chart, Column, Curve, Table, Value, share_column
 from nnunet_lite.reporting.material import FoldHistory, Material, ModelResults, draw_cases, read_material
-from nnunet_lite.reporting.methods import CITATION, describe_methods
+from nnunet_lite.reporting.pictures import ERROR_COLOURS, Picture
 from nnunet_lite.reporting.verdict import Verdict, judge_training
+from nnunet_lite.settings import Settings
 from nnunet_lite.training.splits import load_splits
 from nnunet_lite.workspace import Paths
 
 PAGE = "report.html"
-_PLANE_SIZE = 240  # pixels on the page along the longer side of a picture
+_PLANE_SIZE, _PICTURE_SIZE = 240, 320  # pixels on the page along the longer side of a plane, and of a flat image
 _INTENSITY_LABELS = 8  # labels whose intensities are drawn
 _VOLUME_LABELS = 12  # labels whose volumes are drawn
 _ROUNDING = 1e-4  # up to this relative difference, a quantity is equal in all cases
 _DICE_LABELS = 12  # labels with a Dice for each case
 _INTENSITY_BINS = 60
-_CURVE_LABELS = 10  # labels with a curve: as many as there are colours
+_PALETTE = 10  # colours of report.css
 _SEVERITIES = ("error", "warning", "notice")
 
 # the metrics that the page shows of a case
@@ -123,8 +126,7 @@ def render_page(material: Material) -> str:
         errors=_error_names(material),
         size=material.units.size,
         verdicts=verdicts(material),
-        methods=describe_methods(material),
-        citation=CITATION,
+        methods=_methods_section(material),
         models=_scores_section(material),
         comparison=_comparison_section(material),
         costs=_costs_section(material),
@@ -138,21 +140,22 @@ def _read_source(name: str) -> str:
     return (Path(__file__).parent / "templates" / name).read_text(encoding="utf-8")
 
 
-def _page_size(mm: list[float]) -> tuple[float, float]:
-    """Return width and height on the page of a picture of a size in mm."""
-    return round(_PLANE_SIZE * mm[0] / max(mm), 1), round(_PLANE_SIZE * mm[1] / max(mm), 1)
+def _page_size(plane: Picture) -> tuple[float, float]:
+    """Return width and height of a plane on the page."""
+    scale = (_PICTURE_SIZE if plane["of"] == 1 else _PLANE_SIZE) / max(plane["mm"])
+    return round(scale * plane["mm"][0], 1), round(scale * plane["mm"][1], 1)
 
 
 def _picture_colours() -> str:
     """Return the colours of labels and errors on pictures as a rule of CSS."""
-    labels = [f"--c{i}: {colour};" for i, colour in enumerate(figures.LABEL_COLOURS)]
-    errors = [f"--e{i}: {colour};" for i, colour in enumerate(figures.ERROR_COLOURS.values())]
-    return f".plane svg, .swatch-on-picture {{ {' '.join(labels + errors)} }}\n"
+    named = {"c": label_colours(_PALETTE), "e": ERROR_COLOURS.values()}
+    rules = [f"--{name}{i}: rgb{colour};" for name, colours in named.items() for i, colour in enumerate(colours)]
+    return f".plane svg, .swatch-on-picture {{ {' '.join(rules)} }}\n"
 
 
 def _error_names(material: Material) -> list[str]:
     """Return the kinds of errors; with one label there is no other one."""
-    return list(figures.ERROR_COLOURS)[: 3 if len(material.dataset.labels.region_names) > 1 else 2]
+    return list(ERROR_COLOURS)[: 3 if len(material.dataset.labels.region_names) > 1 else 2]
 
 
 def verdicts(material: Material) -> list[Verdict]:
@@ -185,7 +188,8 @@ def _heading(material: Material, metric: str) -> str:
     heading, units = METRICS[metric].heading, material.units
     if metric == "NSD":
         return f"NSD at 1 {'px' if units.length == 'pixels' else 'mm'}"
-    return f"{heading} ({units.length})" if METRICS[metric].unit == "length" else heading.replace("ml", units.volume)
+    named = heading.replace("ml", units.volume).replace("volume", units.size.lower())
+    return f"{named} ({units.length})" if METRICS[metric].unit == "length" else named
 
 
 def _interval(mean: float | None, ends: Statistic | Candidate) -> Value:
@@ -305,7 +309,7 @@ def _spreads(material: Material, volumes: Volumes) -> tuple[list[Chart], list[Fa
     for title, values, unit, note in quantities:
         if not values:
             continue
-        low, median, high = (f"{v:.4g}" for v in np.percentile(values, (0, 50, 100)))
+        low, median, high = (f"{figures.rounded(v, 4):g}" for v in np.percentile(values, (0, 50, 100)))
         if max(values) - min(values) <= _ROUNDING * max(values):
             facts.append((title, f"{median} {unit} in every case{note}"))
         elif chart := figures.plot_histogram(title, values, unit, f"median {median} {unit}, {low} to {high}{note}"):
@@ -371,7 +375,7 @@ def _case_table(material: Material, volumes: Volumes) -> Table:
         rows.append([case.id, *sizes, *(volumes.get(case.id, {}).get(name) for name in names)])
     columns = [Column("Case"), Column(f"size ({axes})", "d")]
     columns += [Column(f"spacing ({units.length})", "g")] if is_calibrated else []
-    columns += [Column(f"{name} ({units.volume})", ".4g") for name in names]
+    columns += [Column(f"{name} ({units.volume})", ".4g" if is_calibrated else ".0f") for name in names]
     return Table(f"All {len(rows)} cases", columns, rows, sorted_by=0)
 
 
@@ -438,7 +442,7 @@ def _label_curves(folds: list[FoldHistory]) -> Chart | None:
     }
     if len(points) < 2:
         return None
-    names = sorted(points, key=lambda name: points[name][-1][1])[:_CURVE_LABELS]
+    names = sorted(points, key=lambda name: points[name][-1][1])[:_PALETTE]
     names = [name for name in points if name in names]  # in the order of the labels
     curves = [Curve(name, points[name], i) for i, name in enumerate(names)]
     notes = ["mean of the folds"] if len(folds) > 1 else []
@@ -645,7 +649,38 @@ def _margin(margin: Margin) -> Value:
     return f"{margin.mean:+.4f}{ends}", margin.mean
 
 
-# -------------------------------------------------------------------------------------------------------- the settings
+# -------------------------------------------------------------------------------------- the methods and the settings
+
+
+def _methods_section(material: Material) -> dict[str, Any]:
+    """Return what methods.html.j2 says about the selected models, otherwise the best one, and about their scores."""
+    selection = material.selection
+    models = [model for model in material.trained if any(fold.rows for fold in model.folds)]
+    models = [model for model in models if model.name in selection.models] if selection else models[:1]
+    name = "+".join(selection.models if selection else [model.name for model in models])
+    result = next((model for model in material.scored if model.name == name), None)
+    units, described = material.units, []
+    for model in models:
+        assert model.plan is not None  # an ensemble has none
+        lengths = sorted(fold.rows[-1]["epoch"] for fold in model.folds if fold.rows)
+        more = f"{lengths[0]} to " if lengths[0] < lengths[-1] else ""
+        planned = model.plan.configuration(model.run["configuration"])
+        described.append({
+            "name": model.name, "plan": model.plan, "configuration": planned,
+            "settings": Settings.model_validate(model.run["settings"]), "versions": model.run["versions"],
+            "unit": length_unit(model.plan), "epochs": more + plural(lengths[-1], "epoch"),
+        })  # fmt: skip
+    return {"models": described, "scores": result and {
+        "folds": sorted(set(result.fold_of.values())),
+        "label": result.label,
+        "n_cases": len(result.scores.rows),
+        "metrics": [
+            (_heading(material, metric).partition(" (")[0], f" {units.length}" if metric == "HD95" else "",
+             units.per_mm if metric == "HD95" else 1, result.scores.foreground(metric))
+            for metric in _measured(material, result) if metric in ("Dice", "NSD", "HD95")
+        ],
+        "postprocessing": selection.postprocessing if selection else {},
+    }}  # fmt: skip
 
 
 def _settings_section(material: Material) -> tuple[Table, dict[str, dict[str, Any]]]:

@@ -1,4 +1,4 @@
-"""How a training went, in a sentence, and the command that goes on with it."""
+"""How a training went, in a sentence, and the command to type next."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Verdict(NamedTuple):
     text : str
         A sentence for the folds that went the same way.
     command : str
-        What goes on with it; empty if nothing does.
+        The next one; empty if there is none.
     """
 
     model: str

@@ -256,6 +256,8 @@ def launch(number: int) -> None:
     if not system.is_command:
         fix = f"Start your script with `torchrun --nproc-per-node {number}`, or use `nnlite train --gpus {number}`."
         raise UserError(f"gpus={number} needs one process for each GPU", fix=fix)
+    if not torch.cuda.is_available():
+        log.warn(f"--gpus {number}: there is no GPU, and {number} processes share the CPUs of this machine")
     processes: list[subprocess.Popen[str]] = []
 
     def forward(number: int, _: FrameType | None) -> None:

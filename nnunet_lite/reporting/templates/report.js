@@ -178,7 +178,7 @@ function measureTable(scores) {
 
 function planeFigure(plane) {
   const [width, height] = plane.size, [wide, high] = plane.mm;
-  const scale = 350 / Math.max(wide, high);
+  const scale = (plane.of === 1 ? 600 : 350) / Math.max(wide, high);
   const picture = plane.images[Math.min(shown.channel, plane.images.length - 1)];
   const voxels = draw("g", { transform: `scale(${wide / width} ${high / height})` },
     draw("image", { href: `data:image/webp;base64,${picture}`, width, height, preserveAspectRatio: "none" }));
@@ -192,8 +192,9 @@ function planeFigure(plane) {
     for (const [label, d] of plane[side]) voxels.append(draw("path", { class: `${side} c${label % 10}`, d }));
   }
   const sides = plane.sides ? `, ${plane.sides[0]} on the left, ${plane.sides[2]} at the top` : "";
-  const text = `${plane.name}: ${plane.axis} = ${plane.slice} of ${plane.of}${sides}${plane.cropped ? ", cropped" : ""}`;
-  return make("figure", { class: "plane" }, svg, make("figcaption", {}, text));
+  const at = plane.of === 1 ? "" : `: ${plane.axis} = ${plane.slice} of ${plane.of}`;
+  const text = `${plane.name}${at}${sides}${plane.cropped ? ", cropped" : ""}`;
+  return addDownload(make("figure", { class: "plane" }, svg, make("figcaption", {}, text)));
 }
 
 function toggle(key, name, act, pressed) {
@@ -226,7 +227,7 @@ function fillCase() {
       const name = data().channels[Math.min(shown.channel, channels - 1)];
       toggles.push(toggle("c", `channel: ${name}`, nextChannel));
     }
-    dialog.append(make("div", { class: "planes" }, ...planes.map(planeFigure)),
+    dialog.append(make("div", { class: "planes", "data-of": shown.case }, ...planes.map(planeFigure)),
       make("div", { class: "toggles" }, ...toggles), legend());
   } else {
     dialog.append(make("p", { class: "empty" }, "The pictures of this case were left out to keep the report small, " +
@@ -374,37 +375,51 @@ const STYLES = ["fill", "fill-opacity", "fill-rule", "stroke", "stroke-width", "
 // An SVG that needs no style sheet: the title, the drawing of a figure and a legend of its curves.
 function wholeDrawing(figure) {
   const svg = $("svg", figure), copy = svg.cloneNode(true), box = svg.viewBox.baseVal;
+  const page = getComputedStyle(document.body), width = svg.classList.contains("plot") ? box.width : 600;
+  const height = (box.height / box.width) * width, growth = (2 * width) / svg.getBoundingClientRect().width;
   const originals = [svg, ...all("*", svg)];
   [copy, ...all("*", copy)].forEach((element, i) => {
     const style = getComputedStyle(originals[i]);
     for (const name of STYLES) element.style[name] = style.getPropertyValue(name);
+    if (style.vectorEffect !== "non-scaling-stroke") return;
+    for (const name of ["strokeWidth", "strokeDasharray"]) {
+      element.style[name] = style[name].replace(/[\d.]+/g, (length) => growth * length);
+    }
   });
-  const page = getComputedStyle(document.body), width = svg.classList.contains("plot") ? box.width : 600;
-  const height = (box.height / box.width) * width;
   const curves = all(".line title", svg).map((title) => [title.textContent, getComputedStyle(title.parentElement)]);
-  const total = 26 + height + 18 * curves.length + 6;
+  const [title, note] = titleOf(figure), top = note ? 42 : 26, total = top + height + 18 * curves.length + 6;
   const text = (x, y, content) => draw("text", { x, y, fill: page.color, "font-family": page.fontFamily, "font-size": 12 }, content);
-  for (const [name, value] of Object.entries({ x: 0, y: 24, width, height })) copy.setAttribute(name, value);
+  for (const [name, value] of Object.entries({ x: 0, y: top - 2, width, height })) copy.setAttribute(name, value);
   const legend = curves.flatMap(([name, style], i) => {
-    const y = 24 + height + 18 * i + 9;
+    const y = top + height + 18 * i + 7;
     const line = { d: `M16 ${y}h24`, stroke: style.color, "stroke-width": 2, "stroke-dasharray": style.strokeDasharray };
     return [draw("path", line), text(48, y + 4, name)];
   });
-  const parts = [...$("figcaption", figure).childNodes].filter((node) => node.nodeName !== "BUTTON");
-  const title = parts.map((node) => node.textContent).join("").trim();
-  return [draw("svg", { viewBox: `0 0 ${width} ${total}`, width: 2 * width, height: 2 * total },
-    draw("rect", { width, height: total, fill: page.backgroundColor }), text(8, 16, title), copy, ...legend), title];
+  return draw("svg", { viewBox: `0 0 ${width} ${total}`, width: 2 * width, height: 2 * total },
+    draw("rect", { width, height: total, fill: page.backgroundColor }), text(8, 16, title), text(8, 32, note), copy, ...legend);
+}
+
+// What a figure shows, with the name of its model or case, and its note.
+function titleOf(figure) {
+  const caption = $("figcaption", figure), of = figure.closest("[data-of]")?.dataset.of;
+  const heading = ($("strong", caption) ?? caption).textContent;
+  return [of ? `${of}, ${heading}` : heading, $("span", caption)?.textContent ?? ""];
 }
 
 function savePicture(figure) {
-  const [svg, title] = wholeDrawing(figure);
+  const svg = wholeDrawing(figure);
   const image = new Image();
   image.onload = () => {
     const canvas = make("canvas", { width: image.naturalWidth, height: image.naturalHeight });
     canvas.getContext("2d").drawImage(image, 0, 0);
-    canvas.toBlob((blob) => save(blob, title, "png"));
+    canvas.toBlob((blob) => save(blob, titleOf(figure)[0], "png"));
   };
   image.src = `data:image/svg+xml;charset=utf-8,${encodeURIComponent(new XMLSerializer().serializeToString(svg))}`;
+}
+
+function addDownload(figure) {
+  figure.append(small("download", "PNG", () => savePicture(figure)));
+  return figure;
 }
 
 function prepareDownloads() {
@@ -413,9 +428,7 @@ function prepareDownloads() {
     const caption = table.caption.textContent;
     table.parentElement.before(small("download", "CSV", () => save(toCsv(table), caption, "csv")));
   }
-  for (const figure of all("figure")) {
-    $("figcaption", figure).append(small("download", "PNG", () => savePicture(figure)));
-  }
+  for (const figure of all("figure")) addDownload(figure);
 }
 
 function preparePrinting() {

@@ -1,9 +1,20 @@
-// Shows scene.json: image channels, of which one is drawn at a time, and segmentations above it.
-import { Niivue } from "./niivue.js";
+// The page: which case, which layers and how they are drawn. planes.js draws slices, solid.js three dimensions.
+import { Planes } from "./planes.js";
+import { compare, paintImage, paintValues, readVolume, valueAt, valuesOf } from "./slices.js";
 
-const VIEWS = { "three planes": 3, axial: 0, coronal: 1, sagittal: 2, "3D": 4 };
-const HALF = 0.5;
+const NARROW = "(max-width: 700px)"; // as in viewer.css; phones load the full resolution on request
+const ERROR_OPACITY = 0.85;
 const element = (id) => document.getElementById(id);
+const css = ([r, g, b]) => `rgb(${r} ${g} ${b})`;
+const packed = ([r, g, b], alpha = 255) => ((alpha << 24) | (b << 16) | (g << 8) | r) >>> 0;
+// black, red, yellow, white; the lower the more transparent
+const HEAT = Array.from({ length: 256 }, (_, i) => {
+  const part = (from) => Math.max(0, Math.min(255, 3 * i - from));
+  return packed([part(0), part(255), part(510)], Math.min(150, i));
+});
+
+const page = { hidden: new Set(), opacity: 0.45, view: "all", choices: [], number: 0, window: null, adjusted: false };
+let scene, planes, solid;
 
 function make(tag, attributes = {}, ...children) {
   const node = Object.assign(document.createElement(tag), attributes);
@@ -11,165 +22,394 @@ function make(tag, attributes = {}, ...children) {
   return node;
 }
 
+function swatch(colour, { outlined, width } = {}) {
+  const node = make("i");
+  node.style.color = colour;
+  if (outlined) Object.assign(node.style, { background: "none", border: `${width}px solid` });
+  return node;
+}
+
+const styleOf = ({ outlined, width }) => (!outlined ? "filled" : width > 2 ? "thick outline" : "outline");
+
 function fail(error) {
-  element("problem").textContent = `The image cannot be shown: ${error?.message ?? error}`;
+  element("problem").textContent = `This cannot be shown: ${error?.message ?? error}`;
   element("problem").hidden = false;
   console.error(error);
 }
 
-// The look-up table of a segmentation: voxel 0 is the background, voxel i the i-th entry of the legend.
-function tableOf(layer) {
-  const colours = layer.legend.map((entry) => entry.colour);
-  const column = (i) => [0, ...colours.map((colour) => colour[i])];
-  return {
-    R: column(0), G: column(1), B: column(2),
-    A: [0, ...layer.legend.map((_, i) => (layer.hidden.has(i) ? 0 : 255))],
-    I: [0, ...colours.map((_, i) => i + 1)],
-    labels: ["", ...layer.legend.map((entry) => entry.name)],
+async function readJson(url) {
+  return (await fetch(url)).json();
+}
+
+// ---------------------------------------------------------------------------------------------------- the layers
+
+const layersOf = (kind) => scene.layers.filter((layer) => layer.kind === kind);
+
+// The errors of each prediction are a layer too, which the page computes.
+function addLayers() {
+  const [reference, ...predictions] = layersOf("segmentation");
+  layersOf("segmentation").forEach((layer, i) => Object.assign(layer, { shown: true, outlined: i > 0, width: i ? 1.8 : 3.2 }));
+  layersOf("image").forEach((layer, i) => (layer.shown = i === 0));
+  if (scene.compared)
+    for (const prediction of predictions)
+      scene.layers.push({ name: `errors of ${prediction.name}`, kind: "errors", shown: false, of: [reference, prediction] });
+  scene.layers.forEach((layer, i) => {
+    layer.url = `${page.number}/layer-${i}`;
+    if (page.choices[i]?.kind === layer.kind) ({ shown: layer.shown, outlined: layer.outlined } = page.choices[i]);
+  });
+  const [first] = layersOf("image");
+  if (!layersOf("image").some((layer) => layer.shown)) first.shown = true;
+  page.choices = scene.layers;
+}
+
+const hasCoarse = () => scene.coarse.some((step) => step > 1);
+
+// Read the coarse copy of a layer, or all of it, once.
+async function read(layer, coarse) {
+  const name = coarse && hasCoarse() ? "coarse" : "full";
+  layer.read ??= {};
+  layer.read[name] ??= layer.of ? readErrors(layer, coarse) : readLayer(layer, name);
+  const volume = await layer.read[name];
+  if (name === "full" || !layer.volume) layer.volume = volume;
+  return volume;
+}
+
+async function readLayer(layer, name) {
+  const [ending, steps] = name === "coarse" ? ["-coarse", scene.coarse] : ["", scene.fine];
+  const volume = await readVolume(`${layer.url}${ending}.nii`, steps);
+  if (layer.kind === "segmentation") layer.values = new Set([...(layer.values ?? []), ...valuesOf(volume)]);
+  return volume;
+}
+
+async function readErrors(layer, coarse) {
+  const [reference, prediction] = await Promise.all(layer.of.map((one) => read(one, coarse)));
+  return compare(reference, prediction, scene.ignore ?? -1);
+}
+
+// Read what is shown: coarse copies first, so that there is a picture soon.
+async function readShown() {
+  const of = scene;
+  const wanted = scene.layers.filter((layer) => layer.shown || layer.kind === "segmentation");
+  const onlyCoarse = hasCoarse() && !page.full && matchMedia(NARROW).matches;
+  const passes = onlyCoarse ? [true] : hasCoarse() ? [true, false] : [false];
+  for (const coarse of passes) {
+    page.reading = true;
+    await Promise.all(wanted.map((layer) => read(layer, coarse)));
+    if (of !== scene) return; // another case was opened in the meantime
+    page.reading = coarse !== passes.at(-1);
+    listLabels();
+    refresh();
+    await new Promise(requestAnimationFrame);
+    document.documentElement.dataset.ready = coarse ? "coarse" : "full";
+    performance.mark(coarse ? "coarse" : "full");
+  }
+  element("full").hidden = !onlyCoarse;
+}
+
+const isHidden = (entry) => page.hidden.has(entry.name);
+const valueTable = () => [0, ...scene.legend.map((entry) => (isHidden(entry) ? 0 : packed(entry.colour)))];
+const errorTable = () => [0, ...scene.errors.map((entry) => packed(entry.colour))];
+
+// What planes.js draws, from the bottom.
+function drawings() {
+  const shown = (kind) => scene.layers.filter((layer) => layer.kind === kind && layer.shown && layer.volume);
+  const stamp = [...page.hidden].join();
+  const values = (layer, table, opacity, smooth) => ({
+    name: layer.name, volume: layer.volume, stamp, opacity, smooth,
+    paint: (plane, at) => paintValues(layer.volume, plane, at, table),
+  });
+  const labels = valueTable();
+  const colours = ["", ...scene.legend.map((entry) => (isHidden(entry) ? "" : css(entry.colour)))];
+  return [
+    ...shown("image").map((layer) => ({
+      name: "image", volume: layer.volume, stamp: page.window?.join(), opacity: 1, smooth: true,
+      paint: (plane, at) => paintImage(layer.volume, plane, at, page.window),
+    })),
+    ...shown("map").map((layer) => values(layer, HEAT, 1, true)),
+    ...shown("segmentation").filter((layer) => !layer.outlined).map((layer) => values(layer, labels, page.opacity, false)),
+    ...shown("errors").map((layer) => values(layer, errorTable(), ERROR_OPACITY, false)),
+    ...shown("segmentation").filter((layer) => layer.outlined)
+      .map((layer) => ({ name: `${layer.name} outlined`, volume: layer.volume, stamp: "", colours, width: layer.width })),
+  ];
+}
+
+// Draw everything anew after a choice.
+function refresh() {
+  page.window ??= layersOf("image").find((layer) => layer.shown).window;
+  planes.draw();
+  showPlace();
+  showKey();
+  clearTimeout(page.later);
+  if (!page.reading) page.later = setTimeout(() => showSolid().catch(failSolid), 30); // last: without a GPU it is slow
+}
+
+// -------------------------------------------------------------------------------------------- three dimensions
+
+function failSolid(error) {
+  console.warn(`no three dimensions: ${error.message ?? error}`);
+  element("solid").dataset.failed = "true";
+}
+
+async function showSolid() {
+  const box = element("solid");
+  box.hidden = scene.planes.length < 2 || !["all", "3D"].includes(page.view);
+  if (box.hidden || box.dataset.failed) return;
+  const layer = scene.layers[box.querySelector("select").value];
+  const volume = await read(layer, true);
+  const { Solid } = await import("./solid.js");
+  solid ??= new Solid(box.querySelector("canvas")).open();
+  const table = layer.kind === "errors" ? errorTable() : valueTable();
+  await (await solid).show(volume, layer.kind === "image" ? { window: layer.window } : { table });
+  document.documentElement.dataset.solid = "true";
+  performance.mark("solid");
+}
+
+function listSolids() {
+  const list = element("solid").querySelector("select");
+  const kinds = ["segmentation", "errors", "image"];
+  const options = kinds.flatMap((kind) => layersOf(kind)).map((layer) => make("option", { value: scene.layers.indexOf(layer) }, layer.name));
+  list.replaceChildren(...options);
+  list.selectedIndex = Math.max(0, Math.min(page.solid ?? layersOf("segmentation").length - 1, options.length - 1));
+  list.onchange = () => {
+    page.solid = list.selectedIndex;
+    refresh();
   };
 }
 
-async function open(nv, scene) {
-  await nv.attachToCanvas(element("canvas"));
-  await nv.loadVolumes(
-    scene.layers.map((layer) => ({
-      url: layer.url,
-      name: layer.url,
-      colormap: "gray",
-      opacity: layer.shown ? (layer.kind === "image" ? 1 : HALF) : 0,
-      ...(layer.window ? { cal_min: layer.window[0], cal_max: layer.window[1] } : {}),
-    })),
-  );
-  scene.layers.forEach((layer, i) => {
-    Object.assign(layer, { volume: nv.volumes[i], hidden: new Set(), opacity: HALF });
-    if (layer.kind === "segmentation") layer.volume.setColormapLabel(tableOf(layer));
-  });
-  nv.setInterpolation(true);
-  nv.updateGLVolume();
-}
+// ------------------------------------------------------------------------------------------------- the controls
 
-function drawOpacity(nv, layer) {
-  nv.setOpacity(nv.volumes.indexOf(layer.volume), layer.shown ? layer.opacity : 0);
-}
-
-function showImage(nv, images, chosen) {
-  for (const layer of images) layer.volume.opacity = layer === chosen ? 1 : 0;
-  nv.setVolume(chosen.volume, 0); // the first volume is the one below the segmentations
-}
-
-function segmentationControls(nv, layer, number, changed) {
-  const box = make("input", { type: "checkbox", checked: layer.shown });
-  const slider = make("input", { type: "range", min: 0, max: 1, step: 0.05, value: layer.opacity });
-  slider.setAttribute("aria-label", `opacity of ${layer.name}`);
-  box.addEventListener("change", () => {
-    layer.shown = box.checked;
-    drawOpacity(nv, layer);
-    changed();
-  });
-  slider.addEventListener("input", () => {
-    layer.opacity = Number(slider.value);
-    drawOpacity(nv, layer);
-  });
-  const labels = layer.legend.map((entry, i) => {
-    const dot = make("i");
-    dot.style.background = `rgb(${entry.colour})`;
-    const button = make("button", { type: "button" }, dot, entry.name);
-    button.setAttribute("aria-pressed", "true");
-    button.addEventListener("click", () => {
-      if (!layer.hidden.delete(i)) layer.hidden.add(i);
-      button.setAttribute("aria-pressed", String(!layer.hidden.has(i)));
-      layer.volume.setColormapLabel(tableOf(layer));
-      nv.updateGLVolume();
-    });
-    return button;
-  });
-  const key = number <= 9 ? make("kbd", {}, String(number)) : "";
-  layer.box = box;
-  return make(
-    "div",
-    { className: "layer" },
-    make("label", { className: "line" }, box, make("span", {}, layer.name), key),
-    slider,
-    make("div", { className: "labels" }, ...labels),
-  );
-}
-
-function radio(group, name, checked, chosen) {
-  const input = make("input", { type: "radio", name: group, checked });
-  input.addEventListener("change", chosen);
-  return make("label", { className: "line" }, input, make("span", {}, name));
-}
-
-function keyboard(nv, segmentations) {
-  document.addEventListener("keydown", (event) => {
-    if (event.ctrlKey || event.metaKey || event.altKey) return;
-    if (event.key >= "1" && event.key <= "9") segmentations[Number(event.key) - 1]?.box.click();
-    else if (event.key === "h") {
-      const all = segmentations.filter((layer) => layer.shown);
-      const turned = all.length ? all : (nv.lastShown ?? segmentations);
-      nv.lastShown = turned;
-      for (const layer of turned) layer.box.click();
-    } else if (event.key === "v") {
-      const views = [...document.querySelectorAll("#views input")];
-      views[(views.findIndex((view) => view.checked) + 1) % views.length]?.click();
-    } else return;
-    event.preventDefault();
-    event.stopImmediatePropagation(); // NiiVue has keys of its own
-  }, true);
-}
-
-// Where the cross is: voxel, intensity, and the label of each segmentation that is shown.
-function showPlace(scene, location) {
-  const [x, y, z] = location.mm;
-  const voxel = scene.to_voxel.map((row) => Math.round(row[0] * x + row[1] * y + row[2] * z + row[3]));
-  const parts = [`voxel ${voxel.join(", ")}`];
-  for (const found of location.values ?? []) {
-    const layer = scene.layers.find((other) => other.url === found.name || other.volume?.id === found.id);
-    if (!layer?.shown) continue;
-    if (layer.kind === "image" && !layer.window) continue; // colours are no number
-    if (layer.kind === "image") parts.push(`${layer.name} ${Number(found.value.toPrecision(5))}`);
-    else parts.push(`${layer.name}: ${layer.legend[Math.round(found.value) - 1]?.name ?? "background"}`);
+// Where the cross is: voxel, intensity, and the label in each segmentation that is shown.
+function showPlace() {
+  const [flat, voxel] = [scene.shape[0] === 1, planes.stored(planes.at)];
+  const parts = [flat ? `pixel ${voxel.slice(0, 2).join(", ")}` : `voxel ${voxel.join(", ")}`];
+  for (const layer of scene.layers.filter((one) => one.shown && one.volume && !one.volume.colours)) {
+    const value = valueAt(layer.volume, planes.at);
+    if (layer.kind === "image") parts.push(`${layer.name} ${Number(value.toPrecision(5))}`);
+    else if (layer.kind === "map") parts.push(`${layer.name} ${(value / 255).toFixed(2)}`);
+    else if (layer.kind === "segmentation") parts.push(`${layer.name}: ${scene.legend[value - 1]?.name ?? "background"}`);
+    else if (value) parts.push(scene.errors[value - 1].name);
   }
   element("place").textContent = parts.join("  ·  ");
 }
 
-async function start() {
-  const scene = await (await fetch("scene.json")).json();
-  document.title = element("title").textContent = scene.title;
-  const images = scene.layers.filter((layer) => layer.kind === "image");
-  const segmentations = scene.layers.filter((layer) => layer.kind === "segmentation");
-  const nv = new Niivue({
-    backColor: [0, 0, 0, 1],
-    isRadiologicalConvention: true,
-    isOrientationTextVisible: !scene.flat,
-    multiplanarShowRender: 0, // a view of its own: without a GPU it is slow
-    show3Dcrosshair: true,
-    crosshairColor: [1, 1, 0.5, 0.7],
-    crosshairWidthUnit: "percent",
-    crosshairWidth: 0.6,
+// The legend in the picture.
+function showKey() {
+  const one = scene.legend.length === 1 ? css(scene.legend[0].colour) : "#fff";
+  const entries = [];
+  for (const layer of scene.layers.filter((layer) => layer.shown)) {
+    if (layer.kind === "segmentation") entries.push([swatch(one, layer), `${layer.name} (${styleOf(layer)})`]);
+    if (layer.kind === "map") entries.push([make("b", { className: "scale" }, "0", make("i"), "1"), layer.name]);
+    if (layer.kind === "errors") for (const entry of errorKinds()) entries.push([swatch(css(entry.colour)), entry.name]);
+  }
+  element("key").replaceChildren(...entries.map((entry) => make("li", {}, ...entry)));
+}
+
+// With one label, no voxel can have another one.
+const errorKinds = () => (scene.legend.length > 1 ? scene.errors : scene.errors.slice(0, 2));
+
+function radio(group, name, checked, chosen) {
+  const input = make("input", { type: "radio", name: group, checked, value: name });
+  input.addEventListener("change", chosen);
+  return make("label", { className: "line" }, input, make("span", {}, name));
+}
+
+function fill(id, nodes) {
+  const box = element(id);
+  box.replaceChildren(box.querySelector("legend"), ...nodes);
+  box.hidden = nodes.length === 0;
+}
+
+function listViews() {
+  const names = scene.planes.length > 1 ? ["all", ...scene.planes.map((plane) => plane.name), "3D"] : [];
+  if (!names.includes(page.view)) page.view = "all";
+  fill("views", names.map((name) => radio("view", name, name === page.view, () => showView(name))));
+  showView(page.view);
+}
+
+function showView(name) {
+  page.view = name;
+  element("pictures").dataset.view = scene.planes.length > 1 ? name : "";
+  planes.show(scene.planes.find((plane) => plane.name === name) ?? null);
+  if (layersOf("image")[0].volume) refresh();
+}
+
+function listImages() {
+  const images = layersOf("image");
+  const choose = (layer) => {
+    for (const other of images) other.shown = other === layer;
+    [page.window, page.adjusted] = [null, false];
+    readShown().catch(fail);
+  };
+  fill("images", images.length > 1 ? images.map((layer) => radio("image", layer.name, layer.shown, () => choose(layer))) : []);
+}
+
+function listSegmentations() {
+  const layers = [...layersOf("segmentation"), ...layersOf("errors")];
+  const rows = layers.map((layer, i) => {
+    const box = make("input", { type: "checkbox", checked: layer.shown });
+    box.addEventListener("change", () => {
+      layer.shown = box.checked;
+      readShown().catch(fail);
+    });
+    layer.box = box;
+    const key = layer === layersOf("errors")[0] ? "e" : i < 9 ? String(i + 1) : "";
+    const line = make("label", { className: "line" }, box, make("span", {}, layer.name), ...(key ? [make("kbd", {}, key)] : []));
+    if (layer.kind === "errors")
+      return make("div", { className: "layer" }, line, make("p", {}, ...errorKinds().map((entry) => make("span", {}, swatch(css(entry.colour)), " ", entry.name))));
+    const style = make("button", { type: "button", title: "filled or outlined (o)" });
+    const name = () => style.replaceChildren(swatch("", layer), styleOf(layer));
+    layer.turn = () => {
+      layer.outlined = !layer.outlined;
+      name();
+      refresh();
+    };
+    style.addEventListener("click", layer.turn);
+    name();
+    return make("div", { className: "layer" }, line, style);
   });
-  nv.onLocationChange = (location) => showPlace(scene, (scene.place = location));
-  scene.changed = () => scene.place && showPlace(scene, scene.place);
-  await open(nv, scene);
-  nv.setSliceType(scene.flat ? VIEWS.axial : VIEWS["three planes"]);
-  for (const [name, type] of Object.entries(VIEWS))
-    element("views").append(radio("view", name, name === "three planes", () => nv.setSliceType(type)));
-  images.forEach((layer, i) =>
-    element("images").append(
-      radio("image", layer.name, i === 0, () => {
-        for (const other of images) other.shown = other === layer;
-        showImage(nv, images, layer);
-        scene.changed();
-      }),
-    ),
-  );
-  segmentations.forEach((layer, i) => element("segmentations").append(segmentationControls(nv, layer, i + 1, scene.changed)));
-  element("views").hidden = scene.flat;
-  element("images").hidden = images.length < 2;
-  element("segmentations").hidden = segmentations.length === 0;
-  keyboard(nv, segmentations);
-  nv.createOnLocationChange(); // shows where the cross is before it moves
-  document.documentElement.dataset.ready = "true";
+  const slider = make("input", { type: "range", min: 0, max: 1, step: 0.05, value: page.opacity });
+  slider.addEventListener("input", () => {
+    page.opacity = Number(slider.value);
+    refresh();
+  });
+  fill("segmentations", rows.length ? [...rows, make("label", { className: "line" }, "opacity of fills", slider)] : []);
+}
+
+// The labels that occur; a click hides one in all layers.
+function listLabels() {
+  const found = new Set();
+  for (const layer of layersOf("segmentation")) for (const value of layer.values ?? []) found.add(value);
+  const entries = scene.legend.filter((_, i) => found.has(i + 1));
+  const button = (entry) => {
+    const chip = make("button", { type: "button" }, swatch(css(entry.colour)), entry.name);
+    chip.setAttribute("aria-pressed", String(!isHidden(entry)));
+    chip.addEventListener("click", () => hide([entry], !isHidden(entry)));
+    return chip;
+  };
+  const all = (name, hidden) => {
+    const chip = make("button", { type: "button", className: "all" }, name);
+    chip.addEventListener("click", () => hide(entries, hidden));
+    return chip;
+  };
+  const chips = entries.length > 2 ? [all("all", false), all("none", true)] : [];
+  fill("labels", entries.length ? [make("div", {}, ...chips, ...entries.map(button))] : []);
+}
+
+function hide(entries, hidden) {
+  for (const { name } of entries) hidden ? page.hidden.add(name) : page.hidden.delete(name);
+  listLabels();
+  refresh();
+}
+
+function listMaps() {
+  const maps = layersOf("map");
+  const list = make("select");
+  list.setAttribute("aria-label", "map");
+  list.append(make("option", {}, "none"), ...maps.map((layer) => make("option", { selected: layer.shown }, layer.name)));
+  list.addEventListener("change", () => {
+    maps.forEach((layer, i) => (layer.shown = i === list.selectedIndex - 1));
+    const filled = layersOf("segmentation").filter((layer) => !layer.outlined && list.selectedIndex > 0);
+    for (const layer of filled) layer.turn(); // or it would cover the map
+    readShown().catch(fail);
+  });
+  fill("maps", maps.length ? [list] : []);
+}
+
+// -------------------------------------------------------------------------------------------------- the keyboard
+
+function keyboard(event) {
+  const { key } = event;
+  if (event.ctrlKey || event.metaKey || event.altKey || !scene) return;
+  if (key.startsWith("Arrow") && event.target.matches("select, input")) return;
+  const layers = [...layersOf("segmentation"), ...layersOf("errors")];
+  if (key >= "1" && key <= "9") layers[Number(key) - 1]?.box.click();
+  else if (key === "e") layersOf("errors")[0]?.box.click();
+  else if (key === "o") for (const layer of layersOf("segmentation")) layer.turn();
+  else if (key === "h") {
+    const shown = layers.filter((layer) => layer.shown);
+    for (const layer of shown.length ? shown : (page.before ?? layers)) layer.box.click();
+    page.before = shown.length ? shown : null;
+  } else if (key === "v") {
+    const views = [...document.querySelectorAll("#views input")];
+    views[(views.findIndex((view) => view.checked) + 1) % views.length]?.click();
+  } else if (key === "n" || key === "p") step(key === "n" ? 1 : -1);
+  else if (key === "c") {
+    planes.cross = !planes.cross;
+    planes.draw();
+  } else if (key === "ArrowUp" || key === "ArrowDown") planes.scroll(planes.focus, key === "ArrowUp" ? 1 : -1);
+  else if (key === "0") {
+    [page.window, page.adjusted] = [null, false];
+    planes.resetZoom();
+    refresh();
+  } else return;
+  event.preventDefault();
+}
+
+// Drag to change the grey levels: x their width, y their middle, as shares of the canvas.
+function adjustWindow(x, y) {
+  const [low, high] = page.window;
+  const width = (high - low) * Math.exp(3 * x);
+  const middle = (low + high) / 2 + (high - low) * 2 * y;
+  [page.window, page.adjusted] = [[middle - width / 2, middle + width / 2], true];
+  planes.draw();
+}
+
+// ----------------------------------------------------------------------------------------------------- the cases
+
+function step(by) {
+  const list = element("cases").querySelector("select");
+  const next = list.selectedIndex + by;
+  if (next < 0 || next >= list.length) return;
+  list.selectedIndex = next;
+  openCase(next).catch(fail);
+}
+
+function listCases({ cases, first }) {
+  const [before, after] = element("cases").querySelectorAll("button");
+  const list = element("cases").querySelector("select");
+  list.append(...cases.map(([name, dice]) => make("option", {}, dice === null ? name : `${name} · ${dice.toFixed(3)}`)));
+  list.selectedIndex = first;
+  list.addEventListener("change", () => openCase(list.selectedIndex).catch(fail));
+  before.addEventListener("click", () => step(-1));
+  after.addEventListener("click", () => step(1));
+  const scored = cases.some(([, dice]) => dice !== null);
+  element("cases").querySelector("small").textContent = `${cases.length} cases${scored ? " with their Dice, the worst first" : ""}`;
+  element("cases").hidden = cases.length < 2;
+}
+
+async function openCase(number) {
+  page.number = number;
+  document.documentElement.dataset.ready = "";
+  element("place").textContent = "reading …";
+  const next = await readJson(`${number}/scene.json`);
+  if (page.number !== number) return;
+  element("problem").hidden = true;
+  if (next.problem) {
+    fail(next.problem);
+    return;
+  }
+  scene = next;
+  if (!page.adjusted) page.window = null;
+  document.title = element("title").textContent = scene.title;
+  addLayers();
+  planes.open(scene);
+  for (const list of [listImages, listSegmentations, listMaps, listSolids, listViews]) list();
+  await readShown();
+}
+
+async function start() {
+  planes = new Planes(element("planes"), {
+    drawings, changed: showPlace, windowed: adjustWindow,
+    chosen: (plane) => document.querySelector(`#views input[value="${plane?.name ?? "all"}"]`)?.click(),
+  });
+  document.addEventListener("keydown", keyboard);
+  element("full").addEventListener("click", () => {
+    page.full = true;
+    readShown().catch(fail);
+  });
+  const listing = await readJson("cases.json");
+  listCases(listing);
+  await openCase(listing.first);
 }
 
 start().catch(fail);
