@@ -204,7 +204,7 @@ def test_labels_are_renamed_under_models(
     record = read_json(tmp_path / "predictions.json")["runs"]
     assert [run["labels"] for run in record] == [{"background": 0, "Anterior": 1, "Posterior": 2}]
     nnunet_lite.predict(image, tmp_path / "a.nii.gz", **nnlite)
-    assert "1 label map of an earlier prediction will be replaced; --continue keeps them\n" in capfd.readouterr().err
+    assert "1 label map will be replaced; --continue keeps them\n" in capfd.readouterr().err
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").touch()
     with pytest.raises(UserError, match=r"holds no image .* This model was trained on \.nii\.gz\. Supported"):

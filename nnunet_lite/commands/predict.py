@@ -270,10 +270,9 @@ def predict(
     cases = _find_images(sources, plan, folders[0])
     check_output(sources, cases, out, plan.labels, format)
     cases = sorted(cases, key=lambda case: case.id)[part_id::num_parts] if num_parts > 1 else cases
-    if not skip_existing and (existing := sum(output_file(case, out, format).is_file() for case in cases)):
-        log.info(
-            f"{out}: {plural(existing, 'label map')} of an earlier prediction will be replaced; --continue keeps them"
-        )
+    existing = [case for case in cases if not skip_existing and output_file(case, out, format).is_file()]
+    if existing:
+        log.info(f"{out}: {plural(len(existing), 'label map')} will be replaced; --continue keeps them")
     if unknown := sorted(rules.keys() - set(plan.labels.region_names)):
         what = f"the selection postprocesses {unknown[0]}, which is no label of the model"
         raise UserError(what, fix="Run `nnlite select` again, or give --no-postprocess.")
