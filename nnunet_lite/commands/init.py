@@ -111,7 +111,7 @@ def init(
         known, value_map = labels_in([case.label for case in found.cases if case.label])
         labels, notes = known.to_json(), [MASK_NOTE] if value_map else []
     channels, ending = name_channels(found.cases, found.channels), common_ending(found.cases)
-    content = {
+    content: dict[str, Any] = {
         "channel_names": {str(i): channel for i, channel in enumerate(channels)},
         "labels": labels,
         "numTraining": len(found.cases),

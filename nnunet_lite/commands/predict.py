@@ -290,9 +290,11 @@ def predict(
         "accept_geometry": accept_geometry,
     }
     words = {label: str(rule) for label, rule in rules.items()}
-    described = {"labels": plan.labels.to_json(), "regions_class_order": plan.labels.region_order}
-    run = {"date": now_as_text(), "versions": versions_in_use(), "checkpoint": checkpoint, "postprocessing": words}
-    run |= {key: value for key, value in described.items() if value is not None}
+    order = plan.labels.region_order
+    run = {
+        "date": now_as_text(), "versions": versions_in_use(), "checkpoint": checkpoint, "postprocessing": words,
+        "labels": plan.labels.to_json(), **({"regions_class_order": list(order)} if order else {}),
+    }  # fmt: skip
     record = PredictionRecord((out.parent if names_file(out) else out).absolute(), run, shared=num_parts > 1)
     if scheduler is None:
         if predictor.device.type == "cpu":
