@@ -69,6 +69,14 @@ def test_arrays_that_are_no_image_are_refused(model: Predictor, counts: Counts, 
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_picture_of_other_colours_is_answered_with_the_ones_to_save(model: Predictor) -> None:
+    picture = Image(np.zeros((3, 1, 16, 16), np.uint8), Geometry((1, 16, 16), (1.0, 1.0, 1.0), dimensions=2))
+    with pytest.raises(
+        UserError, match=r"has 3 channels, the model expects 1 \(MRI\)\. Save the picture as grey first"
+    ):
+        model(picture)
+
+
 def test_arrays_of_every_kind_give_the_same(model: Predictor, scans: list[Path]) -> None:
     image = read_image(scans[0])
     whole, spacing = image.array[0].astype(np.int16), image.geometry.spacing

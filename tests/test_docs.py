@@ -32,7 +32,8 @@ from nnunet_lite.settings import keys
 ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT / "docs" / "reference"
 GENERATED = runpy.run_path(str(ROOT / "scripts" / "write_reference.py"))["PAGES"]  # test_cli parses their examples
-TEXT = {page: page.read_text() for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))}
+AT_TOP = [ROOT / f"{name}.md" for name in ("README", "AGENTS", "CONTRIBUTING", "SECURITY", "CODE_OF_CONDUCT")]
+TEXT = {page: page.read_text() for page in (*AT_TOP, *sorted((ROOT / "docs").rglob("*.md")))}
 PAGES = [page for page, text in TEXT.items() if "```" in text and page.name not in GENERATED]
 BLOCK = re.compile(r"^(<!-- only parsed: .+ -->\n)?```([a-z]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 Run = Callable[..., tuple[int, str, str]]
@@ -196,6 +197,10 @@ def test_links_between_pages() -> None:
         links = [page.parent / link for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text) if "http" not in link]
         missing = [path for path in (*links, *(ROOT / path for path in ours.findall(text))) if not path.exists()]
         assert not missing, f"{page.name}: {missing}"
+
+
+def test_the_citation_is_of_this_version() -> None:
+    assert f"\nversion: {nnunet_lite.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_every_command_is_documented() -> None:

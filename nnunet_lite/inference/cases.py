@@ -136,6 +136,8 @@ def _check_channels(image: Image, plan: Plan, path: Path | None = None, fix: str
     if found != expected:
         names = ", ".join(channel.name for channel in plan.channels)
         who = "" if path else "the image "
+        if not fix and image.geometry.dimensions == 2:
+            fix = f"Save the picture as {'RGB' if expected == 3 else 'grey' if expected == 1 else names} first."
         raise UserError(f"{who}has {plural(found, 'channel')}, the model expects {expected} ({names})", path, fix)
 
 
