@@ -19,7 +19,7 @@ from nnunet_lite.errors import UserError, describe, no_such_file
 from nnunet_lite.evaluation.postprocessing import apply_rules
 from nnunet_lite.evaluation.selection import choose_models, weights_fingerprint
 from nnunet_lite.files import read_json
-from nnunet_lite.inference.cases import check_output, names_file, output_file
+from nnunet_lite.inference.cases import check_output, names_file
 from nnunet_lite.inference.folder import predict_cases
 from nnunet_lite.inference.outputs import ExtraMaps, parse_label_names
 from nnunet_lite.inference.predictor import Predictor, load
@@ -270,9 +270,6 @@ def predict(
     cases = _find_images(sources, plan, folders[0])
     check_output(sources, cases, out, plan.labels, format)
     cases = sorted(cases, key=lambda case: case.id)[part_id::num_parts] if num_parts > 1 else cases
-    existing = [case for case in cases if not skip_existing and output_file(case, out, format).is_file()]
-    if existing:
-        log.info(f"{out}: {plural(len(existing), 'label map')} will be replaced; --continue keeps them")
     if unknown := sorted(rules.keys() - set(plan.labels.region_names)):
         what = f"the selection postprocesses {unknown[0]}, which is no label of the model"
         raise UserError(what, fix="Run `nnlite select` again, or give --no-postprocess.")
