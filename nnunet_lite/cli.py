@@ -203,7 +203,8 @@ def command_of(name: str) -> Any:
         if name in _IMPORT_TORCH:
             result = import_module("nnunet_lite.commands.early").answer_early(name, arguments)
         if result is None:
-            commands_module = import_module(module)
+            with log.working(f"starting {name}"):  # most commands need torch, which takes seconds to load
+                commands_module = import_module(module)
             result = getattr(commands_module, function_name)(**arguments)
         text = _as_json(result) if as_json else _as_text(result)
         if hasattr(result, "close"):

@@ -51,7 +51,9 @@ ARRAYS: dict[str, tuple[Any, Any, str]] = {
     "masked voxels": (np.ma.masked_equal(NUMBERS, 0.0), (1.0, 1.0, 1.0), "filled(0)"),
     "numbers beyond float32": (np.full((4, 4, 4), 1e300), (1.0, 1.0, 1.0), "as float32"),
     "infinite voxels": (np.full((4, 4, 4), np.inf, np.float16), (1.0, 1.0, 1.0), "64 voxels of channel MRI"),
-    "channels too many": (np.zeros((2, 4, 4, 4)), (1.0, 1.0, 1.0), "2 channels"),
+    "channels too many": (
+        np.zeros((2, 4, 4, 4)), (1.0, 1.0, 1.0),
+        "has 2 channels, the model expects 1 (MRI). Give an array (channels, z, y, x)"),
     "voxels of a kilometre": (NUMBERS, (1e6, 1e6, 1e6), "more than fit into memory"),
     "an image without voxels": (Image(np.zeros((1, 0, 4, 4)), Geometry((0, 4, 4), (1.0, 1.0, 1.0))), None, "shape"),
     "an image of spacing 0": (Image(np.zeros((1, 4, 4, 4)), Geometry((4, 4, 4), (0.0, 1.0, 1.0))), None, "positive"),

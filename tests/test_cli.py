@@ -80,7 +80,7 @@ def test_help_is_as_wide_as_the_terminal(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, columns: int
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
-    _, out, _ = command("plan", "--help", cwd=tmp_path)
+    _, out, _ = command("train", "--help", cwd=tmp_path)
     widest = max(map(len, out.partition("Examples:")[0].splitlines()))
     assert min(columns, 120) * 0.8 < widest <= min(columns, 120)
 

@@ -47,6 +47,8 @@ def test_held_out_cases_are_predicted_once_and_scored(
             size = int((found == value).sum() + (truth == value).sum())
             assert row.metrics[name]["TP"] == hits
             assert row.metrics[name]["Dice"] == pytest.approx(2 * hits / size)
+            assert row.metrics[name]["NSD"] is not None
+            assert (row.metrics[name]["HD95"] is None) == (not (found == value).any())
     assert [entry["case"] for entry in read_json(out / "summary.json")["metric_per_case"]] == sorted(held_out)
     assert all(case_id in (out / "summary.csv").read_text() for case_id in held_out)
 

@@ -26,7 +26,7 @@ def update(root: Path, **changes: object) -> None:
 
 def copies(source: Path, folder: Path, *names: str) -> None:
     """Copies of a NIfTI file under other names."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         shutil.copy(source, folder / f"{name}.nii.gz")
 
@@ -219,6 +219,19 @@ def test_find_cases_of_several_files(tmp_path: Path, scan: Path) -> None:
     ):
         with pytest.raises(UserError, match=says):
             find_cases([tmp_path / name], 2)
+
+
+def test_case_folders_whose_files_have_the_names_of_channels(tmp_path: Path, scan: Path) -> None:
+    """As `nnlite init` finds them for training: a model of t1 and FLAIR needs no other names for new patients."""
+    copies(scan, tmp_path / "in" / "P1", "flair", "t1", "mask")
+    copies(scan, tmp_path / "in" / "P2", "P2_T1", "P2-FLAIR", "P2_t1ce")
+    cases = find_cases([tmp_path / "in"], 2, ["t1", "FLAIR"])
+    names = [(case.id, *(path.name for path in case.images)) for case in cases]
+    assert names == [("P1", "t1.nii.gz", "flair.nii.gz"), ("P2", "P2_T1.nii.gz", "P2-FLAIR.nii.gz")]
+    assert [case.images[0].name for case in find_cases([tmp_path / "in"], 1, ["t1"])] == ["t1.nii.gz", "P2_T1.nii.gz"]
+    copies(scan, tmp_path / "in" / "P2", "old_t1")
+    with pytest.raises(UserError, match=r"P2: holds 4 images .* one for each channel of the model: \*t1\.\*"):
+        find_cases([tmp_path / "in"], 2, ["t1", "FLAIR"])
 
 
 @pytest.mark.parametrize("channels", [1, 3])

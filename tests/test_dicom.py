@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -20,6 +21,8 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, MRImageStorage, 
 import nnunet_lite
 from nnunet_lite.data.cases import find_cases
 from nnunet_lite.data.dicom import is_series, require_dicom, series_geometry, series_slices
+from nnunet_lite.data.dicom_masks import convert_masks
+from nnunet_lite.data.discovery import files_below
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import read_geometry, read_image, read_images, read_label
 from nnunet_lite.errors import UserError
@@ -324,6 +327,17 @@ def test_prediction_of_a_series_equals_that_of_its_nifti(tiny_model: Path, hippo
     options: dict[str, Any] = {"model": tiny_model, "device": "cpu", "settings": {"inference.mirroring": False}}
     (of_series,) = nnunet_lite.predict(tmp_path / "in", tmp_path / "a", **options).files
     (of_nifti,) = nnunet_lite.predict(tmp_path / "nifti", tmp_path / "b", **options).files
+    for ending, form in ((".dcm", "dicom-seg"), (".rtstruct.dcm", "rtstruct"), (".seg.nrrd", "seg.nrrd")):
+        (file,) = nnunet_lite.predict(tmp_path / "in", tmp_path / "a", format=form, **options).files
+        assert file == tmp_path / "a" / f"visit{ending}"
+    model = nnunet_lite.load(tiny_model, device="cpu", settings={"inference.mirroring": False})
+    for name in ("one.dcm", "one.rtstruct.dcm"):
+        model(tmp_path / "in" / "visit").save(tmp_path / name)
+    for folder, masks in (("a", "visit.dcm"), ("a", "visit.rtstruct.dcm"), ("", "one.dcm"), ("", "one.rtstruct.dcm")):
+        shutil.copy(tmp_path / folder / masks, tmp_path / "in" / "masks.dcm")
+        found, values, _ = convert_masks(files_below(tmp_path / "in"), tmp_path / f"labels of {masks}")
+        assert list(values) == ["background", "Anterior", "Posterior"]
+        np.testing.assert_array_equal(read_label(found.cases[0].label)[0], read_label(of_nifti)[0])
     assert of_series.name == "visit.nii.gz"
     array, geometry, _ = read_label(of_series)
     expected, grid_of_nifti, _ = read_label(of_nifti)

@@ -21,8 +21,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
+from PIL import Image as Pillow
 from samples import subcommand
 
 import nnunet_lite
@@ -73,6 +75,33 @@ def commands(block: str) -> list[str]:
     return [shlex.join(shlex.split(text, comments=True)) for text in found if ours.match(text)]
 
 
+def write_patients(folder: Path) -> None:
+    """A folder for each of six patients with two channels and a mask; two new patients without a mask."""
+    images = sorted((folder / "Task04_Hippocampus" / "imagesTr").iterdir())[:6]
+    for patients, first, chosen in (("my_patients", 1, images), ("new_patients", 11, images[:2])):
+        for number, image in enumerate(chosen, first):
+            patient = folder / patients / f"P{number:03d}"
+            patient.mkdir(parents=True)
+            shutil.copy(image, patient / "t1.nii.gz")
+            shutil.copy(image, patient / "flair.nii.gz")
+            if chosen is images:
+                shutil.copy(image.parent.parent / "labelsTr" / image.name, patient / "mask.nii.gz")
+
+
+def write_cells(folder: Path) -> None:
+    """Pictures x.png with masks x_mask.png of 0 and 255 in cells/, and pictures without masks in new_cells/."""
+    raw = folder / "Task04_Hippocampus"
+    for number, image in enumerate(sorted((raw / "imagesTr").iterdir())[:6]):
+        volume, label = (np.asarray(nibabel.load(file).dataobj) for file in (image, raw / "labelsTr" / image.name))
+        plane, mask = (array[:, :, array.shape[2] // 2] for array in (volume / volume.max(), label > 0))
+        for name, array in ((f"cells/cell_{number}.png", plane), (f"cells/cell_{number}_mask.png", mask)):
+            (folder / name).parent.mkdir(exist_ok=True)
+            Pillow.fromarray((255 * array).astype(np.uint8)).save(folder / name)
+    (folder / "new_cells").mkdir()
+    for number in range(2):
+        shutil.copy(folder / "cells" / f"cell_{number}.png", folder / "new_cells" / f"new_{number}.png")
+
+
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory, tiny_workspace: Path, hippocampus: Path) -> Iterator[Path]:
     """A folder as that of a reader: raw data, images, references, and a workspace with one trained fold."""
@@ -84,12 +113,13 @@ def start(tmp_path_factory: pytest.TempPathFactory, tiny_workspace: Path, hippoc
         (folder / name).mkdir()
         for file in sorted((hippocampus / source).iterdir())[:2]:
             shutil.copy(file, folder / name)
-    for image in (folder / "images").iterdir():
-        patient = folder / "my_patients" / image.name.removesuffix(".nii.gz")
-        patient.mkdir(parents=True)
-        shutil.copy(image, patient / "t1.nii.gz")
-        shutil.copy(folder / "references" / image.name, patient / "mask.nii.gz")
+    shutil.copytree(folder / "images", folder / "Task04_Hippocampus" / "imagesTs")
+    shutil.copytree(folder / "references", folder / "Task04_Hippocampus" / "labelsTs")
     shutil.copy(next((folder / "images").iterdir()), folder / "scan.nii.gz")
+    for name in ("organ", "tumour"):
+        shutil.copy(next((folder / "references").iterdir()), folder / f"{name}.nii.gz")
+    write_patients(folder)
+    write_cells(folder)
     tiny, workspace = dict(setting.split("=") for setting in TINY), folder / "nnlite_workspace"
     nnunet_lite.train("3d_fullres", 0, recipe="cpu", settings=tiny, workspace=workspace, device="cpu")
     gc.freeze()  # a training collects what is free three times: not all that the tests have imported

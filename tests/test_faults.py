@@ -24,14 +24,14 @@ import numpy as np
 import pytest
 from bad_inputs import copy_workspace
 from safetensors.numpy import load_file
-from samples import ENVIRONMENT, HIPPOCAMPUS, Command, Counts, first_cases, rewrite_nifti, start_nnlite
+from samples import ENVIRONMENT, HIPPOCAMPUS, Command, Counts, first_cases, rewrite_nifti, start_nnlite, wait_until
 
 TINY = [
     f"--set={assignment}"
     for assignment in (
         "training.iterations=3", "training.validation_iterations=1", "training.patch_size=[24,32,24]",
         "training.batch_size=2", "training.precision=fp32", "training.channels_last=false",
-        "network.features_base=4", "network.features_max=8", "inference.mirroring=false",
+        "network.features_base=4", "network.features_max=8", "inference.mirroring=false", "inference.step_size=1.0",
     )
 ]  # fmt: skip
 WORK = ["run", "raw", "--recipe=default", "-c3d_fullres", "-f0,1", "--epochs=3", "--seed=1", "--device=cpu", *TINY]
@@ -336,16 +336,20 @@ def test_two_preprocess_one_data_set(tiny_workspace: Path, tmp_path: Path, count
     assert len(list((root / "preprocessed" / "cases").iterdir())) == 10
 
 
-def test_two_train_one_fold(tiny_workspace: Path, tiny_model: Path, tmp_path: Path, counts: Counts) -> None:
+def test_two_train_one_fold(
+    command: Command, tiny_workspace: Path, tiny_model: Path, tmp_path: Path, counts: Counts
+) -> None:
     """The second is refused, or comes after; two folds train side by side."""
     counts("faults survived", 2)
     root = copy_workspace(tiny_workspace, tmp_path)
-    started = [start_nnlite(*[*TRAIN[:2], fold, *TRAIN[3:]], cwd=tmp_path) for fold in ("0", "0", "1")]
-    *both, beside = [ended(process) for process in started]
+    fold = root / "models" / "new" / "fold_0"
+    process = start_nnlite(*TRAIN, cwd=tmp_path)
+    wait_until((fold / ".lock").is_file, process)
+    second, beside = (command(*TRAIN[:2], number, *TRAIN[3:], cwd=tmp_path) for number in "01")
+    both = [ended(process), second]
     assert sorted(code for code, _, _ in both) in ([0, 0], [0, 2])
     assert all("another process is training here" in err for code, _, err in both if code == 2)
     assert beside[0] == 0
-    fold = root / "models" / "new" / "fold_0"
     assert len((fold / "metrics.jsonl").read_text().splitlines()) == 2
     assert (root / "models" / "new" / "fold_1" / "model.safetensors").is_file()
     contended, alone = (load_file(path / "model.safetensors") for path in (fold, tiny_model / "fold_0"))
@@ -362,9 +366,10 @@ def test_two_predict_into_one_folder(
         (tmp_path / "in").mkdir(exist_ok=True)
         shutil.copy(hippocampus / "imagesTr" / f"hippocampus_{name}.nii.gz", tmp_path / "in")
     arguments = ["predict", "-i", "in", "-m", "model", "--no-mirroring", "--device", "cpu", "-o"]
-    both = [start_nnlite(*arguments, "out", cwd=tmp_path) for _ in range(2)]
-    assert [ended(process)[0] for process in both] == [0, 0]
-    assert command(*arguments, "alone", cwd=tmp_path)[0] == 0
+    process = start_nnlite(*arguments, "out", cwd=tmp_path)
+    wait_until((tmp_path / "out").is_dir, process)
+    assert [command(*arguments, out, cwd=tmp_path)[0] for out in ("out", "alone")] == [0, 0]
+    assert ended(process)[0] == 0
     for file in (tmp_path / "alone").glob("*.nii.gz"):
         assert gzip.decompress((tmp_path / "out" / file.name).read_bytes()) == gzip.decompress(file.read_bytes())
     assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())["predictions"]) == 2

@@ -332,15 +332,18 @@ def test_fine_tuning_starts_from_a_model_of_nnunet(models: Path, tune: Tune, tmp
 
 
 def test_fine_tuning_starts_where_the_model_ended(models: Path, tune: Tune, tiny_model: Path, tmp_path: Path) -> None:
-    """The model knows the anterior part alone; patch and network are its own, though no setting names them."""
+    """The model knows the anterior part and one mirrored axis; patch and network are its own, set by no setting."""
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
-    plan = read_json(model / "plans.json")
+    plan, run = read_json(model / "plans.json"), read_json(model / "run.json")
+    run["settings"]["augmentation"]["mirror_axes"] = [0]
+    write_json(model / "run.json", run)
     plan["labels"]["names"] = {"background": 0, "Anterior": 1, "Head": 2}
     write_json(model / "plans.json", plan)
     frozen = {"training.freeze": "encoder", "training.batch_size": None}
     messages = tune(model, frozen)
     lines = [line for line in messages.splitlines() if not line.startswith("validation of ")]
     assert "starting from" in messages and "Posterior: at random" in messages and "held" not in "".join(lines)
+    assert "without mirrored copies along axis 1, 2, and this run" in messages and "mirror_axes=[0] keeps" in messages
     assert encoders_are_equal(model, models / "tuned")
     tuned = Plan.read(models / "tuned" / "plans.json").configuration("3d_fullres")
     assert tuned.patch_size == (24, 32, 24) and max(tuned.network.features) == 8

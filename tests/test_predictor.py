@@ -25,6 +25,7 @@ from nnunet_lite.data.cases import find_cases
 from nnunet_lite.data.images import Image, read_image, read_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
+from nnunet_lite.files import read_json
 from nnunet_lite.inference.folder import _read_ahead, predict_cases
 from nnunet_lite.inference.predictor import (
     Predictor,
@@ -67,7 +68,7 @@ def expected(model: Predictor, image: Image) -> np.ndarray:
 
 def test_a_model_is_loaded_as_it_was_trained(tiny_model: Path, tiny_settings: dict[str, Any]) -> None:
     model = load(tiny_model, device="cpu")
-    assert model.folds == ("0",)
+    assert model.folds == ("0",) and model.labels == {"background": 0, "Anterior": 1, "Posterior": 2}
     assert model.configuration_name == "3d_fullres"
     assert model.configuration.patch_size == tuple(tiny_settings["training.patch_size"])
     assert model.mirror_axes == (0, 1, 2)
@@ -89,12 +90,6 @@ def test_a_file_an_image_and_an_array_give_the_same(model: Predictor, scans: lis
     assert of_file.shape == image.geometry.shape
     for same in (model(str(scans[0])), model(image), model(image.array[0], spacing), model(image.array, spacing)):
         np.testing.assert_array_equal(same, of_file)
-
-
-def test_a_colour_picture_is_told_its_order_of_axes(model: Predictor) -> None:
-    with pytest.raises(UserError, match=r"has 3 channels, the model expects 1 \(MRI\).*\(channels, z, y, x\)"):
-        model(np.zeros((3, 1, 16, 16)))
-    assert model.labels == {"background": 0, "Anterior": 1, "Posterior": 2}
 
 
 def test_the_spacing_of_an_array_is_used(model: Predictor, scans: list[Path]) -> None:
@@ -202,26 +197,12 @@ def test_parts_share_the_images_and_one_output(tiny_model: Path, folder: Path, t
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(predict, (0, 1), (2, 2)))
     assert found == [names[0::2], names[1::2]]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.nii.gz")) == names
+    assert len(read_json(tmp_path / "out" / "predictions.json")["predictions"]) == 3
     assert predict(3, 4) == [] and predict(0, 1) == names
     for part in (None, 2, -1):
         with pytest.raises(UserError, match="--num-parts 2 needs a --part-id from 0 to 1"):
             predict(part, 2)
-
-
-@pytest.mark.parametrize("kind", ["cut", "text", "empty"])
-def test_one_unreadable_file_does_not_stop_the_others(
-    model: Predictor, folder: Path, tmp_path: Path, kind: str
-) -> None:
-    bad = sorted(folder.iterdir())[1]
-    bad.write_bytes({"cut": bad.read_bytes()[:4000], "text": b"this is no image", "empty": b""}[kind])
-    cases = find_cases([folder], 1)
-    files, failed = predict_cases(model, cases, tmp_path / "out")
-    assert [file.name for file in files] == [case.images[0].name for case in (cases[0], cases[2])]
-    assert list(failed) == [cases[1].id]
-    assert bad.name in failed[cases[1].id]
-    assert "\n" not in failed[cases[1].id]
-    assert len(list((tmp_path / "out").iterdir())) == 2
 
 
 @pytest.mark.parametrize(("most", "nbytes", "expected"), [(1, 10, 2), (3, 10, 4), (3, 10**15, 2)])
@@ -276,6 +257,36 @@ def test_the_number_format_on_a_gpu(
     with FakeTensorMode():
         found = _choose_arithmetic(trained, InferenceSettings(), torch.device("cuda"))
     assert found.precision == expected and not found.plain_norm, "which is made for compiled networks"
+
+
+@pytest.mark.parametrize(
+    ("native", "origin", "device", "precision", "expected"),
+    [
+        (True, {"imported_from": "nnU-Net"}, None, None, "fp32"),
+        (True, {}, "cuda", "bf16", "bf16"),
+        (False, {}, "cuda", "bf16", "fp32"),
+        (True, {}, "cuda", "fp32", "fp32"),
+        (False, {}, "cpu", "bf16", "bf16"),
+    ],
+)
+def test_the_number_format_on_a_cpu_is_no_matter_of_speed(
+    native: bool,
+    origin: dict[str, str],
+    device: str | None,
+    precision: str | None,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """That of the training on a CPU, bf16 only where the CPU has instructions for it, fp32 for a model of nnU-Net."""
+    header = {} if device is None else {"device": device, "arithmetic": {"precision": precision, "channels_last": True}}
+    trained = _Trained(
+        sample_plan(labels_of(3)), {"configuration": "3d_fullres", **origin}, {"0": Brightness()}, header
+    )
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr("nnunet_lite.networks.precision.has_bf16", lambda _: native)
+    monkeypatch.setattr("nnunet_lite.inference.predictor.pick_fastest", None)
+    found = _choose_arithmetic(trained, InferenceSettings(), torch.device("cpu"))
+    assert (found.precision, found.channels_last) == (expected, True)
 
 
 def test_fold_all_is_used_if_there_is_no_other(model_copy: Path) -> None:

@@ -100,6 +100,8 @@ def test_options_are_used_again_and_one_that_is_given_replaces_only_itself(plann
     assert "preset" not in said.partition("planned again")[2].partition("\n")[0]
     assert "the plan differs from the one before: 2d (patch_size [56, 40] -> [32, 32]" in said
     assert planned.copies == [], "the planner's own are made again by the options"
+    limits = [planned.plan(**given).channels[0].clip_percentiles for given in ({}, {"clip_percentiles": (0, 100)}, {})]
+    assert limits == [(1, 99), None, None]
 
 
 def test_a_plan_that_records_no_options_is_planned_again_as_it_was(planned: Planned) -> None:

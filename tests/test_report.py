@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -277,6 +278,11 @@ def test_selected_models(trained: Path, tmp_path: Path) -> None:
     assert steps[1][0] == "the largest component, from 12.5 mm3"
     assert [float(value or 0) for _, value in steps[2:4]] == [0.8, 0.82] and steps[4][0] == "n/a"  # an older version
     assert page.tables["Held-out cases of other + tiny, worst first"]
+    paper = " ".join(page.text.split())
+    assert "The model tiny was trained" in paper and "The model other was trained" in paper
+    assert "other + tiny reached on 2 held-out cases" in paper
+    assert "Postprocessing keeps the largest component, from 12.5 mm3 of Posterior; the scores are before it." in paper
+    assert not re.search(r"[.;,][A-Z]| [.,;]", paper[paper.index("The model other") : paper.index("[1] Isensee")])
 
 
 def test_an_incomplete_workspace(trained: Path, tmp_path: Path) -> None:
@@ -307,7 +313,7 @@ def test_pictures_of_the_best_cases_are_left_out_first(
     monkeypatch.setattr(material, "TILES", 3)
     page = report(trained.parent, tmp_path / "page.html")
     assert list(page.data["models"]["tiny"]["pictures"]) == [worst]
-    assert "tiny: pictures of the worst, best and median, 1 of 2 cases" in page.text
+    assert "tiny: pictures of 1 of 2 cases, first the worst, the best and the median" in page.text
     assert "the montage and the intensities are those of 3 of 10 cases" in page.text
 
 

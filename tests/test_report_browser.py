@@ -141,6 +141,14 @@ def test_tables_and_figures_are_downloaded(tab: Any, tmp_path: Path) -> None:
     assert {row["Case"]: [float(row["Anterior"]), float(row["Posterior"])] for row in rows} == {
         case: [label[0] for label in scores] for case, scores in shown.items()
     }
+    tab.locator("tr.opens").first.click()
+    with tab.expect_download() as download:
+        tab.locator("dialog#case").get_by_role("button", name="CSV").click()
+    case = tab.locator("dialog#case h2").inner_text()
+    assert download.value.suggested_filename == f"Task04_Hippocampus-scores-of-{case}.csv"
+    with Path(download.value.path()).open(newline="", encoding="utf-8-sig") as file:
+        assert [float(row["Dice"]) for row in csv.DictReader(file)] == [label[0] for label in shown[case]]
+    tab.keyboard.press("Escape")
     plane, chart = tab.locator(".worst figure").first, tab.locator("figure.chart", has_text="Loss").first
     for figure, share in ((plane, 0.1), (chart, 0.002)):
         figure.hover()

@@ -48,6 +48,14 @@ def test_it_is_saved_as_the_command_writes_it(
     assert np.array_equal(read_label(tmp_path / "saved.nrrd")[0], segmentation)
     with pytest.raises(UserError, match=r"saved\.xyz: label maps cannot be written as \.xyz"):
         segmentation.save(tmp_path / "saved.xyz")
+    segmentation.save(tmp_path / "saved.seg.nrrd")
+    array, geometry, _ = read_label(tmp_path / "saved.seg.nrrd", segmentation.geometry)
+    assert np.array_equal(array, segmentation) and not geometry.differences(segmentation.geometry)
+    assert b"Segment1_Name:=Posterior" in (tmp_path / "saved.seg.nrrd").read_bytes()
+    with pytest.raises(UserError, match=r"is no DICOM series, so it can have no DICOM-SEG or RTSTRUCT"):
+        segmentation.save(tmp_path / "saved.dcm")
+    with pytest.raises(UserError, match=r"the image is no DICOM series"):
+        model(read_image(scans[0])).save(tmp_path / "saved.rtstruct.dcm")
 
 
 def test_it_is_changed_in_place(model: Predictor, scans: list[Path], tmp_path: Path) -> None:
@@ -107,6 +115,8 @@ def test_another_process_gets_it_without_the_model(model: Predictor, scans: list
     assert np.array_equal(copy, segmentation) and copy.geometry == segmentation.geometry
     segmentation.save(tmp_path / "a.nii.gz")
     copy.save(tmp_path / "b.nii.gz")
+    copy.save(tmp_path / "b.seg.nrrd")
+    assert np.array_equal(read_label(tmp_path / "b.seg.nrrd", copy.geometry)[0], copy)
     assert (tmp_path / "a.nii.gz").read_bytes() == (tmp_path / "b.nii.gz").read_bytes()
     with pytest.raises(UserError, match="without the model that predicts probabilities"):
         copy.probabilities()

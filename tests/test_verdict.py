@@ -83,5 +83,9 @@ def test_how_a_training_ended(verdict: Any) -> None:
     text, command = verdict(history(FALLING, FALLING, epochs=50, seconds=120.0), epochs=1000, time_limit=2.0)
     assert text == "fold 0: finished, 50 epochs in 2:00 min: the held-out loss still falls"
     assert "--time-limit 4m" in command
+    text, command = verdict(history(FALLING[:12], FALLING[:12], epochs=8, length={"epochs": 8, "time_limit": None}))
+    assert text == "fold 0: not finished, 12 epochs of 50" and " --epochs 50 " in command, "a run that was made longer"
+    text, _ = verdict(history(LEVEL[:20], LEVEL[:20], epochs=20, length={"epochs": 20, "time_limit": None}))
+    assert text == "fold 0: finished, 20 epochs of 20: the held-out loss no longer falls", "another fold is longer"
     text, _ = verdict(history(FALLING[:3], FALLING[:3], epochs=3), epochs=3)
     assert text == "fold 0: finished, 3 epochs of 3; too few to see a trend"

@@ -280,14 +280,6 @@ def test_a_mask_of_0_and_255_is_shown_with_the_labels_of_a_model(tmp_path: Path)
         read_file_scene(tmp_path / "mask.png", [tmp_path / "seven.png"], labels)
 
 
-def test_the_colours_of_the_report() -> None:
-    """The pictures of the report have the colours that the viewer and files with colours have."""
-    css = (Path(nnunet_lite.__file__).parent / "reporting" / "templates" / "report.css").read_text()
-    on_pictures = css[css.index(".swatch-on-picture {") :]
-    found = re.findall(r"--c\d: #(\w{6})", on_pictures)
-    assert found == [bytes(colour).hex() for colour in label_colours(10)]
-
-
 def test_the_worst_case_comes_first(view: View, tiny_workspace: Path, tiny_model: Path, held_out: str) -> None:
     listed = read_json(view, "cases.json")
     rows = json.loads((tiny_model / "fold_0" / "validation" / "summary.json").read_text())["metric_per_case"]
@@ -476,6 +468,7 @@ def test_errors_in_a_browser(browser: Any, tmp_path: Path) -> None:
         write_label(tmp_path / f"{name}.png", voxels[None], geometry)
     labels = Labels(names={"background": 0, "a": 1, "b": 2}, ignore=3)
     scene = read_file_scene(tmp_path / "image.png", [tmp_path / "reference.png", tmp_path / "predicted.png"], labels)
+    assert scene.ignore == 3 and scene.at[1] < 30, "it does not open where nothing is annotated"
     with serve(lambda _: scene, {"image": None}, "image") as shown:
         page = browser.new_page(viewport={"width": 800, "height": 460})
         page.goto(shown.url)

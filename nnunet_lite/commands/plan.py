@@ -151,7 +151,8 @@ def plan(
         ),
     ] = None,
     clip_percentiles: Annotated[
-        tuple[float, float] | None, options.setting(min=0, max=100, help="Clip each image to these first.")
+        tuple[float, float] | None,
+        options.setting(min=0, max=100, help="Clip each image to these first; 0 100: not at all."),
     ] = None,
     folds: options.Folds = None,
     group_by: options.GroupBy = None,
@@ -194,7 +195,7 @@ def plan(
     configuration : str or sequence of str, optional
         Which gets these sizes, without which it is skipped; default: "3d_fullres", or "2d" for a flat patch.
     clip_percentiles : tuple of float, optional
-        Clip each image to these before normalisation.
+        Clip each image to these before normalisation; (0, 100) for no longer.
     folds : int, optional
         Number of folds; default: 5.
     group_by : str or Path, optional

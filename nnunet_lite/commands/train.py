@@ -50,6 +50,8 @@ from nnunet_lite.training.splits import ALL, DEFAULT_RULE, FoldRule, check_folds
 from nnunet_lite.workspace import Paths, select_dataset
 
 _START_SHARE = 0.25  # of a time limit, which start and preprocessing may take of it
+# what of a network follows from the sizes that are reported
+_FROM_THE_PATCH = ("strides", "kernels", "blocks", "decoder_convolutions", "memory_gb")
 
 
 @dataclass(frozen=True)
@@ -468,6 +470,7 @@ def _announce(run: TrainingRun) -> None:
         log.info(f"planned for the recipe: {run.plan.preset}, {run.plan.memory_gb:g} GB")
     planned = Plan.read(run.paths.plans).configurations.get(name)
     changes = [] if planned is None else configuration_changes(planned, run.plan.configuration(name))
+    changes = [change for change in changes if change.split()[0] not in _FROM_THE_PATCH] or changes
     if settings.network.factory is not None:
         changes.append(f"network made by {settings.network.factory}")
     if changes:

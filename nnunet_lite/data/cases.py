@@ -145,7 +145,7 @@ def find_cases(sources: Sequence[Path], channels: int, names: Sequence[str] = ()
     channels : int
         Number of channels of the model.
     names : sequence of str
-        Names of these channels, by which the images in a case folder are found.
+        Their names. Of a case folder with several files, those that end in these names are taken.
 
     Returns
     -------
@@ -185,13 +185,13 @@ def _cases_of(source: Path, channels: int, names: Sequence[str]) -> list[Case]:
         raise UserError(what, source, _ALSO_DICOM)
     ids = {case.id for case in cases}
     if maps := [case for case in cases if label_base(case.id) != case.id and label_base(case.id) in ids]:
-        names = few([case.images[0].name for case in maps])
-        log.warn(f"{source}: {names} are not predicted: by their names they are label maps of other files there")
+        files = few([case.images[0].name for case in maps])
+        log.warn(f"{source}: {files} are not predicted: by their names they are label maps of other files there")
         cases = [case for case in cases if case not in maps]
     if channels == 1 and (numbered := numbered_cases(cases)):
-        names = " and ".join(case.images[0].name for case in numbered[:2])
+        files = " and ".join(case.images[0].name for case in numbered[:2])
         log.warn(
-            f"{source}: {names} are predicted as two cases, because the model has one channel. If they are channels of "
+            f"{source}: {files} are predicted as two cases, because the model has one channel. If they are channels of "
             "one case, leave only the channel of the model in the folder"
         )
     return cases
@@ -221,8 +221,10 @@ def _cases_of_folder(folder: Path, channels: int) -> list[Case]:
     return group_files(files, channels)
 
 
-def _case_folders(parent: Path, channels: int, channel_names: Sequence[str]) -> list[Case]:
-    """Return one case per folder. Folders of DICOM series may be numbered `_0000`, `_0001`, ... as files are.
+def _case_folders(parent: Path, channels: int, names: Sequence[str]) -> list[Case]:
+    """Return one case per folder: its only image, or the file of each channel's name.
+
+    Folders of DICOM series may be numbered `_0000`, `_0001`, ... as files are.
 
     A series may be at a deeper level (patient/study/series). The case has the name of the first folder; if that folder
     contains several series, each is a case with the whole path as its name.
@@ -231,14 +233,16 @@ def _case_folders(parent: Path, channels: int, channel_names: Sequence[str]) -> 
     for folder in folders_in(parent):
         found = _cases_of_folder(folder, channels)
         if len(found) > 1:
-            files = [image for case in found for image in case.images]
+            files = image_files(folder)
             masks = [file for file in files if has_label_word(Path(file.name))]
-            maps += masks
-            images = _images_of_channels([file for file in files if file not in masks], channels, channel_names)
+            others = [file for file in files if file not in masks]
+            images = tuple(others) if len(others) == channels == 1 else _named_files(others, names)
             if not images:
-                fix = "Give the folder of the images itself, or one folder per case."
-                names = few([f"{file.name}{', which looks like a mask' * (file in masks)}" for file in files])
-                raise UserError(f"holds {len(files)} images ({names}) where it should hold one case", folder, fix)
+                shown = few([f"{file.name}{', which looks like a mask' * (file in masks)}" for file in files])
+                each = few([f"*{name}.*" for name in names])
+                fix = f"A folder per case holds one image, or one for each channel of the model: {each}."
+                raise UserError(f"holds {len(files)} images ({shown}) where it should hold one case", folder, fix)
+            maps += masks
             found = [Case(folder.name, images)]
         inside = [] if found else series_folders(folder)
         if len(inside) == 1 or (found and found[0].images == (folder,)):
@@ -252,21 +256,16 @@ def _case_folders(parent: Path, channels: int, channel_names: Sequence[str]) -> 
     if empty and (series or cases):
         log.warn(f"{parent}: folders without an image are ignored: {', '.join(empty)}")
     if maps:
-        names = few([f"{path.parent.name}/{path.name}" for path in maps])
-        log.warn(f"{parent}: {names} are not predicted: by their names they are label maps")
+        skipped = few([f"{path.parent.name}/{path.name}" for path in maps])
+        log.warn(f"{parent}: {skipped} are not predicted: by their names they are label maps")
     return sorted(cases + group_files(series, channels), key=lambda case: case.id)
 
 
-def _images_of_channels(files: Sequence[Path], channels: int, names: Sequence[str]) -> tuple[Path, ...]:
-    """Return the image of a case, or the one of each channel by its name, as `nnlite init` names channels."""
-    if len(files) == channels == 1:
-        return tuple(files)
-    found = [[file for file in files if _ends_with(stem(file), name)] for name in names]
-    return tuple(one[0] for one in found) if found and all(len(one) == 1 for one in found) else ()
-
-
-def _ends_with(name: str, word: str) -> bool:
-    return re.fullmatch(rf"(.*[\W_])?{re.escape(word)}", name, re.IGNORECASE) is not None
+def _named_files(files: Sequence[Path], names: Sequence[str]) -> tuple[Path, ...]:
+    """Return the file of each channel: t1.nii.gz or P001-T1.nii.gz of t1. Empty unless each channel has one."""
+    words = {path: _parts(stem(path)) for path in files}
+    found = [[path for path in files if words[path][-len(_parts(name)) :] == _parts(name)] for name in names]
+    return tuple(path for (path,) in found) if all(len(some) == 1 for some in found) else ()
 
 
 # ------------------------------------------------------------------------------------------------------------- channels

@@ -33,7 +33,7 @@ from scipy.spatial.distance import cdist
 
 from nnunet_lite import log
 from nnunet_lite.data.dicom import series_slices
-from nnunet_lite.data.geometry import Geometry
+from nnunet_lite.data.geometry import Geometry, bounding_box
 from nnunet_lite.data.labels import Labels, label_colours
 from nnunet_lite.files import atomic
 
@@ -166,9 +166,11 @@ def outlines(mask: np.ndarray) -> Iterator[np.ndarray]:
     ndarray, shape (points, 2)
         Pixels (x, y), half-way between those inside and those outside; the last point is not the first one again.
     """
-    padded = np.pad(mask, 1).astype(np.float64)
+    _, (y0, y1), (x0, x1) = bounding_box(mask[None])
+    padded = np.pad(mask[y0:y1, x0:x1], 1).astype(np.float64)
     for points, starts in zip(*contour_generator(z=padded, fill_type=FillType.OuterOffset).filled(0.5, 2), strict=True):
-        outline, *holes = (_corners(points[start : end - 1] - 1) for start, end in pairwise(starts))
+        points += (x0 - 1, y0 - 1)
+        outline, *holes = (_corners(points[start : end - 1]) for start, end in pairwise(starts))
         for hole in holes:
             i, j = np.unravel_index(cdist(outline, hole).argmin(), (len(outline), len(hole)))
             hole = np.roll(hole, -int(j), axis=0)

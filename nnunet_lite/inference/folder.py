@@ -11,7 +11,6 @@ from math import prod
 from pathlib import Path
 from tempfile import TemporaryFile
 from traceback import format_exception
-from typing import Any
 
 import numpy as np
 
@@ -144,7 +143,7 @@ def predict_cases(
         if statistics:
             image = read_images(case.images, len(channels), accept_geometry).array
             sizes = measure_labels(label_map, image, geometry, labels, channels)
-        report(_result(case, target, "written", round(seconds, 2), sizes))
+        report(CaseResult(target, case, "written", round(seconds, 2), sizes))
         # the label map is the last file: if it exists, the case is complete
         write_segmentation(target, label_map, geometry, labels, case.images[0])
 
@@ -186,15 +185,11 @@ def predict_cases(
             finish(case, writing)
     for case in todo:
         if case.id in failed:
-            report(_result(case, targets[case.id], f"failed: {failed[case.id]}"))
+            report(CaseResult(targets[case.id], case, f"failed: {failed[case.id]}"))
     if turned:
         stored = ", ".join(f"{plural(len(ids), 'image')} stored as {own} ({few(ids)})" for own, ids in turned.items())
         log.info(f"turned to {predictor.plan.orientation}, the orientation of the model: {stored}")
     return sorted(files), failed
-
-
-def _result(case: Case, target: Path, result: str, *more: Any) -> CaseResult:
-    return CaseResult(target, case.id, tuple(str(path.absolute()) for path in case.images), result, *more)
 
 
 def _check_targets(cases: Sequence[Case], targets: Mapping[str, Path], extra: Mapping[str, Sequence[Path]]) -> None:

@@ -31,17 +31,8 @@ from nnunet_lite.inference.sliding_window import SlidingWindow
 from nnunet_lite.inference.windows import LabelSwap
 from nnunet_lite.models.argument import find_model, unpacked
 from nnunet_lite.models.checkpoint import load_weights
-from nnunet_lite.models.folder import (
-    MODEL,
-    Checkpoint,
-    is_finished,
-    is_nnunet,
-    model_fingerprint,
-    other_folds,
-    stage_path,
-    trained_folds,
-)
-from nnunet_lite.models.lookup import read_model
+from nnunet_lite.models.folder import MODEL, Checkpoint, is_finished, is_nnunet, other_folds, stage_path, trained_folds
+from nnunet_lite.models.lookup import model_fingerprint, read_model
 from nnunet_lite.models.nnunet import nnunet_checkpoints, read_nnunet
 from nnunet_lite.networks.cpu import speed_up_on_cpu
 from nnunet_lite.networks.devices import computes_bf16, has_bf16, pick_device, use_allowed_cpus
@@ -370,14 +361,20 @@ def label_swap(plan: Plan, configuration: str, augmentation: AugmentationSetting
 
 
 def _choose_arithmetic(trained: _Trained, settings: InferenceSettings, device: torch.device) -> ComputeFormat:
-    """Choose what the training chose, so that a model always predicts the same; on another kind of device, time it.
+    """Choose by model and device alone, so that a model always predicts the same.
 
-    On a CPU the memory format is not timed: our normalisation, upsampling and convolution are made for channels-last.
-    But a model of nnU-Net in fp32 decides close races as nnU-Net does only in nnU-Net's memory format. On a GPU it
-    computes in fp16, as there.
+    On the kind of device that trained the model it is what the training chose. Otherwise, on a CPU: bf16 if the CPU has
+    instructions for it and the model was not trained in fp32; fp32 for all others, and for models of nnU-Net, as there.
+    On a GPU: bf16 if it has that, otherwise fp16; for models of nnU-Net fp16, as there. Only the memory format is
+    timed, and that on a GPU: on a CPU our layers are made for channels-last. But with `--precision fp32` a model of
+    nnU-Net has nnU-Net's memory format, in which it decides close races as there.
     """
     precision, of_nnunet, planned = settings.precision, trained.of_nnunet, trained.configuration
-    channels_last = not (of_nnunet and precision == "fp32") if device.type == "cpu" else "auto"
+    channels_last: bool | str = "auto"
+    if device.type == "cpu":
+        channels_last = not (of_nnunet and precision == "fp32")
+        trained_in = trained.header.get("arithmetic", {}).get("precision", "fp32")
+        precision = "fp32" if precision == "auto" and trained_in == "fp32" else precision
     if (
         device.type == "cuda"
         and precision == "auto"
@@ -391,6 +388,8 @@ def _choose_arithmetic(trained: _Trained, settings: InferenceSettings, device: t
         same = same if settings.compile else replace(same, plain_norm=False)  # it would need twice the memory
         if same.precision in [option.precision for option in options]:
             return same
+    if device.type == "cpu":
+        return options[0]
     window = torch.zeros(1, trained.plan.n_inputs(trained.run["configuration"]), *planned.patch_size, device=device)
     network = next(iter(trained.networks.values()))
 

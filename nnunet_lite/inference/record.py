@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from nnunet_lite.data.cases import Case
 from nnunet_lite.data.names import case_of
 from nnunet_lite.files import locked, must_be_known, read_json, understood, write_json, write_text
 from nnunet_lite.inference.predictor import Predictor
@@ -32,10 +33,8 @@ class CaseResult:
     ----------
     file : Path
         Its label map.
-    case : str
-        Its id.
-    images : tuple of str
-        Its image, or the file of each channel.
+    case : Case
+        The case.
     result : str
         "written", or the reason why it failed.
     seconds : float, optional
@@ -45,8 +44,7 @@ class CaseResult:
     """
 
     file: Path
-    case: str
-    images: tuple[str, ...]
+    case: Case
     result: str
     seconds: float | None = None
     statistics: dict[str, dict[str, Any]] | None = None
@@ -94,7 +92,8 @@ class PredictionRecord:
             if run not in content["runs"]:
                 content["runs"].append(run)
             content["predictions"][result.file.name] = {
-                "run": content["runs"].index(run), "case": result.case, "images": list(result.images),
+                "run": content["runs"].index(run), "case": result.case.id,
+                "images": [str(path.absolute()) for path in result.case.images],
                 "result": result.result, "seconds": result.seconds,
             }  # fmt: skip
             write_json(self.folder / RECORD, content)

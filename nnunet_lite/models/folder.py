@@ -10,13 +10,12 @@ begun may have any length. A folder in which nothing was trained yet accepts any
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import secrets
 import shlex
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -505,14 +504,6 @@ def weight_files(folder: Path, checkpoint: Checkpoint = "final") -> dict[str, Pa
     """Return the weights of each finished fold of a model folder; of nnU-Net's, the folds that have this checkpoint."""
     name = nnunet_file(checkpoint) if is_nnunet(folder) else MODEL
     return {path.parent.name.removeprefix("fold_"): path for path in sorted(folder.glob(f"fold_*/{name}"))}
-
-
-def model_fingerprint(folder: Path, folds: Iterable[str], checkpoint: Checkpoint = "final") -> str:
-    """Hash the plan of a model, and of the weights of each fold the size and first megabytes: 16 hexadecimal digits."""
-    files, digest = weight_files(folder, checkpoint), hashlib.sha256((folder / "plans.json").read_bytes())
-    for fold in folds:
-        add_weights(digest, files[fold])
-    return digest.hexdigest()[:16]
 
 
 def add_weights(digest: Any, file: Path) -> None:

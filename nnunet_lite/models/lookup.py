@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from nnunet_lite import log
 from nnunet_lite.errors import UserError
-from nnunet_lite.files import understood
+from nnunet_lite.files import hash_of, read_json, understood
 from nnunet_lite.models.folder import (
     MODEL,
     Checkpoint,
+    add_weights,
     first_training,
     is_finished,
     model_folders,
@@ -20,6 +22,7 @@ from nnunet_lite.models.folder import (
     read_weights_header,
     trained_folds,
     validation_dice,
+    weight_files,
 )
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.workspace import Paths
@@ -35,6 +38,14 @@ def read_model(folder: Path) -> tuple[Plan, dict[str, Any]]:
     """
     run = read_run(folder)
     return Plan.read(folder / "plans.json"), run
+
+
+def model_fingerprint(folder: Path, folds: Iterable[str], checkpoint: Checkpoint = "final") -> str:
+    """Hash the plan of a model, and of the weights of each fold the size and first megabytes: 16 hexadecimal digits."""
+    files, digest = weight_files(folder, checkpoint), hashlib.sha256(hash_of(read_json(folder / "plans.json")).encode())
+    for fold in folds:
+        add_weights(digest, files[fold])
+    return digest.hexdigest()[:16]
 
 
 def describe_folder(folder: Path) -> dict[str, Any]:

@@ -384,7 +384,7 @@ def apply_options(plan: Plan, options: Options) -> Plan:
         plan = override_sizes(plan, name, sizes.patch_size, sizes.batch_size)
     channels = plan.channels
     if options.clip_percentiles is not None:
-        clipped = {"clip_percentiles": options.clip_percentiles}
+        clipped = {"clip_percentiles": None if options.clip_percentiles == (0, 100) else options.clip_percentiles}
         channels = tuple(c if c.normalization == "ct" else c.model_copy(update=clipped) for c in channels)
     return plan.model_copy(update={"channels": channels, "stored_as": options.stored_as or plan.stored_as})
 

@@ -109,11 +109,12 @@ class ModelResults:
 
     @cached_property
     def examples(self) -> dict[str, str]:
-        """Case -> what it is an example of: the worst, the best and the median by their mean Dice."""
+        """Case -> what it is an example of: the worst, the median and the best by their mean Dice."""
         known = [row.case for row in self.worst_first if row.mean_dice is not None]
         if not known:
             return {}
-        return {known[len(known) // 2]: "median", known[-1]: "best"} | {known[0]: "worst"}
+        examples = {known[len(known) // 2]: "median", known[-1]: "best"} | {known[0]: "worst"}  # of few cases, the last
+        return {case: examples[case] for case in known if case in examples}
 
     @cached_property
     def worst_first(self) -> tuple[CaseScore, ...]:
@@ -378,8 +379,8 @@ def draw_cases(material: Material) -> Material:
         notes.append(f"{len(problems)} of {len(cases)} cases could not be shown: {'; '.join(problems[:3])}{more}")
     for model in material.scored:
         if (n := len(overlaid[model.name])) < (of := len(model.worst_first)):
-            notes.append(f"{model.label}: pictures of the worst, best and median, {n} of {of} cases")
-        if not np.isfinite(model.scores.values("NSD")).any():
+            notes.append(f"{model.label}: pictures of {n} of {of} cases, first the worst, the best and the median")
+        if model.run and not np.isfinite(model.scores.values("NSD")).any():
             again = "delete summary.json in its folders `validation` and train again, which scores the same predictions"
             notes.append(f"{model.label}: NSD and HD95 were not measured; to measure them, {again}")
     return replace(material, pictures=by_case, overlays=overlaid, notes=(*material.notes, *notes))

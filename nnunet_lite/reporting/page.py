@@ -477,43 +477,41 @@ def _scores_section(material: Material) -> list[dict[str, Any]]:
     """Return for each model its scores by label, all its held-out cases, and pictures of some of them."""
     sections = []
     for model in material.scored:
-        name, rows, pictures = model.name, model.worst_first, material.overlays[model.name]
-        labels = _hardest_labels(model)
-        dice = {row.case: [row.metrics[label]["Dice"] for label in labels] for row in rows}
+        rows, pictures, labels = model.worst_first, material.overlays[model.name], _hardest_labels(model)
+        dots = [(label, [(row.case, row.metrics[label]["Dice"]) for row in rows]) for label in labels]
         means = {row.case: row.mean_dice for row in rows}
-        dots = [(label, [(case, values[i]) for case, values in dice.items()]) for i, label in enumerate(labels)]
-        surfaces = [metric for metric in ("NSD", "HD95") if metric in _measured(material, model)]
-        columns = [Column("Case"), Column("fold"), share_column("mean Dice")]
-        columns += [_metric_column(material, metric, "mean") for metric in surfaces]
-        columns += map(share_column, labels)
-        cells = [
-            [row.case, model.fold_of[row.case], means[row.case], *(_label_mean(material, row, m) for m in surfaces),
-             *dice[row.case]]
-            for row in rows
-        ]  # fmt: skip
-        caption = f"Held-out cases of {model.label}, worst first"
-        examples = [
-            (case, what) for what in ("worst", "median", "best") for case, of in model.examples.items() if of == what
-        ]
         sections.append(
             {
-                "name": name,
+                "name": model.name,
                 "label": model.label,
                 "cases": plural(len(rows), "held-out case"),
                 "folds": sorted(set(model.fold_of.values())),
                 "by_label": _label_table(material, model),
-                "chart": figures.plot_dots(f"Dice of each case by label, {model.label}", dots, name),
+                "chart": figures.plot_dots(f"Dice of each case by label, {model.label}", dots, model.name),
                 "omitted_labels": len(model.scores.labels.region_names) - len(labels),
                 "agreement": _agreement_charts(material, model, labels),
-                "table": Table(caption, columns, cells, sorted_by=2, model=name),
+                "table": _held_out_table(material, model, labels),
                 "examples": [
                     (case, what, means[case], pictures[case], _view_command(material, case, model))
-                    for case, what in examples
+                    for case, what in model.examples.items()
                     if case in pictures
                 ],
             }
         )
     return sections
+
+
+def _held_out_table(material: Material, model: ModelResults, labels: Sequence[str]) -> Table:
+    """Return every held-out case with its fold, its means over the labels, and the Dice of some labels."""
+    surfaces = [metric for metric in ("NSD", "HD95") if metric in _measured(material, model)]
+    columns = [Column("Case"), Column("fold"), share_column("mean Dice")]
+    columns += [_metric_column(material, metric, "mean") for metric in surfaces]
+    columns += map(share_column, labels)
+    rows: list[list[Value]] = []
+    for row in model.worst_first:
+        means = [row.mean_dice, *(_label_mean(material, row, metric) for metric in surfaces)]
+        rows.append([row.case, model.fold_of[row.case], *means, *(row.metrics[label]["Dice"] for label in labels)])
+    return Table(f"Held-out cases of {model.label}, worst first", columns, rows, sorted_by=2, model=model.name)
 
 
 def _measured(material: Material, model: ModelResults) -> list[str]:
@@ -667,7 +665,7 @@ def _methods_section(material: Material) -> dict[str, Any]:
         planned = model.plan.configuration(model.run["configuration"])
         described.append({
             "name": model.name, "plan": model.plan, "configuration": planned,
-            "settings": Settings.model_validate(model.run["settings"]), "versions": model.run["versions"],
+            "settings": Settings.model_validate(model.run["settings"]), "versions": model.run.get("versions", {}),
             "unit": length_unit(model.plan), "epochs": more + plural(lengths[-1], "epoch"),
         })  # fmt: skip
     return {"models": described, "scores": result and {

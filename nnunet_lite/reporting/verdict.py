@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from nnunet_lite import log
 from nnunet_lite.data.problems import plural
 from nnunet_lite.models.folder import CHECKPOINT, training_command
 from nnunet_lite.reporting.material import FoldHistory, ModelResults
+from nnunet_lite.settings import Settings, TrainingSettings
 from nnunet_lite.workspace import Paths
 
 _LEAST_EPOCHS = 6  # from which a trend can be seen
@@ -58,7 +59,7 @@ def judge_training(model: ModelResults, paths: Paths, folds: Sequence[str]) -> V
     groups: dict[_FoldVerdict, list[str]] = defaultdict(list)
     for fold in model.folds:
         if fold.rows:
-            groups[_judge_fold(fold, model.run["settings"]["training"])].append(fold.name)
+            groups[_judge_fold(fold, Settings.model_validate(model.run["settings"]).training)].append(fold.name)
     text = "; ".join(f"{'fold' if len(names) == 1 else 'folds'} {', '.join(names)}: {verdict.text}"
                      for verdict, names in groups.items())  # fmt: skip
     command = _next_command(model, paths, folds, {verdict.continued_by: names for verdict, names in groups.items()})
@@ -67,28 +68,29 @@ def judge_training(model: ModelResults, paths: Paths, folds: Sequence[str]) -> V
 
 def _next_command(model: ModelResults, paths: Paths, folds: Sequence[str], todo: dict[str, list[str]]) -> str:
     """Return the command that resumes a fold, makes the folds longer, or trains the next one."""
-    folder, training = paths.models / model.name, model.run["settings"]["training"]
+    folder, training = paths.models / model.name, Settings.model_validate(model.run["settings"]).training
     if "resume" in todo:
         return training_command(folder, todo["resume"][0])
     longer = [name for name in todo.get("longer", ()) if (folder / f"fold_{name}" / CHECKPOINT).is_file()]
     if longer:
-        key = "epochs" if training["time_limit"] is None else "time_limit"
-        changes = {f"training.{key}": 2 * training[key]}
+        limit = training.time_limit
+        changes = {"training.time_limit": 2 * limit} if limit else {"training.epochs": 2 * training.epochs}
         return training_command(folder, longer[0] if len(longer) == 1 else "all-folds", changes)
     trained = {"all", *folds} if model.folds[0].name == "all" else {fold.name for fold in model.folds}
     rest = [name for name in folds if name not in trained]
     return training_command(folder, rest[0]) if rest else ""
 
 
-def _judge_fold(fold: FoldHistory, training: dict[str, Any]) -> _FoldVerdict:
+def _judge_fold(fold: FoldHistory, training: TrainingSettings) -> _FoldVerdict:
     """Say how the training of a fold ended, and how its losses moved over its last epochs."""
-    done, patience = fold.rows[-1]["epoch"], training["early_stop"]
-    is_limited = training["time_limit"] is not None
-    limit = f"in {log.duration(fold.seconds)}" if is_limited else f"of {training['epochs']}"
-    length = f"{plural(done, 'epoch')} {limit}"
-    if not fold.state:
+    done, patience = fold.rows[-1]["epoch"], training.early_stop
+    is_finished = bool(fold.state) and fold.state.get("epochs", done) >= done  # otherwise it was made longer since
+    planned = training.model_dump() | (fold.state.get("length", {}) if is_finished else {})
+    is_limited, epochs = planned["time_limit"] is not None, planned["epochs"]
+    length = f"{plural(done, 'epoch')} {f'in {log.duration(fold.seconds)}' if is_limited else f'of {epochs}'}"
+    if not is_finished:
         return _FoldVerdict(f"not finished, {length}", "resume")
-    if not is_limited and done < training["epochs"]:
+    if not is_limited and done < epochs:
         why = f"no better held-out Dice in {patience} epochs" if patience else "the learning rate fell below its limit"
         return _FoldVerdict(f"stopped early after {length}: {why}")
     keys = ("train_loss", "validation_loss", "mean_dice")

@@ -33,16 +33,15 @@ from nnunet_lite.data.cases import Case
 from nnunet_lite.data.dataset import Dataset, map_labels
 from nnunet_lite.data.geometry import ACCEPTABLE, Geometry
 from nnunet_lite.data.images import Image, read_image, read_images, read_label
-from nnunet_lite.data.labels import ADDED, BACKGROUND, CONFUSED, IGNORE, MISSED, Colour, Labels, label_colours
+from nnunet_lite.data.labels import BACKGROUND, IGNORE, Colour, Labels, label_colours
 from nnunet_lite.data.names import stem
 from nnunet_lite.data.nifti import nifti_bytes, ras_affine
 from nnunet_lite.errors import UserError
 from nnunet_lite.planning.schema import Channel
-from nnunet_lite.reporting.pictures import fullest_slices, grey_levels, planes_of
+from nnunet_lite.reporting.pictures import ERROR_COLOURS, fullest_slices, grey_levels, planes_of
 
 LabelMap = tuple[str, np.ndarray, Geometry]  # name, values (z, y, x), geometry
 
-_ERRORS: tuple[tuple[str, Colour], ...] = (("missed", MISSED), ("added", ADDED), ("another label", CONFUSED))
 _MAX_LABELS = 1000  # a file with more values is rarely a label map
 _LARGE = 1 << 21  # voxels; larger images are shown as a coarse copy until all of them has arrived
 _COARSE = 128  # voxels along an axis of that copy, from which three dimensions are drawn too
@@ -143,7 +142,9 @@ class Scene:
         """Return what the page reads first."""
         turn, planes = planes_of(self.geometry)
         turned = self.geometry.turned(turn)
-        legend, errors = ([{"name": n, "colour": c} for n, c in entries] for entries in (self.legend, _ERRORS))
+        legend, errors = (
+            [{"name": n, "colour": c} for n, c in entries] for entries in (self.legend, ERROR_COLOURS.items())
+        )
         return {
             "title": self.title, "shape": turned.shape, "spacing": turned.spacing, "at": self.at,
             "order": turn.order, "reversed": turn.reversed, "planes": [plane._asdict() for plane in planes],
@@ -271,10 +272,9 @@ def _make_scene(
     layers += [layer for file in files for layer in _saved_maps(file, image.geometry)]
     at = tuple(n // 2 for n in turn.apply(image.array).shape[-3:])
     if found:
-        wrong = found[0] != found[-1]
-        if has_reference and labels.ignore_class is not None:
-            wrong &= found[0] != labels.ignore_class
-        at = fullest_slices(turn.apply(wrong if has_reference and wrong.any() else found[0] != 0))
+        annotated = found[0] != (labels.ignore_class or -1)
+        wrong = (found[0] != found[-1]) & annotated
+        at = fullest_slices(turn.apply(wrong if has_reference and wrong.any() else (found[0] != 0) & annotated))
     legend = tuple(zip(_label_names(labels), label_colours(len(_label_names(labels))), strict=True))
     return Scene(title, tuple(layers), legend, image.geometry, at, has_reference, labels.ignore_class)
 
@@ -460,6 +460,7 @@ def serve(read: Callable[[str], Scene], cases: Mapping[str, float | None], first
             page = scene.pages().get(part)
             return page and page()
         except UserError as error:
+            log.warn(str(error))
             return json.dumps({"problem": str(error)}).encode() if part == "scene.json" else None
 
     redirects: dict[str, str] = {}

@@ -56,12 +56,15 @@ class Source:
         Of that plan.
     fold : str
         Such as "0"; "all" if the weights have seen all cases, or may have.
+    mirrored : tuple of int
+        Axes of the patch that its training mirrored.
     """
 
     file: Path
     plan: Plan
     configuration: str
     fold: str = "all"
+    mirrored: tuple[int, ...] = ()
 
 
 @contextmanager
@@ -104,9 +107,13 @@ def open_source(model: str, workspace: Path, dataset: str, fold: str, configurat
 def _read_source(file: Path) -> Source:
     if file.suffix == ".pth":
         checkpoint = read_nnunet_fold(file)
-        return Source(file, checkpoint.plan, checkpoint.run["configuration"], checkpoint.name)
-    plan, run = read_model(file.absolute().parents[1])
-    return Source(file, plan, run["configuration"], file.parent.name.removeprefix("fold_"))
+        plan, run, fold = checkpoint.plan, checkpoint.run, checkpoint.name
+    else:
+        plan, run = read_model(file.absolute().parents[1])
+        fold = file.parent.name.removeprefix("fold_")
+    dimensions = plan.configuration(run["configuration"]).dimensions
+    mirrored = Settings.model_validate(run["settings"]).augmentation.mirrored_axes(dimensions)
+    return Source(file, plan, run["configuration"], fold, mirrored)
 
 
 def adopt_plan(plan: Plan, configuration: str, source: Source, settings: Settings) -> Plan:
@@ -179,6 +186,12 @@ def start_from(network: nn.Module, job: Job) -> None:
     with open_source(training.init, workspace, job.plan.dataset, fold, job.configuration) as source:
         if source.plan.dataset == job.plan.dataset and source.fold != fold != "all":
             log.warn(f"{training.init} is of fold {source.fold}, which was trained on cases that fold {fold} holds out")
+        mirrored = job.settings.augmentation.mirrored_axes(job.plan.configuration(job.configuration).dimensions)
+        if new := ", ".join(str(axis) for axis in mirrored if axis not in source.mirrored):
+            log.warn(
+                f"{training.init} was trained without mirrored copies along axis {new}, and this run mirrors, also to "
+                f"predict; --set augmentation.mirror_axes={[*source.mirrored]} keeps the axes of the model"
+            )
         if source.file.suffix == ".pth":
             state = read_nnunet_fold(source.file).network.state_dict()
         else:

@@ -171,9 +171,10 @@ function measureTable(scores) {
   const head = make("tr", {}, make("th", { scope: "col" }, "Label"),
     ...used.map((i) => make("th", { scope: "col", class: "number" }, measures[i])));
   const rows = labels.map((label, i) => make("tr", {}, make("th", { scope: "row" }, label),
-    ...used.map((k) => make("td", { class: "number" }, written(scores[i][k], formats[k])))));
+    ...used.map((k) => make("td", { class: "number", "data-value": scores[i][k] ?? "" }, written(scores[i][k], formats[k])))));
   const table = make("table", { class: "measures" }, make("thead", {}, head), make("tbody", {}, ...rows));
-  return make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Scores of this case" }, table);
+  const region = { class: "scroll", tabindex: "0", role: "region", "aria-label": "Scores of this case" };
+  return make("div", {}, make("div", region, table), csvButton(table, `scores of ${shown.case}`));
 }
 
 function planeFigure(plane) {
@@ -335,7 +336,7 @@ function readOff(figure, svg) {
 // ------------------------------------------------------------------------------------- copies, downloads and printing
 
 function small(kind, text, act) {
-  const button = make("button", { type: "button", class: kind }, text);
+  const button = make("button", { type: "button", class: kind, title: kind === "download" ? `Save as ${text}` : text }, text);
   button.addEventListener("click", (event) => { event.stopPropagation(); act(button); });
   return button;
 }
@@ -406,6 +407,10 @@ function titleOf(figure) {
   return [of ? `${of}, ${heading}` : heading, $("span", caption)?.textContent ?? ""];
 }
 
+function csvButton(table, title) {
+  return small("download", "CSV", () => save(toCsv(table), title, "csv"));
+}
+
 function savePicture(figure) {
   const svg = wholeDrawing(figure);
   const image = new Image();
@@ -425,8 +430,7 @@ function addDownload(figure) {
 function prepareDownloads() {
   for (const element of all("[data-copy]")) element.after(copyButton(element));
   for (const table of all("table.sortable")) {
-    const caption = table.caption.textContent;
-    table.parentElement.before(small("download", "CSV", () => save(toCsv(table), caption, "csv")));
+    table.parentElement.before(csvButton(table, table.caption.textContent));
   }
   for (const figure of all("figure")) addDownload(figure);
 }

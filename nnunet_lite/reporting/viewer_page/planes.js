@@ -107,7 +107,8 @@ export class Planes {
     const { left, top, down, across } = this.place(tile);
     const [rows, columns] = [plane.rows, plane.columns];
     const beyond = plane.upwards ? this.scene.shape[rows] - volume.shape[rows] * volume.steps[rows] : 0; // of a coarse copy
-    const matrix = new DOMMatrix([across * volume.steps[columns], 0, 0, down * volume.steps[rows], left, top + beyond * down]);
+    const [wide, tall] = [across * volume.steps[columns], down * volume.steps[rows]];
+    const matrix = new DOMMatrix([wide, 0, 0, tall, left, top + beyond * down]);
     if (!colours) {
       context.globalAlpha = opacity;
       context.imageSmoothingEnabled = smooth;

@@ -68,6 +68,11 @@ export function paintValues(volume, plane, at, table) {
   return paint(volume, plane, at, (i) => table[voxels[i]]);
 }
 
+// kind(expected, predicted): which colour of the table a voxel has.
+export function paintErrors(reference, prediction, plane, at, kind, table) {
+  return paint(prediction, plane, at, (i) => table[kind(reference.voxels[i], prediction.voxels[i])]);
+}
+
 // The outlines of each value of a slice except 0, in its voxels: value -> Path2D.
 export function outline(volume, plane, at) {
   const { width, height, start, down, across } = sliceOf(volume, plane, at);
@@ -91,15 +96,4 @@ export function outline(volume, plane, at) {
       if (here !== above) line([above, here], column, row, column + 1, row);
     }
   return paths;
-}
-
-// How a prediction differs from the reference: 0 nowhere, 1 missed, 2 added, 3 another label.
-export function compare(reference, prediction, ignore) {
-  const { voxels } = prediction;
-  const kinds = new voxels.constructor(voxels.length);
-  for (let i = 0; i < voxels.length; i++) {
-    const expected = reference.voxels[i];
-    if (voxels[i] !== expected && expected !== ignore) kinds[i] = voxels[i] === 0 ? 1 : expected === 0 ? 2 : 3;
-  }
-  return { ...prediction, voxels: kinds };
 }

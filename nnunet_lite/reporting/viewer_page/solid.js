@@ -5,10 +5,10 @@ const RENDER = 4; // NiiVue's number of this view
 const SHADED = 0.6;
 
 export class Solid {
-  constructor(canvas) {
+  constructor(canvas, oriented) {
     this.canvas = canvas;
     this.nv = new Niivue({
-      backColor: [0, 0, 0, 1], isOrientCube: true, show3Dcrosshair: false, crosshairWidth: 0, loadingText: "",
+      backColor: [0, 0, 0, 1], isOrientCube: oriented, show3Dcrosshair: false, crosshairWidth: 0, loadingText: "",
       dragAndDropEnabled: false, forceDevicePixelRatio: 1,
     });
   }

@@ -1,6 +1,6 @@
 // The page: which case, which layers and how they are drawn. planes.js draws slices, solid.js three dimensions.
 import { Planes } from "./planes.js";
-import { compare, paintImage, paintValues, readVolume, valueAt, valuesOf } from "./slices.js";
+import { paintErrors, paintImage, paintValues, readVolume, valueAt, valuesOf } from "./slices.js";
 
 const NARROW = "(max-width: 700px)"; // as in viewer.css; phones load the full resolution on request
 const ERROR_OPACITY = 0.85;
@@ -48,17 +48,17 @@ const layersOf = (kind) => scene.layers.filter((layer) => layer.kind === kind);
 // The errors of each prediction are a layer too, which the page computes.
 function addLayers() {
   const [reference, ...predictions] = layersOf("segmentation");
-  layersOf("segmentation").forEach((layer, i) => Object.assign(layer, { shown: true, outlined: i > 0, width: i ? 1.8 : 3.2 }));
-  layersOf("image").forEach((layer, i) => (layer.shown = i === 0));
   if (scene.compared)
     for (const prediction of predictions)
-      scene.layers.push({ name: `errors of ${prediction.name}`, kind: "errors", shown: false, of: [reference, prediction] });
+      scene.layers.push({ name: `errors of ${prediction.name}`, kind: "errors", of: [reference, prediction] });
   scene.layers.forEach((layer, i) => {
+    const before = page.choices[i]?.kind === layer.kind ? page.choices[i] : null; // of the case before
     layer.url = `${page.number}/layer-${i}`;
-    if (page.choices[i]?.kind === layer.kind) ({ shown: layer.shown, outlined: layer.outlined } = page.choices[i]);
+    layer.shown = before?.shown ?? (i === 0 || layer.kind === "segmentation");
+    layer.outlined = before?.outlined ?? predictions.includes(layer);
+    layer.width = layer === reference ? 3.2 : 1.8;
   });
-  const [first] = layersOf("image");
-  if (!layersOf("image").some((layer) => layer.shown)) first.shown = true;
+  if (!page.choices.length && scene.ignore !== null) page.hidden.add(scene.legend[scene.ignore - 1].name);
   page.choices = scene.layers;
 }
 
@@ -66,30 +66,21 @@ const hasCoarse = () => scene.coarse.some((step) => step > 1);
 
 // Read the coarse copy of a layer, or all of it, once.
 async function read(layer, coarse) {
-  const name = coarse && hasCoarse() ? "coarse" : "full";
+  const [name, steps] = coarse && hasCoarse() ? ["-coarse", scene.coarse] : ["", scene.fine];
   layer.read ??= {};
-  layer.read[name] ??= layer.of ? readErrors(layer, coarse) : readLayer(layer, name);
+  layer.read[name] ??= readVolume(`${layer.url}${name}.nii`, steps).then((volume) => {
+    if (layer.kind === "segmentation") layer.values = [...(layer.values ?? []), ...valuesOf(volume)];
+    return volume;
+  });
   const volume = await layer.read[name];
-  if (name === "full" || !layer.volume) layer.volume = volume;
+  if (!name || !layer.volume) layer.volume = volume;
   return volume;
-}
-
-async function readLayer(layer, name) {
-  const [ending, steps] = name === "coarse" ? ["-coarse", scene.coarse] : ["", scene.fine];
-  const volume = await readVolume(`${layer.url}${ending}.nii`, steps);
-  if (layer.kind === "segmentation") layer.values = new Set([...(layer.values ?? []), ...valuesOf(volume)]);
-  return volume;
-}
-
-async function readErrors(layer, coarse) {
-  const [reference, prediction] = await Promise.all(layer.of.map((one) => read(one, coarse)));
-  return compare(reference, prediction, scene.ignore ?? -1);
 }
 
 // Read what is shown: coarse copies first, so that there is a picture soon.
 async function readShown() {
   const of = scene;
-  const wanted = scene.layers.filter((layer) => layer.shown || layer.kind === "segmentation");
+  const wanted = scene.layers.filter((layer) => layer.kind === "segmentation" || (layer.shown && layer.kind !== "errors"));
   const onlyCoarse = hasCoarse() && !page.full && matchMedia(NARROW).matches;
   const passes = onlyCoarse ? [true] : hasCoarse() ? [true, false] : [false];
   for (const coarse of passes) {
@@ -110,24 +101,39 @@ const isHidden = (entry) => page.hidden.has(entry.name);
 const valueTable = () => [0, ...scene.legend.map((entry) => (isHidden(entry) ? 0 : packed(entry.colour)))];
 const errorTable = () => [0, ...scene.errors.map((entry) => packed(entry.colour))];
 
+// Returns which kind of error a voxel is, from 1 as in scene.errors, or 0; a hidden label counts as background.
+function errorKind() {
+  const seen = [0, ...scene.legend.map((entry, i) => (isHidden(entry) ? 0 : i + 1))];
+  return (expected, predicted) => {
+    const [before, after] = [seen[expected], seen[predicted]];
+    if (before === after || expected === scene.ignore) return 0;
+    return after === 0 ? 1 : before === 0 ? 2 : 3;
+  };
+}
+
 // What planes.js draws, from the bottom.
 function drawings() {
-  const shown = (kind) => scene.layers.filter((layer) => layer.kind === kind && layer.shown && layer.volume);
+  const shown = (kind) => scene.layers.filter((layer) => layer.kind === kind && layer.shown && (layer.volume || layer.of));
   const stamp = [...page.hidden].join();
   const values = (layer, table, opacity, smooth) => ({
     name: layer.name, volume: layer.volume, stamp, opacity, smooth,
     paint: (plane, at) => paintValues(layer.volume, plane, at, table),
   });
-  const labels = valueTable();
+  const [labels, errors, kind] = [valueTable(), errorTable(), errorKind()];
   const colours = ["", ...scene.legend.map((entry) => (isHidden(entry) ? "" : css(entry.colour)))];
   return [
     ...shown("image").map((layer) => ({
-      name: "image", volume: layer.volume, stamp: page.window?.join(), opacity: 1, smooth: true,
+      name: "image", volume: layer.volume, stamp: page.window.join(), opacity: 1, smooth: true,
       paint: (plane, at) => paintImage(layer.volume, plane, at, page.window),
     })),
     ...shown("map").map((layer) => values(layer, HEAT, 1, true)),
     ...shown("segmentation").filter((layer) => !layer.outlined).map((layer) => values(layer, labels, page.opacity, false)),
-    ...shown("errors").map((layer) => values(layer, errorTable(), ERROR_OPACITY, false)),
+    ...shown("errors").flatMap((layer) => {
+      const [reference, prediction] = layer.of.map((one) => one.volume);
+      if (!reference || reference.steps !== prediction?.steps) return []; // still being read
+      const paint = (plane, at) => paintErrors(reference, prediction, plane, at, kind, errors);
+      return { name: layer.name, volume: prediction, stamp, opacity: ERROR_OPACITY, smooth: false, paint };
+    }),
     ...shown("segmentation").filter((layer) => layer.outlined)
       .map((layer) => ({ name: `${layer.name} outlined`, volume: layer.volume, stamp: "", colours, width: layer.width })),
   ];
@@ -135,7 +141,6 @@ function drawings() {
 
 // Draw everything anew after a choice.
 function refresh() {
-  page.window ??= layersOf("image").find((layer) => layer.shown).window;
   planes.draw();
   showPlace();
   showKey();
@@ -150,14 +155,20 @@ function failSolid(error) {
   element("solid").dataset.failed = "true";
 }
 
+async function readErrors({ of }) {
+  const [reference, prediction] = await Promise.all(of.map((one) => read(one, true)));
+  const kind = errorKind();
+  return { ...prediction, voxels: prediction.voxels.map((value, i) => kind(reference.voxels[i], value)) };
+}
+
 async function showSolid() {
   const box = element("solid");
   box.hidden = scene.planes.length < 2 || !["all", "3D"].includes(page.view);
   if (box.hidden || box.dataset.failed) return;
   const layer = scene.layers[box.querySelector("select").value];
-  const volume = await read(layer, true);
+  const volume = await (layer.of ? readErrors(layer) : read(layer, true));
   const { Solid } = await import("./solid.js");
-  solid ??= new Solid(box.querySelector("canvas")).open();
+  solid ??= new Solid(box.querySelector("canvas"), scene.planes[0].sides !== "").open();
   const table = layer.kind === "errors" ? errorTable() : valueTable();
   await (await solid).show(volume, layer.kind === "image" ? { window: layer.window } : { table });
   document.documentElement.dataset.solid = "true";
@@ -167,9 +178,9 @@ async function showSolid() {
 function listSolids() {
   const list = element("solid").querySelector("select");
   const kinds = ["segmentation", "errors", "image"];
-  const options = kinds.flatMap((kind) => layersOf(kind)).map((layer) => make("option", { value: scene.layers.indexOf(layer) }, layer.name));
-  list.replaceChildren(...options);
-  list.selectedIndex = Math.max(0, Math.min(page.solid ?? layersOf("segmentation").length - 1, options.length - 1));
+  const layers = kinds.flatMap(layersOf);
+  list.replaceChildren(...layers.map((layer) => make("option", { value: scene.layers.indexOf(layer) }, layer.name)));
+  list.selectedIndex = Math.max(0, Math.min(page.solid ?? layersOf("segmentation").length - 1, layers.length - 1));
   list.onchange = () => {
     page.solid = list.selectedIndex;
     refresh();
@@ -182,12 +193,12 @@ function listSolids() {
 function showPlace() {
   const [flat, voxel] = [scene.shape[0] === 1, planes.stored(planes.at)];
   const parts = [flat ? `pixel ${voxel.slice(0, 2).join(", ")}` : `voxel ${voxel.join(", ")}`];
-  for (const layer of scene.layers.filter((one) => one.shown && one.volume && !one.volume.colours)) {
-    const value = valueAt(layer.volume, planes.at);
-    if (layer.kind === "image") parts.push(`${layer.name} ${Number(value.toPrecision(5))}`);
-    else if (layer.kind === "map") parts.push(`${layer.name} ${(value / 255).toFixed(2)}`);
-    else if (layer.kind === "segmentation") parts.push(`${layer.name}: ${scene.legend[value - 1]?.name ?? "background"}`);
-    else if (value) parts.push(scene.errors[value - 1].name);
+  const shown = scene.layers.filter((layer) => layer.shown && layer.volume && !layer.volume.colours);
+  for (const { kind, name, volume } of shown) {
+    const value = valueAt(volume, planes.at);
+    if (kind === "image") parts.push(`${name} ${Number(value.toPrecision(5))}`);
+    if (kind === "map") parts.push(`${name} ${(value / 255).toFixed(2)}`);
+    if (kind === "segmentation") parts.push(`${name}: ${scene.legend[value - 1]?.name ?? "background"}`);
   }
   element("place").textContent = parts.join("  ·  ");
 }
@@ -237,10 +248,11 @@ function listImages() {
   const images = layersOf("image");
   const choose = (layer) => {
     for (const other of images) other.shown = other === layer;
-    [page.window, page.adjusted] = [null, false];
+    resetWindow();
     readShown().catch(fail);
   };
-  fill("images", images.length > 1 ? images.map((layer) => radio("image", layer.name, layer.shown, () => choose(layer))) : []);
+  const choices = images.map((layer) => radio("image", layer.name, layer.shown, () => choose(layer)));
+  fill("images", choices.length > 1 ? choices : []);
 }
 
 function listSegmentations() {
@@ -253,9 +265,12 @@ function listSegmentations() {
     });
     layer.box = box;
     const key = layer === layersOf("errors")[0] ? "e" : i < 9 ? String(i + 1) : "";
-    const line = make("label", { className: "line" }, box, make("span", {}, layer.name), ...(key ? [make("kbd", {}, key)] : []));
-    if (layer.kind === "errors")
-      return make("div", { className: "layer" }, line, make("p", {}, ...errorKinds().map((entry) => make("span", {}, swatch(css(entry.colour)), " ", entry.name))));
+    const line = make("label", { className: "line" }, box, make("span", {}, layer.name));
+    if (key) line.append(make("kbd", {}, key));
+    if (layer.kind === "errors") {
+      const kinds = errorKinds().map((entry) => make("span", {}, swatch(css(entry.colour)), " ", entry.name));
+      return make("div", { className: "layer" }, line, make("p", {}, ...kinds));
+    }
     const style = make("button", { type: "button", title: "filled or outlined (o)" });
     const name = () => style.replaceChildren(swatch("", layer), styleOf(layer));
     layer.turn = () => {
@@ -277,8 +292,7 @@ function listSegmentations() {
 
 // The labels that occur; a click hides one in all layers.
 function listLabels() {
-  const found = new Set();
-  for (const layer of layersOf("segmentation")) for (const value of layer.values ?? []) found.add(value);
+  const found = new Set(layersOf("segmentation").flatMap((layer) => layer.values ?? []));
   const entries = scene.legend.filter((_, i) => found.has(i + 1));
   const button = (entry) => {
     const chip = make("button", { type: "button" }, swatch(css(entry.colour)), entry.name);
@@ -338,11 +352,16 @@ function keyboard(event) {
     planes.draw();
   } else if (key === "ArrowUp" || key === "ArrowDown") planes.scroll(planes.focus, key === "ArrowUp" ? 1 : -1);
   else if (key === "0") {
-    [page.window, page.adjusted] = [null, false];
+    resetWindow();
     planes.resetZoom();
     refresh();
   } else return;
   event.preventDefault();
+}
+
+function resetWindow() {
+  page.window = layersOf("image").find((layer) => layer.shown).window;
+  page.adjusted = false;
 }
 
 // Drag to change the grey levels: x their width, y their middle, as shares of the canvas.
@@ -372,8 +391,8 @@ function listCases({ cases, first }) {
   list.addEventListener("change", () => openCase(list.selectedIndex).catch(fail));
   before.addEventListener("click", () => step(-1));
   after.addEventListener("click", () => step(1));
-  const scored = cases.some(([, dice]) => dice !== null);
-  element("cases").querySelector("small").textContent = `${cases.length} cases${scored ? " with their Dice, the worst first" : ""}`;
+  const scored = cases.some(([, dice]) => dice !== null) ? " with their Dice, the worst first" : "";
+  element("cases").querySelector("small").textContent = `${cases.length} cases${scored}`;
   element("cases").hidden = cases.length < 2;
 }
 
@@ -389,9 +408,9 @@ async function openCase(number) {
     return;
   }
   scene = next;
-  if (!page.adjusted) page.window = null;
   document.title = element("title").textContent = scene.title;
   addLayers();
+  if (!page.adjusted) resetWindow();
   planes.open(scene);
   for (const list of [listImages, listSegmentations, listMaps, listSolids, listViews]) list();
   await readShown();

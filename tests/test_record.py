@@ -1,0 +1,136 @@
+"""A folder of predictions says what made it, and how large the labels are, whoever writes there and however often."""
+
+from __future__ import annotations
+
+import csv
+import json
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from samples import FAST
+
+import nnunet_lite
+from nnunet_lite.data.cases import Case
+from nnunet_lite.data.images import read_image, read_label
+from nnunet_lite.errors import UserError
+from nnunet_lite.inference.predictor import Predictor, load
+from nnunet_lite.inference.record import CaseResult, PredictionRecord, describe_predictor
+
+
+def record_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "predictions.json").read_text())
+
+
+@pytest.fixture
+def predict(tiny_model: Path) -> Any:
+    return partial(nnunet_lite.predict, model=tiny_model, device="cpu", settings=FAST)
+
+
+def test_a_record_is_extended(predict: Any, tiny_model: Path, scans: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    predict(scans[:1], out)
+    record = record_of(out)
+    (run,) = record["runs"]
+    (model,) = run["models"]
+    assert record["format"] == "nnlite-predictions-1" and run["device"] == "cpu" and run["precision"] == "fp32"
+    assert model["name"] == "tiny" and model["path"] == str(tiny_model) and model["folds"] == ["0"]
+    assert model["hash"] == load(tiny_model, device="cpu").fingerprint and len(model["hash"]) == 16
+    assert run["settings"]["step_size"] == 1.0 and run["settings"]["mirroring"] is False
+    assert run["versions"].keys() == {"nnunet_lite", "python", "torch", "numpy"} and run["checkpoint"] == "final"
+    entry = record["predictions"].pop(scans[0].name)
+    assert entry.pop("seconds") > 0 and not record["predictions"]
+    assert entry == {"run": 0, "case": scans[0].name[:-7], "images": [str(scans[0])], "result": "written"}
+
+    broken = tmp_path / "broken.nii.gz"
+    broken.write_bytes(b"no image")
+    predict([*scans[:2], broken], out, skip_existing=True, settings={**FAST, "inference.step_size": 0.9})
+    record = record_of(out)
+    assert [run["settings"]["step_size"] for run in record["runs"]] == [1.0, 0.9]
+    assert {name: (one["run"], one["result"][:7]) for name, one in record["predictions"].items()} == {
+        scans[0].name: (0, "written"), scans[1].name: (1, "written"), broken.name: (1, "failed:")
+    }  # fmt: skip
+    before = (out / "predictions.json").read_bytes()
+    predict(scans[:2], out, skip_existing=True)
+    assert (out / "predictions.json").read_bytes() == before, "nothing was predicted"
+    predict(scans[0], out / "one.seg.nrrd")
+    assert record_of(out)["predictions"]["one.seg.nrrd"]["case"] == scans[0].name[:-7]
+
+
+def test_statistics_of_the_label_maps(predict: Any, scans: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    predict(scans[:1], out)
+    predict(scans[:2], out, skip_existing=True, statistics=True)
+    found = json.loads((out / "statistics.json").read_text())
+    assert sorted(found) == [scan.name[:-7] for scan in scans[:2]], "also of the case that was predicted before"
+    with (out / "statistics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["case"], row["label"]) for row in rows] == [(case, label) for case in found for label in found[case]]
+    for scan in scans[:2]:
+        image, label_map = read_image(scan), read_label(out / scan.name)[0]
+        for value, label in enumerate(("Anterior", "Posterior"), 1):
+            row, mask = found[scan.name[:-7]][label], label_map == value
+            assert row["voxels"] == mask.sum()
+            assert row["volume_ml"] == pytest.approx(mask.sum() * np.prod(image.geometry.spacing) / 1000, rel=1e-5)
+            assert row["mean_MRI"] == (pytest.approx(image.array[0][mask].mean(), rel=1e-5) if mask.any() else None)
+    saved = (out / "statistics.json").stat().st_mtime_ns
+    predict(scans[:2], out, skip_existing=True, statistics=True)
+    assert (out / "statistics.json").stat().st_mtime_ns == saved
+
+
+def test_calls_that_share_a_folder_lose_no_entry(model: Predictor, tmp_path: Path) -> None:
+    records = [PredictionRecord(tmp_path, {"part": part}, shared=True) for part in range(4)]
+    how = describe_predictor(model)
+
+    def add(number: int) -> None:
+        case = Case(f"case{number}", (tmp_path / "x.nii.gz",), None)
+        statistics = {"organ": {"voxels": number}}
+        result = CaseResult(tmp_path / f"case{number}.nii.gz", case, "written", 0.1, statistics)
+        records[number % 4].add(result, how)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(add, range(40)))
+    assert len(record_of(tmp_path)["predictions"]) == len(json.loads((tmp_path / "statistics.json").read_text())) == 40
+    assert len(record_of(tmp_path)["runs"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("predictions.json", "{", "invalid JSON"),
+        ("predictions.json", "[1]", "is not as nnlite writes it"),
+        ("predictions.json", '{"format": "nnlite-predictions-9"}', "is of a newer nnlite"),
+        ("statistics.json", '{"liver": {"volume": 3.0}}', r"is not as nnlite writes it.*Move it elsewhere"),
+    ],
+)
+def test_files_of_others_are_not_overwritten(
+    predict: Any, scans: list[Path], tmp_path: Path, counts: Any, name: str, content: str, says: str
+) -> None:
+    counts("bad inputs refused in one line")
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=says) as error:
+        predict(scans[:1], tmp_path)
+    assert name in str(error.value) and "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == content
+
+
+def test_the_hash_is_that_of_plan_and_weights(tiny_model: Path, model_copy: Path, tmp_path: Path) -> None:
+    def hash_now(path: Path) -> str:
+        return load(path, device="cpu").fingerprint
+
+    known = hash_now(tiny_model)
+    nnunet_lite.export_model([model_copy, tmp_path / "m.zip"])
+    assert hash_now(model_copy) == hash_now(tmp_path / "m.zip") == known, "wherever it is"
+    plans = json.loads((model_copy / "plans.json").read_text())
+    (model_copy / "plans.json").write_text(json.dumps({**plans, "dataset": "other"}))
+    other_plan = hash_now(model_copy)
+    file = model_copy / "fold_0" / "model.safetensors"
+    with safe_open(file, "pt") as content:
+        about = {key: text for key, text in content.metadata().items() if key != "checksum"}
+    save_file({name: value.neg() for name, value in load_file(file).items()}, file, about)
+    assert len({known, other_plan, hash_now(model_copy)}) == 3
