@@ -399,7 +399,12 @@ def test_other_settings_reach_a_resumed_run(job: MakeJob) -> None:
 
 ADAMW = {"optimizer.name": "adamw", "network.norm": "batch"}
 BF16 = {"training.precision": "bf16", "training.channels_last": True}
-PLATEAU = {"schedule.name": "plateau", "schedule.patience": 1}
+PLATEAU = {
+    "schedule.name": "plateau",
+    "schedule.patience": 1,
+    "optimizer.lr": 1e-5,
+    "schedule.min_lr": 1e-9,
+}  # drops twice
 
 
 @pytest.mark.parametrize(
