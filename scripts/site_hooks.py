@@ -33,6 +33,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Let links to notebooks lead to their pages."""
+    return markdown.replace(".ipynb)", ".md)")
+
+
 def notebook_page(notebook: dict[str, Any], name: str) -> str:
     """Return a notebook as Markdown, with the outputs that are stored in it."""
     parts = []
@@ -41,7 +46,7 @@ def notebook_page(notebook: dict[str, Any], name: str) -> str:
         parts.append(f"```python\n{source}\n```" if cell["cell_type"] == "code" else source)
         parts += map(output_text, cell.get("outputs", ()))
     head, _, rest = "\n\n".join(filter(None, parts)).partition("\n")
-    return f"{head}\n\n[The notebook]({name}.ipynb) has these cells.\n{rest}\n"
+    return f'{head}\n\n<a href="{name}.ipynb" download>Download the notebook</a>\n{rest}\n'
 
 
 def output_text(output: dict[str, Any]) -> str:
