@@ -10,6 +10,7 @@ that uses nnunet_lite as a library keeps its own streams and signals.
 from __future__ import annotations
 
 import atexit
+import gc
 import math
 import os
 import shutil
@@ -105,6 +106,7 @@ def start_as_command() -> None:
     global is_command
     is_command = True
     _open_streams()
+    atexit.register(gc.freeze)  # or Python's last collection looks at every object of torch, for a second and more
     atexit.register(_discard_messages)
     for number in signals_of("SIGINT", "SIGTERM", "SIGHUP"):
         # in the background and under nohup, signals are ignored, and stay so
