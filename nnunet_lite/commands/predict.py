@@ -31,6 +31,7 @@ from nnunet_lite.networks.cpu import keep_freed_memory
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.workspace import select_dataset, workspace_folder
 
+_LOOKS_BLACK = 64  # grey levels of 255 below this are hard to see
 # --speed: changes of the settings; "fast" also uses one fold
 _SPEEDS: dict[str, dict[str, Any]] = {
     "best": {},
@@ -304,7 +305,9 @@ def predict(
         files, failed = _predict_on(scheduler, loader, cases, out.absolute(), writing, record)
     for case, reason in failed.items():
         log.error(f"failed: {case}: {reason}")
-    images = {case.id: case.images[0] for case in cases}
+    images, highest = {case.id: case.images[0] for case in cases}, max(plan.labels.values)
+    if highest < _LOOKS_BLACK and (picture := next((file for file in files if suffix_of(file) in PICTURES), None)):
+        log.info(f"{picture.name} contains 0 to {highest}: it looks black in most viewers, not in `nnlite view`")
     return Predictions(out, tuple(files), failed, tuple(folders), tuple(used), plan.labels, words, images)
 
 
