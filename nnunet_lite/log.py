@@ -39,6 +39,11 @@ def set_verbosity(verbosity: int) -> None:
     os.environ[_VERBOSITY] = str(verbosity)
 
 
+def is_quiet() -> bool:
+    """Whether only results, warnings and errors are printed."""
+    return _verbosity <= QUIET
+
+
 def info(message: str) -> None:
     """Print a message; with --verbose after the seconds since the start."""
     if _verbosity >= NORMAL:

@@ -460,10 +460,12 @@ def _read_recipe(path: Path, above: tuple[Path, ...] = ()) -> Settings:
     return _validated(start.model_copy(update={"recipe": path.stem}), dict(flatten(tree)), path)
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Iterate over the values of a tree with their dotted keys."""
+def flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Iterate over the values of a tree with their dotted keys; an entry of a list has its number for a key."""
     for key, value in tree.items():
-        if isinstance(value, dict):
+        if isinstance(value, list) and any(isinstance(entry, dict) for entry in value):
+            yield from flatten(dict(enumerate(value)), f"{prefix}{key}.")
+        elif isinstance(value, dict):
             yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

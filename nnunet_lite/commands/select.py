@@ -90,7 +90,7 @@ def report(
     output : str or Path, optional
         The file, or a folder for `report.html`; default: in the dataset's folder.
     dataset : str, optional
-        Planned dataset; default: the only one.
+        Planned dataset; default: the only one, of several the one planned last.
     workspace : str or Path, optional
         The workspace; default: NNLITE_WORKSPACE, otherwise ./nnlite_workspace.
 
@@ -109,6 +109,6 @@ def report(
     nnlite report
     nnlite report -d Task04_Hippocampus -o report.html
     """
-    paths = select_dataset(workspace, dataset)
+    paths = select_dataset(workspace, dataset, only_reads=True)
     target = paths.root / PAGE if output is None else Path(output).expanduser().absolute()
     return write_report(paths, target / PAGE if target.is_dir() else target)

@@ -334,7 +334,7 @@ def _find_first_stage(folder: Path, second: _Trained) -> Path:
     if not trained_folds(first):
         raise UserError("contains no trained model", first, fix)
     plan, run = read_model(first)
-    if (run["configuration"], plan.labels) != (stage, second.plan.labels):
+    if (run["configuration"], plan.labels.meaning) != (stage, second.plan.labels.meaning):
         raise UserError(f"is no model of {stage} for the labels of {folder.name}", first, fix)
     return first
 
@@ -342,11 +342,12 @@ def _find_first_stage(folder: Path, second: _Trained) -> Path:
 def _check_vote(plan: Plan, other: Plan, path: Path, other_path: Path) -> None:
     """Refuse models that cannot vote together."""
     fix = "Models vote together on the same labels and channels, such as configurations of one plan."
-    for what in ("labels", "axis_order"):
-        if getattr(plan, what) != getattr(other, what):
-            raise UserError(f"has other {what.replace('_', ' ')} than {path}", other_path, fix)
-    if [channel.name for channel in plan.channels] != [channel.name for channel in other.channels]:
-        raise UserError(f"has other channels than {path}", other_path, fix)
+    one, another = (
+        {"labels": p.labels.meaning, "axis order": p.axis_order, "channels": [channel.name for channel in p.channels]}
+        for p in (plan, other)
+    )
+    if differing := [what for what in one if one[what] != another[what]]:
+        raise UserError(f"has other {differing[0]} than {path}", other_path, fix)
 
 
 def label_swap(plan: Plan, configuration: str, augmentation: AugmentationSettings) -> LabelSwap | None:

@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from nnunet_lite import log
+from nnunet_lite.data.problems import few
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import sweep, understood
 from nnunet_lite.models.checkpoint import load_checkpoint, save_weights, snapshot_checkpoint
@@ -98,7 +99,7 @@ def train_fold(job: Job, seconds: float = 0.0) -> None:
     if job.ranks.rank == 0:
         sweep(job.folder, alone=True)
     from_first(None, job.ranks)  # the others write nothing that could be swept away
-    with limits.explain_out_of_memory(job), limits.stop_on_signal() as stop:
+    with limits.explain_out_of_memory(job), limits.stop_on_signal(job.folder if job.ranks.rank == 0 else None) as stop:
         begin = time.monotonic() - seconds
         learner, state = _start(job)
         state.compute = learner.compute  # torch.compile may have failed
@@ -472,13 +473,15 @@ def _finite(value: float, digits: int = 5) -> float | None:
 def _describe_epoch(job: Job, metrics: dict[str, Any], state: State) -> str:
     """Write one epoch as a line."""
     mean_dice = metrics.get("mean_dice")
-    dice = " ".join("-" if d is None else f"{d:.3f}" for d in list(metrics.get("dice", {}).values())[:8])
+    by_label = metrics.get("dice", {}).items()
+    dice = few([f"{name} {'-' if d is None else f'{d:.3f}'}" for name, d in by_label], 8)
     loss = "not finite" if metrics["train_loss"] is None else f"{metrics['train_loss']:+.4f}"
     score = f"  Dice {mean_dice:.3f} ({dice})" if mean_dice is not None else ""
     if metrics.get("validation_loss", 0.0) is None:
         score = "  held-out loss not finite"
     memory = in_units(metrics["memory_gb"] * GB)
-    speed = f"{metrics['samples_per_second']:.3g} samples/s, {metrics['waiting']:.0%} waiting, {memory}"
+    waiting = f"{100 * metrics['waiting']:.0f} % waiting for data"
+    speed = f"{metrics['samples_per_second']:.3g} patches/s, {waiting}, {memory} of memory"
     return (
         f"epoch {metrics['epoch']:>4}  loss {loss}{score}  lr {metrics['lr']:.1e}  "
         f"{log.duration(metrics['seconds'])} ({speed}), {log.duration(_seconds_left(job, state))} left"
