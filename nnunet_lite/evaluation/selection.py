@@ -147,7 +147,9 @@ class Selection(BaseModel):
         """Return the cells of the table, after the headings."""
         labels = list(self.candidates[0].by_label) if self.candidates else []
         shown = labels if 1 < len(labels) <= 5 else []  # more would not fit a terminal
-        lines: list[tuple[str, ...]] = [("candidate", "n", "Dice", "95 % interval", "median", *shown, "winner's margin", "95 %")]
+        lines: list[tuple[str, ...]] = [
+            ("candidate", "n", "Dice", "95 % interval", "median", *shown, "winner's margin", "95 %")
+        ]
         for i, one in enumerate(self.candidates):
             by_label = [four_digits(one.by_label[label]) for label in shown]
             interval = "n/a" if one.low is None else f"{one.low:.4f} to {one.high:.4f}"

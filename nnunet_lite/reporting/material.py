@@ -409,7 +409,8 @@ def draw_cases(material: Material) -> Material:
     for model in material.scored:
         if (n := len(overlaid[model.name])) < (of := len(model.worst_first)):
             notes.append(f"{model.label}: pictures of {n} of {of} cases, first the worst, the best and the median")
-        if model.run and not np.isfinite(model.scores.values("NSD")).any():
+        surfaces = [model.scores.values(metric) for metric in ("NSD", "HD95")]
+        if model.run and not np.isfinite(surfaces).any():
             again = "delete summary.json in its folders `validation` and train again, which scores the same predictions"
             notes.append(f"{model.label}: NSD and HD95 were not measured; to measure them, {again}")
     return replace(material, pictures=by_case, overlays=overlaid, notes=(*material.notes, *notes))

@@ -536,7 +536,7 @@ def costs_table(material: Material) -> Table:
         Column("samples/s", ".3g"), Column("waiting", ".0%"), Column("memory", ".2f", " GB"),
         Column("planned", ".2f", " GB"), Column("predicting a case", ".3g", " s"), Column("device"),
     )  # fmt: skip
-    return Table("Time and memory", columns, rows)
+    return Table("Time and memory of each fold", columns, rows)
 
 
 # ---------------------------------------------------------------------------------------------------------- the scores
@@ -572,7 +572,7 @@ def _scores_section(material: Material) -> list[dict[str, Any]]:
 
 def _held_out_table(material: Material, model: ModelResults, labels: Sequence[str]) -> Table:
     """Return every held-out case with its fold, its means over the labels, and the Dice of some labels."""
-    surfaces = [metric for metric in ("NSD", "HD95") if metric in measured(material, model)]
+    surfaces = [metric for metric in ("NSD", "HD95") if metric in measured(model)]
     columns = [Column("Case"), Column("fold"), share_column("mean Dice")]
     columns += [metric_column(material, metric, "mean") for metric in surfaces]
     columns += map(share_column, labels)
@@ -583,18 +583,15 @@ def _held_out_table(material: Material, model: ModelResults, labels: Sequence[st
     return Table(f"Held-out cases of {model.label}, worst first", columns, rows, sorted_by=2, model=model.name)
 
 
-def measured(material: Material, model: ModelResults) -> list[str]:
-    """Return the metrics of a label that a case has; NSD at 1 mm says nothing about microscopy.
+def measured(model: ModelResults) -> list[str]:
+    """Return the metrics of a label that a case has.
 
     Parameters
     ----------
-    material : Material
-        From `draw_cases`.
     model : ModelResults
         Whose cases.
     """
-    known = [name for name in _LABEL_METRICS if np.isfinite(model.scores.values(name)).any()]
-    return [name for name in known if name != "NSD" or material.units.length != "µm"]
+    return [name for name in _LABEL_METRICS if np.isfinite(model.scores.values(name)).any()]
 
 
 def _label_mean(material: Material, row: CaseScore, metric: str) -> float | None:
@@ -648,7 +645,7 @@ def label_table(material: Material, model: ModelResults) -> Table:
     scores, columns = model.scores, [Column("Label"), Column("cases", "d")]
     dice = {**scores.by_label(), "all labels": scores.foreground()}
     rows: list[list[Value]] = [[label, one.n] for label, one in dice.items()]
-    for name in measured(material, model):
+    for name in measured(model):
         scale = material.units.per_mm if METRICS[name].unit == "length" else 1.0
         for row, one in zip(rows, [*scores.by_label(name).values(), scores.foreground(name)], strict=True):
             row += [None if value is None else value * scale for value in (one.mean, one.median)]
@@ -722,8 +719,8 @@ def _comparison_section(material: Material) -> dict[str, Any]:
         margin = () if selection is None else (write_margin(c.margin) if rows else ("", 0.0),)
         dice = [c.by_label.get(name) for name in labels]
         rows.append([c.name, c.n_cases, c.dice, _interval(c.dice, c), c.median, *margin, *dice])
-    columns = [Column("Models"), Column("cases", "d"), share_column("Dice"), Column("95 % interval", "g")]
-    columns += [share_column("median")]
+    columns = [Column("Models"), Column("cases", "d"), share_column("Dice"), Column("95 % interval", "g"),
+               share_column("median")]  # fmt: skip
     columns += [] if selection is None else [Column("best is better by", "g")]
     caption = "Models on their held-out cases" if selection is None else "Candidates of nnlite select, the best first"
     bars = [(c.name, c.dice, c.low, c.high) for c in candidates]
@@ -786,7 +783,7 @@ def _methods_section(material: Material) -> dict[str, Any]:
         "metrics": [
             (metric_heading(material, metric).partition(" (")[0], f" {units.length}" if metric == "HD95" else "",
              units.per_mm if metric == "HD95" else 1, result.scores.foreground(metric))
-            for metric in measured(material, result) if metric in ("Dice", "NSD", "HD95")
+            for metric in measured(result) if metric in ("Dice", "NSD", "HD95")
         ],
         "postprocessing": selection.postprocessing if selection else {},
     }}  # fmt: skip

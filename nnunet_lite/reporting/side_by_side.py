@@ -18,30 +18,17 @@ import numpy as np
 
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.metrics import METRICS
-from nnunet_lite.evaluation.scores import CaseScore, Scores
+from nnunet_lite.evaluation.scores import Scores
 from nnunet_lite.evaluation.statistics import compare_paired, p_of_difference, summarize
-from nnunet_lite.reporting import figures
+from nnunet_lite.models.folder import is_nnunet
+from nnunet_lite.reporting import figures, page
 from nnunet_lite.reporting.figures import Chart, Column, Table, Value, share_column
 from nnunet_lite.reporting.material import Material, ModelResults, draw_case, read_material, read_results
-from nnunet_lite.reporting.page import (
-    costs_table,
-    fill_template,
-    label_table,
-    measured,
-    metric_column,
-    metric_heading,
-    training_charts,
-    write_margin,
-    write_page,
-)
 from nnunet_lite.reporting.verdict import judge_training
 from nnunet_lite.workspace import Paths
 
-_PAGE = "comparison.html"
-_METRICS = ("Dice", "NSD", "HD95")
 _PICTURE_PIXELS = 320  # along the longer side of a plane
 _EXAMPLES = 3  # cases with pictures, in either direction
-_CHART_LABELS = 12  # labels in the chart of differences
 
 
 def write_comparison(first: Path, second: Path, output: Path | None) -> Path:
@@ -67,6 +54,11 @@ def write_comparison(first: Path, second: Path, output: Path | None) -> Path:
     folders = [first.resolve(), second.resolve()]
     if folders[0] == folders[1]:
         raise UserError("would be compared with itself", first, "Give two models.")
+    for folder in folders:
+        if not folder.is_dir() or is_nnunet(folder):
+            raise UserError(
+                "has no scores to compare", folder, f"Run `nnlite import {folder}`, and compare that model."
+            )
     datasets = [Paths(folder.parents[1]) for folder in folders]
     paths = next((paths for paths in datasets if paths.plans.is_file()), None)
     if paths is None:
@@ -76,27 +68,26 @@ def write_comparison(first: Path, second: Path, output: Path | None) -> Path:
     notes: list[str] = []
     models = [replace(read_results(folder, notes), name=name) for folder, name in _names_of(folders).items()]
     trained = [model for model in models if any(fold.rows for fold in model.folds)]
+    folds = [(f"{model.label}, fold {fold.name}", i, fold) for i, model in enumerate(models) for fold in model.folds]
     material = _draw_shared(replace(read_material(paths), models=tuple(models), selection=None, notes=tuple(notes)))
-    common = [metric for metric in _METRICS if all(metric in measured(material, model) for model in material.models)]
-    differences, n_equal = _differences(models)
-    page = fill_template(
+    tables = [_paired_table(material, metric) for metric in ("Dice", "NSD", "HD95")]
+    html = page.fill_template(
         "comparison.html.j2",
         material,
         models=models,
         verdicts=[judge_training(model, paths, []) for model in trained],
-        differences=differences,
-        n_equal=n_equal,
-        charts=_curves(trained),
-        unpaired=[(model.label, label_table(material, model)) for model in models if model.scores.rows],
-        paired=[_paired_table(material, metric) for metric in common],
+        notes=material.notes,
+        paired=[table for table in tables if table.rows[0][2] is not None],
+        unpaired=[(model.label, page.label_table(material, model)) for model in models if model.scores.rows],
         chart=_difference_chart(material),
         changes=_most_changed(material),
         overlays=material.overlays,
-        notes=material.notes,
-        cases=_change_table(material),
-        costs=costs_table(material),
+        cases=_case_changes(material),
+        charts=page.training_charts(folds),
+        costs=page.costs_table(material),
+        differences=_differences(models),
     )
-    return write_page(output or paths.root, _PAGE, page)
+    return page.write_page(output or paths.root, "comparison.html", html)
 
 
 def _names_of(folders: Sequence[Path]) -> dict[Path, str]:
@@ -119,20 +110,13 @@ def _differences(models: Sequence[ModelResults]) -> tuple[Table, int]:
 
 
 def _describe(model: ModelResults) -> dict[str, Any]:
-    """Return what was set and planned, and on what it ran."""
+    """Return what was set and planned."""
     assert model.plan is not None  # an ensemble has none
-    configuration = model.run["configuration"]
-    planned = model.plan.configuration(configuration).model_dump(mode="json", exclude={"reasons"})
-    state = next((fold.state for fold in model.folds if fold.state), {})
-    return {
-        "configuration": configuration,
-        "folds": ", ".join(fold.name for fold in model.folds),
-        **model.run["settings"],
-        "plan": model.plan.model_dump(mode="json", exclude={"configurations"}) | planned,
-        **{key: model.run.get(key) for key in ("seed", "versions")},
-        "device": state.get("device"),
-        "precision": state.get("arithmetic", {}).get("precision"),
-    }
+    name, plan = model.run["configuration"], model.plan.model_dump(mode="json")
+    planned = plan | plan.pop("configurations")[name]
+    del planned["reasons"]
+    keys = ("configuration", "seed", "versions")
+    return {**model.run["settings"], "plan": planned, **{key: model.run.get(key) for key in keys}}
 
 
 def _flat(value: Any, key: str = "") -> dict[str, str]:
@@ -144,13 +128,6 @@ def _flat(value: Any, key: str = "") -> dict[str, str]:
     return {key: "not set" if value is None else str(value).lower() if isinstance(value, bool) else str(value)}
 
 
-def _curves(models: Sequence[ModelResults]) -> list[Chart]:
-    """Draw the trainings over each other, a colour for each model."""
-    return training_charts(
-        [(f"{model.label}, fold {fold.name}", i, fold) for i, model in enumerate(models) for fold in model.folds]
-    )
-
-
 # ---------------------------------------------------------------------------------------------------- the paired scores
 
 
@@ -159,13 +136,16 @@ def _draw_shared(material: Material) -> Material:
     labels = material.dataset.labels
     rows = [{row.case: row for row in model.scores.rows} for model in material.models]
     cases = {case.id: case for case in material.dataset.cases}
+    names = set(labels.region_names)
     shared = [
-        case for case in cases
-        if all(case in of for of in rows) and _reference(rows[0][case]) == _reference(rows[1][case])
-        and set(rows[0][case].metrics) == set(labels.region_names)
+        case for case in cases  # equal names may be of different cases
+        if all(case in of and set(of[case].metrics) == names for of in rows)
+        and all(rows[0][case].metrics[name]["n_ref"] == rows[1][case].metrics[name]["n_ref"] for name in names)
     ]  # fmt: skip
-    scores = [Scores(tuple(of[case] for case in shared), labels) for of in rows]
-    models = [replace(model, scores=of) for model, of in zip(material.models, scores, strict=True)]
+    models = [
+        replace(model, scores=Scores(tuple(of[case] for case in shared), labels))
+        for model, of in zip(material.models, rows, strict=True)
+    ]
     material = replace(material, models=tuple(models))
     files: dict[str, dict[str, Path]] = {case: {} for case in shared or list(cases)[:1]}
     for case in _most_changed(material):
@@ -178,30 +158,26 @@ def _draw_shared(material: Material) -> Material:
     return replace(material, pictures=pictures, overlays=overlays, notes=(*material.notes, *problems))
 
 
-def _reference(row: CaseScore) -> dict[str, float | None]:
-    """Return the voxels of each label in the reference, by which equal names of other cases are told apart."""
-    return {name: values["n_ref"] for name, values in row.metrics.items()}
-
-
-def _tables(material: Material, metric: str = "Dice") -> tuple[np.ndarray, np.ndarray]:
-    """Return a metric of both models (cases, labels), in the units of the page; NaN where one of them has none."""
+def _by_label(material: Material, metric: str = "Dice") -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Yield a metric of both models (cases, labels) over all labels, then of each label; NaN unless both have it."""
     scale = material.units.per_mm if METRICS[metric].unit == "length" else 1.0
     first, second = (model.scores.values(metric) * scale for model in material.models)
-    unknown = np.isnan(first) | np.isnan(second)
-    return np.where(unknown, np.nan, first), np.where(unknown, np.nan, second)
+    first, second = np.where(np.isnan(second), np.nan, first), np.where(np.isnan(first), np.nan, second)
+    yield "all labels", first, second
+    for i, name in enumerate(material.dataset.labels.region_names):
+        yield name, first[:, i : i + 1], second[:, i : i + 1]
 
 
 def _changes(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Return by how much the mean of the labels of each case rises (cases,); NaN without any value."""
-    known = np.isfinite(first).any(axis=1)
-    changes = np.full(len(first), np.nan)
-    changes[known] = np.nanmean(second[known], axis=1) - np.nanmean(first[known], axis=1)
-    return changes
+    """Return by how much the mean over the labels of each case rises (cases,); NaN without a label."""
+    n = np.isfinite(first).sum(axis=1)
+    return np.nansum(second - first, axis=1) / np.where(n, n, np.nan)
 
 
 def _dice_changes(material: Material) -> dict[str, float]:
     """Return by how much the mean Dice of each shared case changes, the largest loss first."""
-    changes = zip(material.models[0].scores.rows, _changes(*_tables(material)).tolist(), strict=True)
+    _, first, second = next(_by_label(material))
+    changes = zip(material.models[0].scores.rows, _changes(first, second).tolist(), strict=True)
     known = {row.case: change for row, change in changes if math.isfinite(change)}
     return dict(sorted(known.items(), key=lambda item: item[1]))
 
@@ -214,53 +190,41 @@ def _most_changed(material: Material) -> dict[str, float]:
     return dict([*gains[::-1], *losses])
 
 
-def _labels(material: Material, metric: str) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Yield a metric of both models over all labels, then of each one: name, two tables (cases, labels)."""
-    first, second = _tables(material, metric)
-    yield "all labels", first, second
-    for i, name in enumerate(material.dataset.labels.region_names):
-        yield name, first[:, i : i + 1], second[:, i : i + 1]
-
-
 def _paired_table(material: Material, metric: str) -> Table:
     """Return for each label the means of both models, and how the cases differ."""
     sign = 1 if METRICS[metric].better == "higher" else -1
     rows: list[list[Value]] = []
-    for name, first, second in _labels(material, metric):
+    for name, first, second in _by_label(material, metric):
         changes = _changes(first, second)
         changes = changes[np.isfinite(changes)]
         means, margin = [summarize(table).mean for table in (first, second)], compare_paired(second, first)
         n_better, n_worse = int((sign * changes > 0).sum()), int((sign * changes < 0).sum())
-        rows.append([name, len(changes), *means, write_margin(margin), n_better, n_worse, p_of_difference(changes)])
-    heading, second_name = metric_heading(material, metric), material.models[1].label
+        rows.append(
+            [name, len(changes), *means, page.write_margin(margin), n_better, n_worse, p_of_difference(changes)]
+        )
+    names = [model.label for model in material.models]
     columns = (
-        Column("Label"), Column("cases", "d"), *(metric_column(material, metric, m.label) for m in material.models),
-        Column("difference (95 % interval)", "g"), Column(f"{second_name} better", "d"), Column("worse", "d"),
+        Column("Label"), Column("cases", "d"), *(page.metric_column(material, metric, name) for name in names),
+        Column("difference (95 % interval)", "g"), Column(f"{names[1]} better", "d"), Column("worse", "d"),
         Column("p", ".3g"),
     )  # fmt: skip
-    return Table(f"{heading} of the same cases", columns, rows)
+    return Table(f"{page.metric_heading(material, metric)} of the same cases", columns, rows)
 
 
 def _difference_chart(material: Material) -> Chart | None:
-    """Draw the differences of Dice; of many labels, those that differ most."""
-    margins = {name: compare_paired(second, first) for name, first, second in _labels(material, "Dice")}
-    overall, *others = margins.items()
-    others = sorted(others, key=lambda item: -abs(item[1].mean or 0.0))[:_CHART_LABELS]
-    rows = [(name, margin.mean, margin.low, margin.high) for name, margin in [overall, *others]]
+    """Draw the differences of Dice."""
+    margins = [(name, compare_paired(second, first)) for name, first, second in _by_label(material)]
     first, second = (model.label for model in material.models)
     label = f"Dice of {second} - Dice of {first}, with 95 % interval"
+    rows = [(name, margin.mean, margin.low, margin.high) for name, margin in margins]
     return figures.plot_intervals("Difference of Dice", rows, label, has_zero=True)
 
 
-def _change_table(material: Material) -> Table:
+def _case_changes(material: Material) -> Table:
     """Return every shared case with both scores; a row opens its pictures."""
-    first, second = ({row.case: row for row in model.scores.rows} for model in material.models)
-    folds = [model.fold_of for model in material.models]
-    names = [model.label for model in material.models]
-    rows: list[list[Value]] = [
-        [case, *(of[case] for of in folds), first[case].mean_dice, second[case].mean_dice, (f"{change:+.3f}", change)]
-        for case, change in _dice_changes(material).items()
-    ]
-    columns = [Column("Case"), *(Column(f"fold, {name}") for name in names),
-               *(share_column(f"Dice, {name}") for name in names), Column("difference", "g")]  # fmt: skip
-    return Table("Cases of both models, the largest loss first", columns, rows, 5, material.models[1].name)
+    first, second = ({row.case: row.mean_dice for row in model.scores.rows} for model in material.models)
+    changes = _dice_changes(material).items()
+    rows = [[case, first[case], second[case], (f"{change:+.3f}", change)] for case, change in changes]
+    columns = [Column("Case"), *(share_column(f"Dice, {model.label}") for model in material.models),
+               Column("difference", "g")]  # fmt: skip
+    return Table("Cases of both models, the largest loss first", columns, rows, 3, material.models[1].name)
