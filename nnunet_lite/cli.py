@@ -54,6 +54,7 @@ COMMANDS = {
     "doctor": ("machines.doctor", "Describe this machine: versions, CPUs, memory, GPUs, disk."),
     "cluster": ("machines.cluster", "Start a Dask scheduler and workers."),
 }
+_IMPORT_TORCH = ("train", "run", "predict", "select", "report")  # see commands/early.py
 _AS_JSON = Annotated[bool, options.output("--json", help="Print the result as JSON.")]
 _QUIET = Annotated[bool, options.general("-q", "--quiet", help="Print only results, warnings and errors.")]
 _VERBOSE = Annotated[bool, options.general("-v", "--verbose", help="Print times, all warnings and tracebacks.")]
@@ -157,7 +158,7 @@ def main() -> None:
     except Stopped as stopped:
         sys.exit(_fail(str(stopped), 128 + stopped.number))
     except (KeyboardInterrupt, typer.Abort):
-        sys.exit(_fail(f"stopped; {system.RESUME}", system.INTERRUPTED))
+        sys.exit(_fail(f"stopped; {system.how_to_resume()}", system.INTERRUPTED))
     except BrokenPipeError:
         if sys.stderr is not None:
             sys.stderr.close()  # the reader of our output is gone
@@ -169,7 +170,7 @@ def main() -> None:
     except Exception as error:
         # typer's complaints about options come from its own copy of click, whose classes have no public name
         if system.interrupted:  # a library made another exception of it
-            sys.exit(_fail(f"stopped; {system.RESUME}", system.INTERRUPTED))
+            sys.exit(_fail(f"stopped; {system.how_to_resume()}", system.INTERRUPTED))
         if not hasattr(error, "format_message"):
             raise
         command = getattr(getattr(error, "ctx", None), "command_path", "nnlite")
@@ -197,10 +198,15 @@ def command_of(name: str) -> Any:
 
     def run(as_json: bool, quiet: bool, verbose: bool, **arguments: Any) -> None:
         _set_verbosity(quiet, verbose)
-        commands_module = import_module(module)
         arguments = {key: value for key, value in arguments.items() if value != []}  # an empty list: default
-        result = getattr(commands_module, function_name)(**arguments)
-        text = _as_json(result) if as_json else str(result) if isinstance(result, Path) else result.to_text()
+        commands_module = result = None
+        if name in _IMPORT_TORCH:
+            result = import_module("nnunet_lite.commands.early").answer_early(name, arguments)
+        if result is None:
+            with log.working(f"starting {name}"):  # most commands need torch, which takes seconds to load
+                commands_module = import_module(module)
+            result = getattr(commands_module, function_name)(**arguments)
+        text = _as_json(result) if as_json else _as_text(result)
         if hasattr(result, "close"):
             _serve(result, text)
         else:
@@ -288,6 +294,12 @@ def _command_line_type(hint: Any) -> Any:
     if lists and not (option and option[0].parser is str):  # such as 40x56x40, one text
         shown = list[_command_line_type(next(iter(lists.values())))]  # type: ignore[misc]
     return Annotated[shown | None if NoneType in get_args(kind) else shown, *option] if option else shown
+
+
+def _as_text(result: Any) -> str:
+    """Return a result as text: a path, with --quiet in a line if it has one, otherwise by its own `to_text`."""
+    brief = getattr(result, "brief", "") if log.is_quiet() else ""
+    return str(result) if isinstance(result, Path) else brief or str(result.to_text())
 
 
 def _as_json(result: Any) -> str:

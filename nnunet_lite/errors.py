@@ -76,6 +76,15 @@ def suggest(name: str, known: Iterable[str], likeness: float = 0.6) -> str:
     return f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(names[:_NAMES_SHOWN])}{more}."
 
 
+def no_such_file(path: Path) -> UserError:
+    """Return the error for a path that does not exist, with the name in its folder that is most like it."""
+    names = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = get_close_matches(path.name, names, 1)
+    return UserError(
+        "there is no such file or folder", path, f"Did you mean {path.with_name(near[0])}?" if near else ""
+    )
+
+
 def describe(problem: BaseException) -> str:
     """Return an exception as one line, for reports that continue with the next case."""
     if isinstance(problem, OSError) and problem.filename is not None:

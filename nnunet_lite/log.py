@@ -39,6 +39,11 @@ def set_verbosity(verbosity: int) -> None:
     os.environ[_VERBOSITY] = str(verbosity)
 
 
+def is_quiet() -> bool:
+    """Whether only results, warnings and errors are printed."""
+    return _verbosity <= QUIET
+
+
 def info(message: str) -> None:
     """Print a message; with --verbose after the seconds since the start."""
     if _verbosity >= NORMAL:
@@ -161,11 +166,11 @@ def working(what: str, total: int | None = None, done: int = 0) -> Iterator[Call
     Yields
     ------
     callable
-        To be called with the number of parts that are done; with `total` too if that has changed.
+        To be called with the number of parts that are done, and a text that takes the place of their number.
     """
     global _bars, _clock
     if _verbosity < NORMAL or sys.stderr is None or sys.stderr.closed:
-        yield lambda n_parts, total=None: None
+        yield lambda n_parts, text="": None
         return
     bar = None
     if sys.stderr.isatty():
@@ -202,14 +207,18 @@ class _Work:
     done: int
     start: float
     bar: Any
+    text: str = ""
 
-    def advance(self, n_parts: int, total: int | None = None) -> None:
-        self.done, self.total = self.done + n_parts, total or self.total
+    def advance(self, n_parts: int, text: str = "") -> None:
+        self.done, self.text = self.done + n_parts, text
         if self.bar is not None:
-            self.bar.total = self.total
+            if text:
+                self.bar.bar_format = f"{self.what}: {text} |{{bar}}|"
             self.bar.update(n_parts)
 
     def __str__(self) -> str:
+        if self.text:
+            return f"{self.what}: {self.text}"
         seconds = time.monotonic() - self.start
         count = f"{self.done}/{self.total}, " if self.total else ""
         if self.total is None or self.done == self.first:

@@ -378,14 +378,17 @@ def load_settings(recipe: str = "default", changes: Mapping[str, Any] | None = N
     recipe : str
         Name of a recipe, or a TOML file.
     changes : mapping, optional
-        Key to value, such as {"optimizer.lr": 0.001}. Text is read as a TOML value if it is one.
+        Key to value, such as {"optimizer.lr": 0.001}. Text is read as a TOML value if it is one. A length takes the
+        place of the recipe's: with "training.epochs" alone there is no time limit.
 
     Raises
     ------
     UserError
         The recipe or a key is unknown (names the nearest), the TOML is bad (line and column), or a value is illegal.
     """
-    return with_changes(_read_recipe(_recipe_path(recipe)), changes or {})
+    changes = changes or {}
+    length = {"training.time_limit": None} if "training.epochs" in changes else {}
+    return with_changes(_read_recipe(_recipe_path(recipe)), {**length, **changes})
 
 
 def with_changes(settings: Settings, changes: Mapping[str, Any], sections: tuple[str, ...] | None = None) -> Settings:
@@ -457,10 +460,12 @@ def _read_recipe(path: Path, above: tuple[Path, ...] = ()) -> Settings:
     return _validated(start.model_copy(update={"recipe": path.stem}), dict(flatten(tree)), path)
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Iterate over the values of a tree with their dotted keys."""
+def flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Iterate over the values of a tree with their dotted keys; an entry of a list has its number for a key."""
     for key, value in tree.items():
-        if isinstance(value, dict):
+        if isinstance(value, list) and any(isinstance(entry, dict) for entry in value):
+            yield from flatten(dict(enumerate(value)), f"{prefix}{key}.")
+        elif isinstance(value, dict):
             yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -10,12 +10,18 @@ that uses nnunet_lite as a library keeps its own streams and signals.
 from __future__ import annotations
 
 import atexit
+import gc
 import math
 import os
 import shutil
 import signal
+import socket
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 from nnunet_lite.errors import UserError
@@ -27,8 +33,8 @@ except ImportError:  # Windows
 
 # -------------------------------------------------------------------------------------------------- streams and signals
 
+_BEGIN = time.monotonic()  # this module is imported first
 INTERRUPTED = 130  # the exit code that shells give a process that SIGINT ended
-RESUME = "the same command resumes from here (predict: with --continue)"
 
 temporary_paths: set[Path] = set()  # files and folders to delete when a signal ends this process, see files.py
 is_command = False  # see start_as_command
@@ -55,19 +61,24 @@ def _discard_messages() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
-def _stop_at_once(number: int, frame: object) -> None:
+def how_to_resume() -> str:
+    """Return how the command that is stopped now resumes."""
+    return f"the same command{' with --continue' * ('predict' in sys.argv[1:])} resumes from here"
+
+
+def stop_at_once(number: int, frame: object = None) -> None:
     """End this process in any state, in imports or in a loop that catches exceptions; delete temporary files."""
     for path in list(temporary_paths):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
     try:
-        os.write(2, f"stopped by {signal.Signals(number).name}; {RESUME}\n".encode())
+        os.write(2, f"stopped by {signal.Signals(number).name}; {how_to_resume()}\n".encode())
     finally:  # the terminal may be closed
         os._exit(128 + number)
 
 
 def raise_on_interrupt() -> None:
     """Let SIGINT raise KeyboardInterrupt from now on; the caller catches it."""
-    if signal.getsignal(signal.SIGINT) is _stop_at_once:
+    if signal.getsignal(signal.SIGINT) is stop_at_once:
         signal.signal(signal.SIGINT, _interrupt)
         sys.unraisablehook = _unraisable
 
@@ -81,7 +92,7 @@ def _interrupt(number: int, frame: object) -> None:
 def _unraisable(problem: sys.UnraisableHookArgs) -> None:
     """Stop where Python would only report a KeyboardInterrupt, in a destructor or a callback, and continue."""
     if problem.exc_type is KeyboardInterrupt:
-        _stop_at_once(signal.SIGINT, None)
+        stop_at_once(signal.SIGINT, None)
     sys.__unraisablehook__(problem)
 
 
@@ -95,17 +106,47 @@ def start_as_command() -> None:
     global is_command
     is_command = True
     _open_streams()
+    atexit.register(gc.freeze)  # or Python's last collection looks at every object of torch, for a second and more
     atexit.register(_discard_messages)
     for number in signals_of("SIGINT", "SIGTERM", "SIGHUP"):
         # in the background and under nohup, signals are ignored, and stay so
         if signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):
-            signal.signal(number, _stop_at_once)
+            signal.signal(number, stop_at_once)
+
+
+@contextmanager
+def calling_on_signal(react: Callable[[int], object]) -> Iterator[None]:
+    """Call a function in a thread as soon as a signal arrives that Python handles.
+
+    The handlers themselves run in the main thread, after the call that it is in: a step of a large network on a CPU
+    takes many seconds.
+    """
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+
+    def listen() -> None:
+        while numbers := receiver.recv(1):
+            react(numbers[0])
+
+    thread = threading.Thread(target=listen, daemon=True)
+    thread.start()
+    before = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        sender.close()
+        thread.join()
+        receiver.close()
 
 
 def has_no_gpu() -> bool:
-    """Whether torch finds no GPU; False where it is not loaded, which would take seconds."""
-    torch = sys.modules.get("torch")
-    return torch is not None and not torch.cuda.is_available()
+    """Whether torch finds no GPU. Where it is not loaded, which takes seconds, the driver and its version say so."""
+    if "torch" in sys.modules:
+        return not sys.modules["torch"].cuda.is_available()
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    drivers = (shutil.which("nvidia-smi"), *map(os.path.exists, ("/proc/driver/nvidia", "/dev/kfd")))
+    return hidden or not any(drivers) or version("torch").endswith("+cpu")
 
 
 # ------------------------------------------------------------------------------------------------ CPUs, memory and disk
@@ -143,6 +184,11 @@ def free_memory() -> int:
         if address_space != psutil.RLIM_INFINITY:
             limits.append(address_space - process.memory_info().vms)
     return max(0, min(limits))
+
+
+def process_age() -> float:
+    """Return the seconds since this process began, if it is `nnlite`; otherwise 0."""
+    return time.monotonic() - _BEGIN if is_command else 0.0
 
 
 def peak_memory() -> int:

@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 from nnunet_lite import log
@@ -115,7 +117,9 @@ def find_raw(given: str, workspace: Path) -> Path:
             raise UserError(f"{given!r} could be {names}", fix="Give the path.")
     looked = ", ".join(str(place) for place in places)
     looked += f" (nnUNet_raw{'' if Path(raw).is_dir() else ', which does not exist'})" if raw else ""
-    raise UserError(f"there is no dataset {given!r}", fix=f"Give its folder, or a name in one of: {looked}.")
+    folders = [entry.name for place in (path.parent, *places) for entry in place.glob("*") if entry.is_dir()]
+    near = "".join(f"Did you mean {name}? " for name in get_close_matches(path.name, folders, 1))
+    raise UserError(f"there is no dataset {given!r}", fix=f"{near}Give its folder, or a name in one of: {looked}.")
 
 
 def _named(place: Path, name: str) -> list[Path]:
@@ -140,7 +144,10 @@ def _listed(folder: Path, workspace: Path) -> Path | None:
         return None
     with understood(file):
         images = [image for case in read_json(file)["dataset"].values() for image in case["images"]]
-    return file.parent if any(folder in Path(image).parents for image in images) else None
+    if not any(folder in Path(image).parents for image in images):
+        return None
+    log.info(f"{folder}: the dataset that `nnlite init` made of it is {file.parent}")
+    return file.parent
 
 
 # -------------------------------------------------------------------------------------------------- planned datasets
@@ -200,7 +207,8 @@ def select_dataset(
     """
     paths = planned_paths(workspace_folder(workspace), dataset, only_reads=only_reads, needs_plan=needs_plan)
     planned = len(planned_datasets(paths.root.parent))
-    chosen = f", planned last; -d takes one of the {planned} planned" if dataset is None and planned > 1 else ""
+    why = "planned last" if only_reads else "the only one with a model"
+    chosen = f", {why}; -d takes one of the {planned} planned" if dataset is None and planned > 1 else ""
     log.info(f"dataset {paths.name} (workspace {paths.root.parent}{chosen})")
     return paths
 
@@ -232,7 +240,10 @@ def planned_paths(
         if not needs_plan and (found_models := _with_models(workspace, planned, only_reads)) is not None:
             return found_models
         if not planned:
-            raise UserError(f"no dataset is planned in the workspace {workspace}", fix="Run `nnlite plan DATA` first.")
+            raw = [file.parent.name for file in sorted((workspace / RAW).glob("*/dataset.json"))]
+            fix = f"Run `nnlite plan {shlex.quote(raw[0]) if len(raw) == 1 else 'DATA'}` first."
+            fix += f" Datasets that could be planned are {', '.join(raw)}." if len(raw) > 1 else ""
+            raise UserError(f"no dataset is planned in the workspace {workspace}", fix=fix)
         given = planned[0] if len(planned) == 1 else _planned_last(workspace) if only_reads else None
         if given not in planned:
             what = f"the workspace {workspace} has {len(planned)} planned datasets: {', '.join(planned)}"

@@ -143,7 +143,8 @@ def test_quiet_and_verbose_before_and_after_the_command(
 
     _, printed, said = command("plan", hippocampus, cwd=tmp_path)
     assert "\nnext: nnlite train 3d_fullres 0" in said
-    assert run("-q", "plan", hippocampus) == (0, printed, "")
+    code, out, err = run("-q", "plan", hippocampus)
+    assert (code, err) == (0, "") and out.splitlines() == [printed.splitlines()[0], "configurations: 2d, 3d_fullres"]
     code, out, err = run("--verbose", "plan", hippocampus)
     assert (code, out) == (0, printed)
     assert [line for line in err.splitlines() if not re.match(r"\[\d+\.\d s\] |warning: ", line)] == []
@@ -157,6 +158,31 @@ def test_quiet_and_verbose_before_and_after_the_command(
 def test_commands_that_need_no_network_do_not_import_torch(tmp_path: Path) -> None:
     code = "import sys; from nnunet_lite.commands import evaluate, info, inventory, machines, plan"
     subprocess.run([sys.executable, "-c", f"{code}; assert 'torch' not in sys.modules"], cwd=tmp_path, check=True)
+
+
+def test_mistakes_in_arguments_are_reported_before_torch_is_imported(tiny_workspace: Path, tmp_path: Path) -> None:
+    mistakes = {
+        "train 3d_fulres 0": "no configuration '3d_fulres'",
+        "train 3d_fullres 7": "there is no fold '7'",
+        "train 3d_fullres 0 --recipe fats": "fats",
+        "train 3d_fullres 0 --time-limit 3x": "time_limit",
+        "train 3d_fullres 0 --set optimizer.ls=1": "optimizer.ls",
+        "train 3d_fullres 0 -w nowhere": "no dataset is planned",
+        "run nothing": "there is no dataset 'nothing'",
+        "predict -i nothing -o out -w nowhere": "no dataset is planned",
+        "predict -i . -o out -m nothing": "is no model folder",
+        "select -w nowhere": "no dataset is planned",
+        "train": "3d_fullres ",
+    }
+    code = "import sys; from nnunet_lite import cli; sys.argv[0] = 'nnlite'\nfor line in sys.stdin:\n"
+    code += " sys.argv[1:] = line.split()\n try: cli.main()\n except SystemExit: print('torch' in sys.modules, '~')"
+    place = {**os.environ, "NNLITE_WORKSPACE": str(tiny_workspace)}
+    started = subprocess.run(
+        [sys.executable, "-c", code], input="\n".join(mistakes), cwd=tmp_path, check=True, env=place,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    for said, (typed, message) in zip(started.stdout.split("~\n"), mistakes.items(), strict=False):
+        assert message in said and said.endswith("False "), (typed, said)
 
 
 def test_the_summary_of_a_command_is_how_the_docstring_of_its_function_begins() -> None:

@@ -73,6 +73,8 @@ def test_instances_that_dataset_json_names(tmp_path: Path) -> None:
     (problem,) = problems(tmp_path)
     assert (problem.kind, problem.severity, problem.file) == ("instances_likely", "warning", "labels")
     assert problem.found == "label maps hold 7 to 20 values, each of which is one piece, as instance masks do"
+    save(tmp_path, *cells, labels={f"label_{i}": i for i in range(1, 21)})
+    assert kinds(tmp_path) == {"instances"}, "`nnlite init` named them"
 
 
 def test_components_of_a_thresholded_image(tmp_path: Path) -> None:

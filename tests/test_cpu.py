@@ -104,6 +104,17 @@ def test_parallel_samples_give_the_gradients_of_the_batch(
 
 
 @pytest.mark.parametrize("threads", [2], indirect=True)
+def test_parallel_samples_compute_in_bf16_where_the_batch_does(tiny_plan: Plan, threads: None) -> None:
+    network = make_unet(tiny_plan).to(memory_format=memory_format(3, True))  # type: ignore[call-overload]
+    set_deep_supervision(network, False)
+    x = torch.randn(2, 1, 16, 32, 16).contiguous(memory_format=memory_format(3, True))
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = parallelize_samples(network)(x), network(x)
+    assert found.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("threads", [2], indirect=True)
 def test_samples_are_not_parallel_where_that_is_impossible(tiny_plan: Plan, threads: None) -> None:
     mixing = make_unet(tiny_plan, norm="batch")
     assert parallelize_samples(mixing) is mixing

@@ -245,7 +245,7 @@ def test_a_signal_leaves_nothing_temporary(tmp_path: Path, counts: Counts, numbe
     process.send_signal(number)
     _, err = process.communicate(timeout=20)
     assert process.returncode == 128 + number
-    assert err == f"stopped by {number.name}; the same command resumes from here (predict: with --continue)\n"
+    assert err == f"stopped by {number.name}; the same command resumes from here\n"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -72,6 +72,8 @@ def test_the_printed_command_plans_the_dataset(command: Command, tmp_path: Path,
     make, given, channels, labels = KINDS[kind]
     make(tmp_path / kind)
     before = sorted((tmp_path / kind).rglob("*"))
+    code, _, err = command("init", f"{kind}s{given}", cwd=tmp_path)
+    assert code == 2 and (given or f"Did you mean {tmp_path / kind}?" in err)
     code, out, err = command("init", f"{kind}{given}", cwd=tmp_path)
     assert (code, err) == (0, "") and sorted((tmp_path / kind).rglob("*")) == before, "nothing is written to the data"
     lines = dict(line.split(maxsplit=1) for line in out.splitlines()[1:])
@@ -141,6 +143,18 @@ def test_masks_next_to_images_are_left_out_by_predict_and_compared_by_evaluate(t
     assert scores.foreground().mean == 1
 
 
+def test_folders_of_patients_are_predicted_and_evaluated(tmp_path: Path) -> None:
+    """The masks in them are no images, and channels have the names that `nnlite init` gave them."""
+    patients(tmp_path / "data")
+    found = find_cases([tmp_path / "data"], 2, ["t1", "T2"])
+    assert [[path.name for path in case.images] for case in found] == [["t1.nii.gz", "t2.nii.gz"]] * 6
+    with pytest.raises(UserError, match=r"holds 3 images \(seg\.nii\.gz, which looks like a mask, t1\.nii\.gz, t2"):
+        find_cases([tmp_path / "data"], 2, ["CT", "PET"])
+    save_arrays(tmp_path / "out", {f"P{i}.nii.gz": blocks([1, 4]) for i in CASES})
+    scores = nnunet_lite.evaluate(tmp_path / "out", tmp_path / "data")
+    assert scores.foreground().mean == 1 and len(scores.rows) == 6
+
+
 def test_numbered_pictures_of_three_colours_are_cases(tmp_path: Path) -> None:
     """x_0000.png and x_0001.png are two cases that the dataset.json lists, not channels of the first."""
     for i in range(3):
@@ -157,10 +171,8 @@ def test_nothing_is_overwritten_or_half_written(command: Command, tmp_path: Path
     assert command("init", "data", "-o", "data", cwd=tmp_path)[0] == 0
     table = (tmp_path / "data" / "dataset.json").read_text()
     assert '"P1/t1.nii.gz"' in table, "paths inside the dataset are relative"
-    code, _, err = command("init", "data", "-o", "data", cwd=tmp_path)
-    assert (
-        code == 2 and "with the list of cases of that time. Delete it to make it again, run `nnlite plan data`" in err
-    )
+    code, out, _ = command("init", "data", "-o", "data", cwd=tmp_path)
+    assert code == 0 and "unchanged the list of cases is the same as before" in out
     code, _, err = command("init", "data", cwd=tmp_path)
     assert code == 2 and "data: is a dataset already. Run `nnlite plan data`." in err
     assert (tmp_path / "data" / "dataset.json").read_text() == table
@@ -178,6 +190,29 @@ def test_nothing_is_overwritten_or_half_written(command: Command, tmp_path: Path
         "P2/t3.nii.gz",
     ]
     assert about["next"] == "nnlite plan ws/raw/data -w ws" and len(about["dataset"]) == 5
+
+
+def test_the_list_of_cases_is_updated_and_the_names_stay(command: Command, tmp_path: Path) -> None:
+    patients(tmp_path / "data")
+    code, out, err = command("init", "data", cwd=tmp_path)
+    table = tmp_path / "nnlite_workspace" / "raw" / "data" / "dataset.json"
+    assert (code, err) == (0, "") and f"\nto do     name the labels in {table} before you plan\n" in out
+    table.write_text(table.read_text().replace("label_1", "liver").replace("label_4", "tumour").replace('"t1"', '"CT"'))
+    (tmp_path / "data" / "P2" / "seg.nii.gz").unlink()
+    shutil.copytree(tmp_path / "data" / "P1", tmp_path / "data" / "P9")
+    code, out, err = command("init", "data", cwd=tmp_path)
+    assert code == 0 and "added     1: P9\n" in out and "removed   1: P2\n" in out and "to do" not in out
+    assert err == "warning: 1 of 7 patients left out: P2/t1.nii.gz, P2/t2.nii.gz have no mask\n"
+    written = json.loads(table.read_text())
+    assert written["labels"] == {"background": 0, "liver": 1, "tumour": 4} and written["numTraining"] == 6
+    assert written["channel_names"] == {"0": "CT", "1": "t2"} and "P9" in written["dataset"]
+    before = table.read_bytes()
+    save_arrays(tmp_path / "data", {"P9/seg.nii.gz": blocks([7])})
+    code, _, err = command("init", "data", cwd=tmp_path)
+    assert code == 2 and "there are other label values [7] now" in err and table.read_bytes() == before
+    patients(tmp_path / "elsewhere" / "data")
+    code, _, err = command("init", "elsewhere/data", cwd=tmp_path)
+    assert code == 2 and "lists other files. Delete it" in err and table.read_bytes() == before
 
 
 def test_the_workspace_is_not_searched(command: Command, tmp_path: Path) -> None:
@@ -202,7 +237,7 @@ def test_other_commands_point_to_it(command: Command, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (lambda root: shutil.rmtree(root), "there is no such folder or file"),
+        (lambda root: shutil.rmtree(root), "there is no such file or folder"),
         (lambda root: [save_arrays(root, {f"P{i}/seg.nii.gz": blocks([])}) for i in CASES], "anything but zeros"),
         (
             lambda root: save_arrays(root, {f"P1/{name}_mask.nii.gz": blocks([1]) for name in ("seg", "label")}),

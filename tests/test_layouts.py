@@ -48,14 +48,14 @@ def pictures(root: Path, values: tuple[int, ...], colour: bool, names: tuple[str
 
 
 def trained_and_predicted(command: Command, home: Path, configuration: str, patch: str) -> tuple[Path, str]:
-    """plan -> train -> predict in one folder; the label maps, and what was said while planning."""
+    """plan -> train -> predict in one folder; the label maps, and what was said while planning and predicting."""
     code, _, said = command("plan", "data", cwd=home)
     assert code == 0, said
     code, out, err = command("train", configuration, 0, *TINY, "--patch-size", patch, cwd=home)
     assert code == 0 and "foreground mean" in out, err
     code, out, err = command("predict", "-i", "data/in", "-o", "out", cwd=home)
     assert code == 0, err
-    return home / "out", said
+    return home / "out", said + err
 
 
 @pytest.mark.parametrize(
@@ -83,8 +83,9 @@ def test_pictures(
     out, said = trained_and_predicted(command, tmp_path, "2d", "32x32")
     assert ("3 channels in one file" in said) == colour
     assert ("255 is read as 1" in said) == (values == (255,))
-    assert [path.name for path in sorted(out.iterdir())] == ["cell_8.png", "cell_9.png"]
-    for path in out.iterdir():
+    assert f"cell_8.png contains 0 to {max(values) % 254}: it looks black" in said
+    assert [path.name for path in sorted(out.glob("cell*"))] == ["cell_8.png", "cell_9.png"]
+    for path in out.glob("cell*"):
         with Image.open(path) as picture:
             assert (picture.mode, picture.size) == ("L", (48, 40))
             assert set(np.unique(np.asarray(picture))) <= stored
@@ -112,12 +113,12 @@ def test_several_channels_in_nnunet_layout(command: Command, tmp_path: Path, hip
     labels = {"background": 0, "front": 1, "back": 2}
     (root / "dataset.json").write_text(json.dumps(described("T1", "T2", labels=labels, numTraining=5)))
     out, _ = trained_and_predicted(command, tmp_path, "3d_fullres", "32x32x32")
-    assert [path.name for path in sorted(out.iterdir())] == ["case_5.nii.gz", "case_6.nii.gz"]
+    assert [path.name for path in sorted(out.glob("case*"))] == ["case_5.nii.gz", "case_6.nii.gz"]
     code, shown, err = command("predict", "-i", "data/in/case_6_0001.nii.gz", "-o", "one", cwd=tmp_path)
     assert code == 0 and shown.endswith("label map in one\n") and (tmp_path / "one" / "case_6.nii.gz").is_file()
     (root / "in" / "case_6_0001.nii.gz").unlink()
     code, shown, err = command("predict", "-i", "data/in", "-o", "out2", cwd=tmp_path)
-    assert code == 1 and [path.name for path in (tmp_path / "out2").iterdir()] == ["case_5.nii.gz"]
+    assert code == 1 and [path.name for path in (tmp_path / "out2").glob("case*")] == ["case_5.nii.gz"]
     assert "failed: case_6: " in err and "case_6_0001.nii.gz" in err.splitlines()[-1]
 
 
@@ -165,7 +166,7 @@ def test_a_model_of_pixels_takes_stacks_with_micrometres_by_their_pixels(command
     stack = stacks(root, 1, {"photometric": "minisblack"}, "cell_{}_0000.tif")
     out, said = trained_and_predicted(command, tmp_path, "3d_fullres", "16x32x32")
     assert "no spacing known, 1x1x1 mm taken" in said
-    assert [path.name for path in out.iterdir()] == ["cell_6.tif"], "no spacing is invented"
+    assert [path.name for path in out.glob("cell*")] == ["cell_6.tif"], "no spacing is invented"
     micrometres = {"axes": "ZYX", "spacing": 0.8, "unit": "um"}
     tifffile.imwrite(root / "in/cell_6_0000.tif", stack, imagej=True, metadata=micrometres, resolution=(2.5, 2.5))
     code, _, err = command("predict", "-i", "data/in", "-o", "out2", cwd=tmp_path)

@@ -72,22 +72,32 @@ def test_fp16_replaces_a_wrong_bf16(job: MakeJob, gpu: dict[Any, bool], capfd: p
 
 
 def test_the_choice_of_a_format_is_kept(job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "formats.json"
-    run = replace(job(**FP32), formats=file)
-    chosen = choose_format(run, make_network(run))
+    file, network = tmp_path / "formats.json", make_network(job(**FP32))
+    run = replace(job(**FP32), formats=file, device=torch.device("meta"))  # stands for one on which formats are timed
+    monkeypatch.setattr(learner, "pick_fastest", lambda formats, *_: replace(formats[-1], reason="fast"))
+    chosen = choose_format(run, network)
     (key,) = json.loads(file.read_text())
-    assert key.startswith(f"cpu, torch {torch.__version__}, 3d_fullres ")
-    other = replace(job(**FP32 | {"training.batch_size": 3}), formats=file)
-    choose_format(other, make_network(other))
+    assert key.startswith(f"meta, torch {torch.__version__}, 3d_fullres ")
+    choose_format(replace(run, plan=job(**FP32 | {"training.batch_size": 3}).plan), network)
     assert len(json.loads(file.read_text())) == 2
     with monkeypatch.context() as patch:
         patch.setattr(learner, "pick_fastest", None)  # nothing is timed again
-        again = choose_format(replace(run, seed=6), make_network(run))
+        again = choose_format(replace(run, seed=6), network)
         assert (again, again.reason) == (chosen, chosen.reason)
-    for damaged in ('{"cpu', "[]", '{"cpu": {"precision": 1, "unknown": 2}}'):
+    for damaged in ('{"meta', "[]", '{"meta": {"precision": 1, "unknown": 2}}'):
         file.write_text(damaged)
-        choose_format(run, make_network(run))
+        choose_format(run, network)
         assert list(json.loads(file.read_text())) == [key]
+
+
+def test_on_a_cpu_nothing_is_timed_and_a_seed_means_fp32(job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So all folds of a model, and a run that is resumed, compute alike, however busy the machine is."""
+    monkeypatch.setattr(learner, "pick_fastest", None)
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(precision, "has_bf16", lambda _: True)
+    for seed, expected in ((None, "bf16"), (3, "fp32")):
+        run = job(**AUTO | {"training.seed": seed, "training.patch_size": [8, 8, 8]})
+        assert choose_format(run, make_network(run)) == ComputeFormat(expected, channels_last=True)
 
 
 def test_a_compiled_network_makes_the_same_step(job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,6 +104,11 @@ def test_a_message_is_on_a_line_of_its_own_above_the_bar(size: tuple[int, int]) 
     assert lines == ["sums in float32", long, '{"result": 1}', "done"]
 
 
+def test_a_command_shows_a_sign_before_torch_is_imported() -> None:
+    written, _ = run_on_a_terminal("import sys; from nnunet_lite import cli; sys.argv[1:] = ['doctor']; cli.main()")
+    assert written.startswith("\rstarting doctor") and "starting" not in written.partition("torch")[2]
+
+
 def test_messages_in_threads_leave_two_bars_whole() -> None:
     _, lines = run_on_a_terminal(IN_A_THREAD)
     assert [line for line in lines if "message" in line] == [f"message {i}" for i in range(20)]

@@ -114,6 +114,16 @@ def test_a_run_may_be_made_longer(tmp_path: Path, begin: Begin, before: dict[str
     assert [len(entry["changes"]) for entry in changed] == ([len(after)] if before else [])
 
 
+def test_a_fold_that_has_not_begun_may_have_any_length(
+    tmp_path: Path, plan: Plan, dataset: Dataset, begin: Begin
+) -> None:
+    seed = begin({"training.time_limit": 60})
+    for fold, length in (("1", {"training.time_limit": 30}), ("2", {"training.epochs": 7})):
+        settings = with_changes(Settings(), length)
+        assert open_run(tmp_path, plan, dataset, NAME, settings, fold=fold) == seed
+        assert settings_of(tmp_path) == settings
+
+
 def test_another_plan_is_refused(plan: Plan, begin: Begin) -> None:
     begin()
     planned = plan.configuration(NAME).model_copy(update={"batch_dice": True})

@@ -225,4 +225,4 @@ def test_predict_with_all_options(
     assert code == 2 and f"are the same case '{names[0]}'" in err
     code, _, err = command(*predict, *common, "0.0001", "-o", tmp_path / "o2", cwd=tmp_path)
     assert code == 2 and "B of memory at least, 100 kB may be used. Raise --max-memory" in err
-    assert not any((tmp_path / "o2").iterdir())
+    assert [path.name for path in (tmp_path / "o2").iterdir()] == ["predictions.json"], "it says why it failed"

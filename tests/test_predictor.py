@@ -259,6 +259,36 @@ def test_the_number_format_on_a_gpu(
     assert found.precision == expected and not found.plain_norm, "which is made for compiled networks"
 
 
+@pytest.mark.parametrize(
+    ("native", "origin", "device", "precision", "expected"),
+    [
+        (True, {"imported_from": "nnU-Net"}, None, None, "fp32"),
+        (True, {}, "cuda", "bf16", "bf16"),
+        (False, {}, "cuda", "bf16", "fp32"),
+        (True, {}, "cuda", "fp32", "fp32"),
+        (False, {}, "cpu", "bf16", "bf16"),
+    ],
+)
+def test_the_number_format_on_a_cpu_is_no_matter_of_speed(
+    native: bool,
+    origin: dict[str, str],
+    device: str | None,
+    precision: str | None,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """That of the training on a CPU, bf16 only where the CPU has instructions for it, fp32 for a model of nnU-Net."""
+    header = {} if device is None else {"device": device, "arithmetic": {"precision": precision, "channels_last": True}}
+    trained = _Trained(
+        sample_plan(labels_of(3)), {"configuration": "3d_fullres", **origin}, {"0": Brightness()}, header
+    )
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr("nnunet_lite.networks.precision.has_bf16", lambda _: native)
+    monkeypatch.setattr("nnunet_lite.inference.predictor.pick_fastest", None)
+    found = _choose_arithmetic(trained, InferenceSettings(), torch.device("cpu"))
+    assert (found.precision, found.channels_last) == (expected, True)
+
+
 def test_fold_all_is_used_if_there_is_no_other(model_copy: Path) -> None:
     shutil.copytree(model_copy / "fold_0", model_copy / "fold_all")
     (model_copy / "fold_1").mkdir()  # begun and not finished

@@ -272,6 +272,18 @@ def test_images_stay_as_stored_for_models_of_an_older_nnlite(planned: Planned, t
     assert planned.copies == ["plans_1.json"]
 
 
+def test_models_of_the_former_plan_are_named_unless_only_names_of_labels_change(
+    planned: Planned, tiny_model: Path
+) -> None:
+    planned.plan()
+    shutil.copytree(tiny_model, planned.file.parent / "models" / "tiny")
+    table = planned.raw / "dataset.json"
+    table.write_text(table.read_text().replace("Anterior", "front"))
+    assert planned.plan().labels.region_names == ("front", "Posterior") and "former plan" not in planned.said()
+    planned.plan(preset="resenc_m")
+    assert "warning: models trained so far belong to the former plan: tiny; they can predict" in planned.said()
+
+
 def test_a_configuration_follows_what_it_inherits_and_the_change_is_reported(planned: Planned) -> None:
     planned.plan(preset="resenc_m")
     planned.set("mine", **MINE)

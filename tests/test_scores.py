@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from samples import HIPPOCAMPUS, Command, displaced
+from samples import HIPPOCAMPUS, Command, displaced, save_arrays
 from scipy.stats import bootstrap
 
 from nnunet_lite.data.geometry import Geometry
@@ -142,8 +142,8 @@ def test_csv_and_table(folders: tuple[Path, Path]) -> None:
         ("025", "Anterior", "1"), ("025", "Posterior", "2"),
     ]  # fmt: skip
     assert len(lines) == 16 and float(lines[0]["Dice"]) == scores.values("Dice")[0, 0]
-    head, anterior, _, foreground = scores.to_text().splitlines()
-    assert len(head) == len(foreground) and scores.lines()[0][6:8] == ("NSD 2 mm", "HD95 mm")
+    head, anterior, _, foreground = scores.to_text().splitlines()[:4]
+    assert len(head) == len(foreground) and scores.lines()[0][6:8] == ("NSD (2 mm)", "HD95 (mm)")
     assert anterior.split()[:3] == ["Anterior", "8", f"{np.mean(scores.values()[:, 0]):.4f}"]
     assert f"{scores.foreground().mean:.4f}" in foreground
     text = json.dumps(scores.to_json(), allow_nan=False)
@@ -164,13 +164,32 @@ def test_a_dataframe_is_the_csv(folders: tuple[Path, Path], monkeypatch: pytest.
         scores.to_dataframe()
 
 
+def test_labels_have_the_names_in_the_record_beside_predictions_and_cases_a_line_each(tmp_path: Path) -> None:
+    mask = np.zeros((4, 8, 8), np.uint8)
+    mask[1:3, 2:6, 2:6] = 1
+    for number in range(12):
+        empty = mask * np.uint8(number != 7)
+        save_arrays(tmp_path, {f"out/c{number}.nii.gz": empty, f"references/c{number}.nii.gz": mask})
+    unnamed = score_files(tmp_path / "out", tmp_path / "references", surface=False, workers=0)
+    assert unnamed.notes == (f"no dataset.json in {tmp_path / 'references'}, {tmp_path}, {tmp_path / 'out'}: "
+                             "the labels are the values found, 1",)  # fmt: skip
+    record = {"runs": [{"labels": {"background": 0, "liver": 1}}]}
+    (tmp_path / "out" / "predictions.json").write_text(json.dumps(record))
+    named = score_files(tmp_path / "out", tmp_path / "references", surface=False, workers=0)
+    assert named.labels.region_names == ("liver",) and named.notes == ()
+    lines = named.to_text().splitlines()
+    assert lines[3:5] == ["worst of 12 cases:", "c7: Dice 0.0000 (liver 0.0000)"] and len(lines) == 9
+    few_cases = replace(named, rows=named.rows[:3]).to_text().splitlines()
+    assert few_cases[3:] == [f"{case}: Dice 1.0000 (liver 1.0000)" for case in ("c0", "c1", "c10")]
+
+
 def test_volume_errors_do_not_cancel() -> None:
     """One volume of a half too much and one of a half too little: an error of a half, not of nothing."""
     reference, small, large = np.zeros((3, 1, 4, 8), np.uint8)
     reference[0, 0, :4] = small[0, 0, :2] = large[0, 0, :6] = 1
     scores = scores_of([(small, reference), (large, reference)], Labels(names={"lesion": 1}))
     cells = dict(zip(scores.lines()[0], scores.lines()[1], strict=True))
-    assert cells["abs. volume error"] == "0.5000" and "volume error" not in cells
+    assert cells["abs. volume error"] == "50.0%" and "volume error" not in cells
     summary = scores.to_json()
     mean = summary["mean"]["1"]
     assert (mean["absolute_volume_error"], mean["volume_error"]) == (0.5, 0.0), "the second is the bias"
@@ -286,7 +305,7 @@ def test_pictures(tmp_path: Path) -> None:
     assert coarse.notes == ("100 voxels are less than the tolerance of NSD, 60: it says nothing (r)",)
     assert "NSD" not in coarse.to_text().splitlines()[0] and "HD95 mm" in coarse.to_text()
     assert {"HD95", "NSD"} <= set(pixels.to_text().split()) and "mm" not in pixels.to_text()
-    assert "HD95 mm" in mm.to_text() and "HD95_mm" in mm.to_csv() and "nsd_tolerance_mm" in mm.to_json()
+    assert "HD95 (mm)" in mm.to_text() and "HD95_mm" in mm.to_csv() and "nsd_tolerance_mm" in mm.to_json()
     content = json.dumps(pixels.to_json()) + pixels.to_csv()
     assert "HD95_px" in content and "nsd_tolerance_px" in content and "_mm" not in content
 

@@ -30,6 +30,15 @@ def test_recipes_are_all_the_files_of_configs_and_described_below() -> None:
     assert sorted(recipes().values()) == sorted(files)
 
 
+@pytest.mark.parametrize(
+    ("changes", "minutes"),
+    [({}, 4), ({"training.epochs": 4}, None), ({"training.epochs": 4, "training.time_limit": "8m"}, 8),
+     ({"training.time_limit": "none"}, None)],
+)  # fmt: skip
+def test_a_length_takes_the_place_of_the_recipes(changes: dict[str, Any], minutes: float | None) -> None:
+    assert load_settings("cpu", changes).training.time_limit == minutes
+
+
 @pytest.mark.parametrize("name", recipes())
 def test_every_recipe_loads_and_is_what_its_file_says(name: str) -> None:
     text = recipes()[name].read_text()

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
+import time
 from pathlib import Path
 
 import pytest
@@ -101,3 +104,28 @@ def test_signals_that_are_ignored_stay_ignored(tmp_path: Path) -> None:
     )
     command = f"trap '' HUP INT; exec {shlex.quote(sys.executable)} -c {shlex.quote(code)}"
     assert subprocess.check_output(["sh", "-c", command], text=True) == "1 1\n"
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_in_training_is_answered_at_once_and_an_empty_model_is_deleted(
+    tiny_workspace: Path, tmp_path: Path, times: int
+) -> None:
+    """While a fold starts one Ctrl-C ends it; later it ends after the step, and at once if it comes again."""
+    workspace = shutil.copytree(tiny_workspace, tmp_path / "workspace", ignore=shutil.ignore_patterns("models"))
+    options = "--device cpu --set training.iterations=100000 -w"
+    if times == 2:
+        options = f"--recipe cpu {options}"
+    run = [*shlex.split(NNLITE), "train", "3d_fullres", "0", *options.split(), str(workspace)]
+    process = subprocess.Popen(run, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    assert process.stderr is not None
+    begin = "about" if times == 2 else "training 3d_fullres"
+    said = next(line for line in process.stderr if line.startswith(begin))
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    if times == 2:
+        said = next(line for line in process.stderr if "step" in line)
+        assert said == "SIGINT: stopping after this step; press again to stop now\n"
+        process.send_signal(signal.SIGINT)
+    rest = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "resumes from" in rest, said
+    assert list(workspace.glob("*/models/*/fold_0")) == [] or times == 2

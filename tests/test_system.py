@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from samples import ENVIRONMENT, TINIEST, as_options, first_cases
 
 from nnunet_lite import system
@@ -129,3 +130,11 @@ def test_the_quota_of_a_real_cgroup_counts() -> None:
 )  # fmt: skip
 def test_bytes_are_written_with_three_digits(number: float, text: str) -> None:
     assert system.in_units(number) == text
+
+
+def test_a_gpu_is_looked_for_without_torch() -> None:
+    code = "import sys; from nnunet_lite.system import has_no_gpu; print(has_no_gpu(), 'torch' in sys.modules)"
+    for hidden, expected in ((None, not torch.cuda.is_available()), ("", True)):
+        here = os.environ if hidden is None else {**os.environ, "CUDA_VISIBLE_DEVICES": hidden}
+        found = subprocess.run([sys.executable, "-c", code], env=here, check=True, capture_output=True, text=True)
+        assert found.stdout == f"{expected} False\n"

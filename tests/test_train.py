@@ -13,11 +13,14 @@ from samples import TINIEST
 import nnunet_lite
 from nnunet_lite.commands import train as commands
 from nnunet_lite.commands.train import fold_names
+from nnunet_lite.commands.training_run import plan_runs
 from nnunet_lite.errors import Busy, UserError
 from nnunet_lite.evaluation.scores import Scores
 from nnunet_lite.files import read_json, write_json
-from nnunet_lite.models.folder import lock_fold
+from nnunet_lite.models.folder import CHECKPOINT, lock_fold, read_weights_header
 from nnunet_lite.networks.unet import UNet
+from nnunet_lite.planning.schema import Plan
+from nnunet_lite.settings import load_settings
 from nnunet_lite.workspace import planned_paths
 
 SETTINGS = TINIEST | {"training.patch_size": [16, 16, 16], "training.epochs": 1, "training.iterations": 1}
@@ -157,11 +160,10 @@ def test_all_folds_are_looked_at_before_the_first_is_trained(workspace: Path) ->
 def test_what_the_settings_change_of_the_plan_is_reported(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
     train(workspace, 0, name="changed", settings={"training.batch_size": 3, "network.norm": "batch"})
     changes = (
-        "3d_fullres, changed against the plan by the settings: patch_size [40, 56, 40] -> [16, 16, 16]; "
-        "batch_size 2 -> 3; features [32, 64, 128, 256] -> [2, 4, 4]; strides "
+        "3d_fullres, the settings: patch 16x16x16 instead of 40x56x40, batch 3 instead of 2, "
+        "features [2, 4, 4] instead of [32, 64, 128, 256], norm batch instead of instance\n"
     )
-    said = capfd.readouterr().err
-    assert changes in said and "; norm instance -> batch\n" in said
+    assert changes in capfd.readouterr().err
 
 
 def test_a_run_resumes_where_only_the_explanations_of_the_plan_changed(workspace: Path, models: Path) -> None:
@@ -177,5 +179,61 @@ def test_a_run_resumes_where_only_the_explanations_of_the_plan_changed(workspace
     assert (plans.read_bytes(), weights.read_bytes()) == before
     planned["configurations"]["3d_fullres"]["batch_dice"] = True
     write_json(paths.plans, planned)
-    with pytest.raises(UserError, match="trained with other settings: the plan"):
+    difference = r"the plan \(configurations\.3d_fullres\.batch_dice: False -> True\)\. Repeat"
+    with pytest.raises(UserError, match=f"trained with other settings: {difference}"):
         train(workspace, 0)
+
+
+def test_labels_are_renamed_under_models(
+    workspace: Path, models: Path, hippocampus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Names are not the plan's arithmetic: folds, selection and prediction with the models that exist go on."""
+    paths, nnlite = planned_paths(workspace), {"workspace": workspace, "device": "cpu"}
+    assert nnunet_lite.select(**nnlite).models == ("3d_fullres-default",)
+    selected = read_json(paths.inference)
+    gain = {"before": 0.5, "after": 0.6, "n": 2}
+    write_json(
+        paths.inference, selected | {"postprocessing": {"Anterior": {}}, "postprocessing_gain": {"Anterior": gain}}
+    )
+    for file in (paths.plans, paths.dataset, paths.inference):
+        file.write_text(file.read_text().replace("Anterior", "front"))
+    image = hippocampus / "imagesTr" / "hippocampus_001.nii.gz"
+    first = nnunet_lite.predict(image, tmp_path / "a.nii.gz", **nnlite)
+    assert first.labels.region_names == ("Anterior", "Posterior") and list(first.postprocessing) == ["Anterior"]
+    record = read_json(tmp_path / "predictions.json")["runs"]
+    assert [run["labels"] for run in record] == [{"background": 0, "Anterior": 1, "Posterior": 2}]
+    nnunet_lite.predict(image, tmp_path / "a.nii.gz", **nnlite)
+    assert "1 label map will be replaced; --continue keeps them\n" in capfd.readouterr().err
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").touch()
+    with pytest.raises(UserError, match=r"holds no image .* This model was trained on \.nii\.gz\. Supported"):
+        nnunet_lite.predict(tmp_path / "notes", tmp_path / "b", **nnlite)
+    train(workspace, 2)
+    plan = Plan.read(models / "3d_fullres-default" / "plans.json")
+    assert plan.labels.region_names == ("front", "Posterior")
+    assert nnunet_lite.select(**nnlite).folds == ("0", "1", "2")
+
+
+def test_the_start_of_the_process_counts_as_time_but_leaves_some_to_train(
+    workspace: Path, models: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    paths = planned_paths(workspace)
+    changes = {**SETTINGS, "training.epochs": 1000, "training.time_limit": 0.1, "training.limit_validation": False}
+    (run,) = plan_runs(paths, load_settings("default", changes), ["3d_fullres"], ["2"], name="timed", device="cpu")
+    commands.train_and_validate(run, start=1e6)
+    state = read_weights_header(models / "timed" / "fold_2" / CHECKPOINT)
+    assert state["seconds"] == pytest.approx(6, rel=0.5) and 0 < state["epoch"] < 1000
+    assert " cases for 6.0 s in " in capfd.readouterr().err
+
+
+def test_a_fold_that_ends_before_its_first_step_leaves_no_folder(workspace: Path, models: Path) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    for fold, name in ((2, "3d_fullres-default"), (0, "new")):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(commands, "preprocess_dataset", interrupt)
+            train(workspace, fold, name=name)
+        assert not (models / name / f"fold_{fold}").exists()
+    assert sorted(path.name for path in models.iterdir()) == ["3d_fullres-default"]
+    assert sorted(path.name for path in (models / "3d_fullres-default").glob("fold_*")) == ["fold_0", "fold_1"]

@@ -104,8 +104,10 @@ def test_raw_data_that_cannot_be_found(here: Path) -> None:
 
 
 def test_the_only_planned_dataset_is_selected_and_of_several_one_must_be_named(here: Path) -> None:
-    with pytest.raises(UserError, match="no dataset is planned"):
-        planned_paths(here)
+    for name, fix in (("one", "Run `nnlite plan one` first"), ("two", r"`nnlite plan DATA` first\. .* are one, two")):
+        make_raw(here / "raw", name).joinpath("dataset.json").touch()
+        with pytest.raises(UserError, match=f"no dataset is planned .*{fix}"):
+            planned_paths(here)
     make_planned(here, "Task04_Hippocampus")
     for content in (None, "{", json.dumps({"dataset": "deleted"})):  # of current.json, which is not needed
         if content is not None:

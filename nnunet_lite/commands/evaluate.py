@@ -18,7 +18,7 @@ from nnunet_lite.commands import options
 from nnunet_lite.data.cases import Case
 from nnunet_lite.data.dataset import stored_dataset
 from nnunet_lite.data.labels import Labels
-from nnunet_lite.errors import UserError
+from nnunet_lite.errors import UserError, no_such_file
 from nnunet_lite.evaluation.scores import Scores, read_summaries, score_files
 from nnunet_lite.files import read_json, scratch, write_json, write_text
 from nnunet_lite.inference.cases import output_file
@@ -93,7 +93,7 @@ def evaluate(
         predicted, expected, labels, exit_code = Path(prediction), Path(reference), None, 0
         if model is not None:
             if not expected.exists():  # predicting may take long
-                raise UserError("there is no such file or folder", expected)
+                raise no_such_file(expected)
             predicted = stack.enter_context(scratch(Path(gettempdir()))) / expected.name
             made = nnunet_lite.predict(
                 prediction, predicted, model=model, device=device, workspace=workspace, accept_geometry=accept_geometry

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,15 +10,16 @@ from typing import Annotated, Any
 
 import typer
 
+from nnunet_lite import log
 from nnunet_lite.commands import options
 from nnunet_lite.data.cases import Case, common_ending
-from nnunet_lite.data.dataset import MASK_NOTE, labels_in, name_channels
+from nnunet_lite.data.dataset import MASK_NOTE, channels_of, labels_in, labels_of, name_channels
 from nnunet_lite.data.dicom import require_dicom
-from nnunet_lite.data.discovery import cases_by_name, cases_in_table, files_below
+from nnunet_lite.data.discovery import NO_IMAGE, NO_MASK, Discovery, cases_by_name, cases_in_table, files_below
 from nnunet_lite.data.names import PICTURES
 from nnunet_lite.data.problems import few, plural
-from nnunet_lite.errors import UserError
-from nnunet_lite.files import write_json
+from nnunet_lite.errors import UserError, no_such_file
+from nnunet_lite.files import read_json, write_json
 from nnunet_lite.workspace import RAW, workspace_folder
 
 _CASES_SHOWN = 3
@@ -50,7 +52,8 @@ def init(
 
     It understands a folder for each patient, masks next to images or in a folder of their own, a CSV file with columns
     case, label and one for each channel, and DICOM series with DICOM-SEG or RTSTRUCT masks, of which label maps are
-    written. The dataset is a dataset.json with the paths of the files.
+    written. The dataset is a dataset.json with the paths of the files. Called again, it updates the list of cases and
+    keeps the names of labels and channels that you wrote there.
 
     Parameters
     ----------
@@ -73,7 +76,8 @@ def init(
     Raises
     ------
     UserError
-        It is not clear which files belong together, or there is a dataset.json already. Nothing is written.
+        It is not clear which files belong together, or the dataset.json that exists is for other files, channels or
+        labels. Nothing is written.
 
     Examples
     --------
@@ -86,17 +90,18 @@ def init(
     root = Path(output).expanduser().absolute() if output else place / RAW / name
     then = f"nnlite plan {_for_shell(root)}" + (f" -w {_for_shell(place)}" if workspace else "")
     if not source.exists():
-        raise UserError("there is no such folder or file", source)
+        raise no_such_file(source)
     if source.is_file() and source.suffix.lower() not in (".csv", ".tsv", ".txt"):
         raise UserError("is no folder and no CSV file", source, f"Run `nnlite init {_for_shell(source.parent)}`.")
-    if (root / "dataset.json").exists():
-        fix = f"Delete it to make it again, run `{then}` to use it, or give another --output."
-        raise UserError("exists already, with the list of cases of that time", root / "dataset.json", fix)
-    if (source / "dataset.json").is_file():
+    table = root / "dataset.json"
+    existing = read_json(table) if table.is_file() else None
+    if existing is None and (source / "dataset.json").is_file():
         raise UserError("is a dataset already", source, f"Run `nnlite plan {_for_shell(source)}`.")
     images, chosen = ([value] if isinstance(value, str) else list(value or ()) for value in (image, label))
     files = None if source.is_file() else files_below(source, (place, root))
     if files is not None and files.masks:
+        if existing is not None:  # the numbers of structures may be others now
+            raise UserError("exists already, with label maps of DICOM masks", table, _again(then))
         require_dicom()
         from nnunet_lite.data.dicom_masks import convert_masks  # pydicom and highdicom
 
@@ -106,9 +111,7 @@ def init(
         known, value_map = labels_in([case.label for case in found.cases if case.label])
         labels, notes = known.to_json(), [MASK_NOTE] if value_map else []
     channels, ending = name_channels(found.cases, found.channels), common_ending(found.cases)
-    if ending not in PICTURES and "ct" not in map(str.lower, channels):
-        notes.append("name a channel CT in dataset.json if it is one: it is normalised by its Hounsfield units")
-    content = {
+    content: dict[str, Any] = {
         "channel_names": {str(i): channel for i, channel in enumerate(channels)},
         "labels": labels,
         "numTraining": len(found.cases),
@@ -118,29 +121,82 @@ def init(
             for case in found.cases
         },
     }
-    write_json(root / "dataset.json", content)
+    changes: list[tuple[str, str]] = []
+    if existing is not None:
+        content, changes = _updated(existing, content, table, then)
+    if ending not in PICTURES and "ct" not in (str(name).lower() for name in content["channel_names"].values()):
+        notes.append("name a channel CT in dataset.json if it is one: it is normalised by its Hounsfield units")
+    write_json(table, content)
+    _warn_of_halves(found)
     others = [_relative(path, source) for path in files.others] if files else []
     left_out = {**found.left_out, "files of no supported format": others}
     left_out = {reason: names for reason, names in left_out.items() if names}
     values = {"path": str(root), **content, "notes": notes, "left_out": left_out, "next": then}
-    return options.About(values, _summary(source, found.cases, values))
+    return options.About(values, _summary(source, found.cases, values, changes), brief=str(table))
 
 
-def _summary(source: Path, cases: Sequence[Case], values: dict[str, Any]) -> str:
+def _again(then: str) -> str:
+    return f"Delete it to make it again, run `{then}` to use it, or give another --output."
+
+
+def _updated(
+    old: dict[str, Any], new: dict[str, Any], table: Path, then: str
+) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Return the dataset.json that exists with the cases that there are now, and what changed.
+
+    Names of channels and labels, which people write into it, stay.
+
+    Raises
+    ------
+    UserError
+        It is not of these files, or there are other channels or labels now.
+    """
+    before, after = old.get("dataset"), new["dataset"]
+    if not isinstance(before, dict) or not any(before.get(case) == files for case, files in after.items()):
+        raise UserError("exists already, and lists other files", table, _again(then))
+    labels = labels_of(old, table)
+    unknown = {*labels_of(new, table).values} - {*labels.values, labels.ignore}
+    if unknown or len(channels_of(old, table)) != len(channels_of(new, table)):
+        what = f"label values {sorted(unknown)}" if unknown else f"channels {', '.join(new['channel_names'].values())}"
+        raise UserError(f"exists already, and there are other {what} now", table, f"Add them there. {_again(then)}")
+    changes = {
+        "added": [case for case in after if case not in before],
+        "removed": [case for case in before if case not in after],
+        "changed": [case for case in after if before.get(case, after[case]) != after[case]],
+    }
+    lines = [(head, f"{len(names)}: {few(names, 9)}") for head, names in changes.items() if names]
+    cases = {key: new[key] for key in ("numTraining", "file_ending", "dataset")}
+    return {**old, **cases}, lines or [("unchanged", "the list of cases is the same as before")]
+
+
+def _warn_of_halves(found: Discovery) -> None:
+    """Warn of images without label map and label maps without image, which are left out."""
+    a_folder_each = len({case.label and case.label.parent for case in found.cases}) == len(found.cases) > 1
+    for reason, lacks in ((NO_MASK, "no mask"), (NO_IMAGE, "no image")):
+        if names := found.left_out.get(reason):
+            n = len({Path(name).parent for name in names} if a_folder_each else names)
+            what = f"{n} of {len(found.cases) + n} {'patients' if a_folder_each else 'cases'} left out"
+            log.warn(f"{what}: {few(names)} {'has' if len(names) == 1 else 'have'} {lacks}")
+
+
+def _summary(source: Path, cases: Sequence[Case], values: dict[str, Any], changes: list[tuple[str, str]]) -> str:
     """Return what was understood, as lines."""
     folder = source.parent if source.is_file() else source
     shown = [
         f"{case.id}: {', '.join(_relative(file, folder) for file in case.images)} with {_relative(case.label, folder)}"
         for case in cases[:_CASES_SHOWN]
     ]
+    unnamed = [name for name in values["labels"] if re.fullmatch(r"label_\d+", name)]
     rest = [f"and {plural(len(cases) - _CASES_SHOWN, 'more case')}"] if len(cases) > _CASES_SHOWN else []
     lines = [
         ("channels", few(list(values["channel_names"].values()), 9)),
         ("labels", few([f"{name} {value}" for name, value in values["labels"].items()], 9)),
         *(("cases", text) for text in [*shown, *rest]),
         *(("note", note) for note in values["notes"]),
-        *(("left out", f"{reason}: {few(names)}") for reason, names in values["left_out"].items()),
+        *(("left out", f"{reason}: {few(names, 9)}") for reason, names in values["left_out"].items()),
+        *changes,
         ("written", f"{values['path']}/dataset.json"),
+        *([("to do", f"name the labels in {values['path']}/dataset.json before you plan")] if unnamed else []),
         ("next", values["next"]),
     ]
     return "\n".join([f"{source.name}: {plural(len(cases), 'case')}", *(f"{head:<10}{text}" for head, text in lines)])

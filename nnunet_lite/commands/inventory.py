@@ -224,7 +224,7 @@ def _summary(states: Sequence[FoldState]) -> tuple[str, str]:
     for state in states:
         by_state[state.state].append(state.fold)
     scores = [state.mean_dice for state in states if state.mean_dice is not None]
-    folds = "; ".join(f"{', '.join(names)} {state}" for state, names in by_state.items())
+    folds = "; ".join(f"fold{'s' * (len(names) > 1)} {', '.join(names)} {state}" for state, names in by_state.items())
     return folds or "none", f"{sum(scores) / len(scores):.4f}" if scores else ""
 
 

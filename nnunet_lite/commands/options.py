@@ -44,7 +44,13 @@ Workspace = Annotated[
     general("-w", "--workspace", help="Folder of all files.", show_default="$NNLITE_WORKSPACE or ./nnlite_workspace"),
 ]
 DatasetName = Annotated[
-    str | None, data("-d", "--dataset", help="Planned dataset, or its number.", show_default="the only one")
+    str | None,
+    data(
+        "-d",
+        "--dataset",
+        help="Planned dataset, or its number.",
+        show_default="the only one; of several, commands that only read take the one planned last",
+    ),
 ]
 OnlyDataset = Annotated[str | None, data("-d", "--dataset", help="Only this dataset, a name or number.")]
 Device = Annotated[str | None, hardware(help="cpu, cuda, cuda:1.", show_default="a GPU if there is one")]
@@ -106,11 +112,14 @@ class About:
         The same for people.
     exit_code : int
         Of the command.
+    brief : str
+        What `--quiet` prints instead of the text.
     """
 
     values: dict[str, Any]
     text: str
     exit_code: int = 0
+    brief: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return self.values

@@ -14,11 +14,12 @@ from nnunet_lite.commands import options
 from nnunet_lite.data.check import broken_dataset, check_dataset, exclude_cases
 from nnunet_lite.data.dataset import Dataset, channels_of, dataset_to_json, labels_of, read_dataset, stored_dataset
 from nnunet_lite.data.geometry import ACCEPTABLE
-from nnunet_lite.data.problems import Report, check_kinds, plural
+from nnunet_lite.data.problems import Report, check_kinds, few, plural
 from nnunet_lite.data.raw_files import dataset_paths, read_stamps, scan_raw_cases, write_stamps
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json, write_json
-from nnunet_lite.models.folder import first_training, model_folders
+from nnunet_lite.models.bundle import is_imported
+from nnunet_lite.models.folder import first_training, is_begun, model_folders
 from nnunet_lite.planning import replanning
 from nnunet_lite.planning.fingerprint import Fingerprint, check_and_fingerprint
 from nnunet_lite.planning.nnunet import plan_to_nnunet
@@ -309,6 +310,11 @@ def _plan_dataset(dataset: Dataset, paths: Paths, given: Options, rule: FoldRule
     write_stamps(paths.raw, raw)
     if splits is not None:
         write_splits(paths.splits, *splits)
+    own = [folder for folder in model_folders(paths) if not is_imported(folder)]
+    trained = [folder.name for folder in own if any(map(is_begun, folder.glob("fold_*")))]
+    if trained and earlier.plan is not None and not earlier.plan.trains_as(new.plan):
+        log.warn(f"models trained so far belong to the former plan: {few(trained)}; they can predict, but get no "
+                 "further folds: train again with --restart, or with a new --name")  # fmt: skip
     use(paths.root.parent, dataset.name)
     return new.plan
 

@@ -13,11 +13,12 @@ from nnunet_lite import log
 from nnunet_lite.commands import options
 from nnunet_lite.data.cases import Case, find_cases
 from nnunet_lite.data.labels import Labels
-from nnunet_lite.data.names import Format, stem
+from nnunet_lite.data.names import PICTURES, Format, stem, suffix_of
 from nnunet_lite.data.problems import html_table, plural
-from nnunet_lite.errors import UserError, describe
+from nnunet_lite.errors import UserError, describe, no_such_file
 from nnunet_lite.evaluation.postprocessing import apply_rules
 from nnunet_lite.evaluation.selection import choose_models, weights_fingerprint
+from nnunet_lite.files import read_json
 from nnunet_lite.inference.cases import check_output, names_file
 from nnunet_lite.inference.folder import predict_cases
 from nnunet_lite.inference.outputs import ExtraMaps, parse_label_names
@@ -27,8 +28,10 @@ from nnunet_lite.models.argument import as_model_folder, find_model
 from nnunet_lite.models.folder import now_as_text, trained_folds, versions_in_use
 from nnunet_lite.models.lookup import first_common_fold, read_model
 from nnunet_lite.networks.cpu import keep_freed_memory
+from nnunet_lite.planning.schema import Plan
 from nnunet_lite.workspace import select_dataset, workspace_folder
 
+_LOOKS_BLACK = 64  # grey levels of 255 below this are hard to see
 # --speed: changes of the settings; "fast" also uses one fold
 _SPEEDS: dict[str, dict[str, Any]] = {
     "best": {},
@@ -252,7 +255,7 @@ def predict(
     paths = None if models else select_dataset(workspace, dataset, needs_plan=False)
     folders, folds, rules = choose_models(paths, models, configurations, options.names_of(fold), postprocess)
     if missing := next((source for source in sources if not source.exists()), None):  # loading may take long
-        raise UserError("there is no such file or folder", missing)
+        raise no_such_file(missing)
     if speed == "fast" and fold is None:
         folds = folds[:1] if folds else first_common_fold(folders, checkpoint)
     loader = partial(
@@ -265,7 +268,7 @@ def predict(
     else:
         with as_model_folder(folders[0], checkpoint) as folder:
             plan, used = read_model(folder)[0], folds or trained_folds(folder)
-    cases = find_cases(sources, len(plan.channels), [channel.name for channel in plan.channels])
+    cases = _find_images(sources, plan, folders[0])
     check_output(sources, cases, out, plan.labels, format)
     cases = sorted(cases, key=lambda case: case.id)[part_id::num_parts] if num_parts > 1 else cases
     if unknown := sorted(rules.keys() - set(plan.labels.region_names)):
@@ -285,7 +288,11 @@ def predict(
         "accept_geometry": accept_geometry,
     }
     words = {label: str(rule) for label, rule in rules.items()}
-    run = {"date": now_as_text(), "versions": versions_in_use(), "checkpoint": checkpoint, "postprocessing": words}
+    order = plan.labels.region_order
+    run = {
+        "date": now_as_text(), "versions": versions_in_use(), "checkpoint": checkpoint, "postprocessing": words,
+        "labels": plan.labels.to_json(), **({"regions_class_order": list(order)} if order else {}),
+    }  # fmt: skip
     record = PredictionRecord((out.parent if names_file(out) else out).absolute(), run, shared=num_parts > 1)
     if scheduler is None:
         if predictor.device.type == "cpu":
@@ -298,8 +305,26 @@ def predict(
         files, failed = _predict_on(scheduler, loader, cases, out.absolute(), writing, record)
     for case, reason in failed.items():
         log.error(f"failed: {case}: {reason}")
-    images = {case.id: case.images[0] for case in cases}
+    images, highest = {case.id: case.images[0] for case in cases}, max(plan.labels.values)
+    if highest < _LOOKS_BLACK and (picture := next((file for file in files if suffix_of(file) in PICTURES), None)):
+        log.info(f"{picture.name} contains 0 to {highest}: it looks black in most viewers, not in `nnlite view`")
     return Predictions(out, tuple(files), failed, tuple(folders), tuple(used), plan.labels, words, images)
+
+
+def _find_images(sources: Sequence[Path], plan: Plan, model: Path) -> list[Case]:
+    """Find the images, and say on which files the model was trained if there are none, or pictures instead of scans."""
+    table = model / "dataset.json"
+    ending = read_json(table).get("file_ending") if table.is_file() else None
+    try:
+        cases = find_cases(sources, len(plan.channels), [channel.name for channel in plan.channels])
+    except UserError as error:
+        if ending is None or "no image" not in error.what:
+            raise
+        raise UserError(error.what, error.file, f"This model was trained on {ending}. {error.fix}") from None
+    endings = {suffix_of(case.images[0]) for case in cases}
+    if ending is not None and not any((ending in PICTURES) == (found in PICTURES) for found in endings):
+        log.warn(f"this model was trained on {ending}, these are {', '.join(sorted(endings))} files")
+    return cases
 
 
 def after_predict(result: Predictions, **_: Any) -> list[list[str]]:

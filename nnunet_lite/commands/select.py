@@ -99,7 +99,7 @@ def report(
         Write instead how these two models differ, and their scores of the cases that both held out: names of models in
         the workspace, or model folders anywhere.
     dataset : str, optional
-        Planned dataset; default: the only one.
+        Planned dataset; default: the only one, of several the one planned last.
     workspace : str or Path, optional
         The workspace; default: NNLITE_WORKSPACE, otherwise ./nnlite_workspace.
 
@@ -121,7 +121,7 @@ def report(
     """
     target = None if output is None else Path(output).expanduser().absolute()
     if compare is None:
-        return write_report(select_dataset(workspace, dataset), target)
+        return write_report(select_dataset(workspace, dataset, only_reads=True), target)
     root = workspace_folder(workspace)
     first, second = (find_model(given, root, dataset) for given in compare)
     return write_comparison(first, second, target)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -39,14 +39,19 @@ from nnunet_lite.networks.devices import release_memory
 from nnunet_lite.planning.schema import Plan, configuration_changes
 from nnunet_lite.preprocessing.store import open_case, preprocess_dataset
 from nnunet_lite.settings import Settings, load_settings, time_text
+from nnunet_lite.system import process_age
 from nnunet_lite.training.cache import load_cases
 from nnunet_lite.training.distributed import Ranks, from_first, join_group, launch, leave_group, report_lost_peer
 from nnunet_lite.training.job import Job
-from nnunet_lite.training.limits import ValidationPlan, announce_validation, validation_step_sizes
+from nnunet_lite.training.limits import ValidationPlan, announce_validation, limit_seconds, validation_step_sizes
 from nnunet_lite.training.loop import train_fold
 from nnunet_lite.training.preview import draw_preview
 from nnunet_lite.training.splits import ALL, DEFAULT_RULE, FoldRule, check_folds, read_record, read_splits, record_cases
 from nnunet_lite.workspace import Paths, select_dataset
+
+_START_SHARE = 0.25  # of a time limit, which start and preprocessing may take of it
+# what of a network follows from the sizes that are reported
+_FROM_THE_PATCH = ("strides", "kernels", "blocks", "decoder_convolutions", "memory_gb")
 
 
 @dataclass(frozen=True)
@@ -276,7 +281,8 @@ def train(
         train_and_validate(run, force=force)
     scores = {}
     for run in own:
-        found = train_and_validate(run, force=force, preview=preview)
+        start = process_age() if run is own[0] and not first_stage else 0.0
+        found = train_and_validate(run, force=force, preview=preview, start=start)
         if found is not None:
             scores[run.split.name] = found
             if len(own) > 1:
@@ -284,10 +290,8 @@ def train(
     return TrainedFolds(scores)
 
 
-def after_train(result: object, *, dataset: Any = None, workspace: Any = None, **given: Any) -> list[list[str]]:
+def after_train(result: TrainedFolds, *, dataset: Any = None, workspace: Any = None, **given: Any) -> list[list[str]]:
     """Return the commands to type next: to predict, and to look at a case that was held out."""
-    if not isinstance(result, TrainedFolds):
-        return []
     cases = [row.case for scores in result.scores.values() for row in scores.rows]
     name = given["name"] or f"{given['configuration']}-{Path(given['recipe']).stem}"
     model = ["-m", name, *options.where(dataset, workspace)]
@@ -352,7 +356,9 @@ def fold_names(paths: Paths, rule: FoldRule = DEFAULT_RULE) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------ one fold
 
 
-def train_and_validate(run: TrainingRun, *, force: bool = False, preview: bool = False) -> Scores | None:
+def train_and_validate(
+    run: TrainingRun, *, force: bool = False, preview: bool = False, start: float = 0.0
+) -> Scores | None:
     """Train a fold, or resume it, then predict and score its held-out cases.
 
     Parameters
@@ -361,6 +367,8 @@ def train_and_validate(run: TrainingRun, *, force: bool = False, preview: bool =
         See `plan_runs`.
     force, preview : bool
         As in the command `train`.
+    start : float
+        Seconds that this process took to start, which count as training time.
 
     Returns
     -------
@@ -369,10 +377,15 @@ def train_and_validate(run: TrainingRun, *, force: bool = False, preview: bool =
     """
     ranks, device = join_group(run.device)
     if device.type == "cpu" and run.settings.recipe == "default" and run.device is None:
-        log.warn("there is no GPU, for which the recipe `default` is made; `--recipe cpu` gives a model in minutes")
-    with report_lost_peer(), models.lock_fold(run.fold_folder) if ranks.rank == 0 else nullcontext():
+        days = "" if run.settings.training.time_limit else ": a fold may take days, see the estimate that follows"
+        log.warn(
+            f"there is no GPU, for which the recipe `default` is made{days}; `--recipe cpu` gives a model in minutes"
+        )
+    with report_lost_peer(), ExitStack() as stack:
         seed = 0
         if ranks.rank == 0:
+            stack.enter_context(models.lock_fold(run.fold_folder))
+            stack.callback(models.remove_unbegun, run.fold_folder)  # after an error or Ctrl-C
             previous = None if run.first is None else run.first.folder.name
             seed = models.open_run(
                 run.folder, run.plan, run.dataset, run.configuration, run.settings,
@@ -383,7 +396,9 @@ def train_and_validate(run: TrainingRun, *, force: bool = False, preview: bool =
             longer = "" if run.lengthen else f"; {_longer(run.settings)} makes it longer"
             log.info(f"{run.fold_folder}: training is finished{longer}" + "; no preview is drawn" * preview)
         else:
-            _preprocess_and_train(run, seed, ranks, device, preview)
+            _preprocess_and_train(run, seed, ranks, device, preview, start)
+            if ranks.rank == 0 and models.read_weights_header(run.fold_folder / models.MODEL).get("epochs") == 1:
+                log.info(f"only one epoch was trained, for a first look: {_longer(run.settings)} trains longer")
     release_memory(device)  # of the training; the validation plans with what is free
     scores = None if run.split.name == ALL or ranks.rank else _score_held_out(run, device)
     while ranks.rank and not run.is_done():  # a collective operation would end after its timeout
@@ -407,8 +422,11 @@ def _predict_first_stage(run: TrainingRun, case_ids: Sequence[str], device: torc
     )  # fmt: skip
 
 
-def _preprocess_and_train(run: TrainingRun, seed: int, ranks: Ranks, device: torch.device, preview: bool) -> None:
+def _preprocess_and_train(
+    run: TrainingRun, seed: int, ranks: Ranks, device: torch.device, preview: bool, start: float
+) -> None:
     """Preprocess and load the cases, and train on them."""
+    begin = time.monotonic() - start
     _announce(run)
     split, training = run.split, run.settings.training
     store = run.paths.preprocessed
@@ -423,13 +441,15 @@ def _preprocess_and_train(run: TrainingRun, seed: int, ranks: Ranks, device: tor
         reserve = run.plan.configuration(run.configuration).memory_gb or 0.0
         return load_cases(ids, open_stored, training.cache, device, reserve, ranks.world)
 
-    begin = time.monotonic()
+    loading = time.monotonic()
     cases = load(split.training)
     held_out = cases if split.name == ALL else load(split.validation)
-    seconds = time.monotonic() - begin
+    # a time limit covers the loading, and of what was before as much as leaves time to train
+    seconds = time.monotonic() - loading + min(loading - begin, _START_SHARE * limit_seconds(run.settings))
     record = None if split.name == ALL else read_record(run.paths.splits)
     of = f" of {record.splits}" if record is not None and record.splits is not None else ""
-    log.info(f"training {run.configuration} fold {split.name}{of} on {len(cases)} cases in {run.fold_folder}")
+    limit = f" for {log.duration(60 * training.time_limit)}" if training.time_limit else ""
+    log.info(f"training {run.configuration} fold {split.name}{of} on {len(cases)} cases{limit} in {run.fold_folder}")
     if ranks.rank == 0:
         record_cases(run.fold_folder, split)
     job = Job(
@@ -439,7 +459,7 @@ def _preprocess_and_train(run: TrainingRun, seed: int, ranks: Ranks, device: tor
     if split.name != ALL:
         job = replace(job, passes=_count_passes(job))
     if preview and ranks.rank == 0:
-        draw_preview(job, job.folder / "preview.png")
+        draw_preview(job, job.folder / models.PREVIEW)
     train_fold(job, seconds)
 
 
@@ -450,13 +470,24 @@ def _announce(run: TrainingRun) -> None:
         log.info(f"planned for the recipe: {run.plan.preset}, {run.plan.memory_gb:g} GB")
     planned = Plan.read(run.paths.plans).configurations.get(name)
     changes = [] if planned is None else configuration_changes(planned, run.plan.configuration(name))
+    changes = [change for change in changes if change.split()[0] not in _FROM_THE_PATCH] or changes
     if settings.network.factory is not None:
         changes.append(f"network made by {settings.network.factory}")
     if changes:
-        by = "the settings" if settings.training.init is None else "the settings and the model to start from"
-        log.info(f"{name}, changed against the plan by {by}: {'; '.join(changes)}")
+        by = "the settings" if settings.recipe == "default" else f"recipe {settings.recipe}"
+        by += "" if settings.training.init is None else " and the model to start from"
+        log.info(f"{name}, {by}: {', '.join(map(_in_words, changes))}")
     if run.split.name != ALL and run.rule == DEFAULT_RULE:
         check_folds(run.paths.splits, run.dataset, run.rule)
+
+
+def _in_words(change: str) -> str:
+    """Return "patch_size [64, 64] -> [32, 32]" as "patch 32x32 instead of 64x64"."""
+    key, _, values = change.partition(" ")
+    if key in ("patch_size", "batch_size"):
+        key, values = key.removesuffix("_size"), values.replace(", ", "x").translate(str.maketrans("", "", "[]"))
+    before, arrow, after = values.partition(" -> ")
+    return f"{key} {after} instead of {before}" if arrow else change
 
 
 def _count_passes(job: Job) -> dict[float, int]:

@@ -17,9 +17,9 @@ from pathlib import Path
 from nnunet_lite import log
 from nnunet_lite.data.dicom import ENDINGS, is_series, series_folders
 from nnunet_lite.data.images import is_image, read_geometry
-from nnunet_lite.data.names import SUPPORTED, ending_of, header_of, stem, suffix_of
+from nnunet_lite.data.names import SUPPORTED, ending_of, has_label_word, header_of, stem, suffix_of
 from nnunet_lite.data.problems import few, plural
-from nnunet_lite.errors import UserError
+from nnunet_lite.errors import UserError, no_such_file
 from nnunet_lite.workspace import IMAGE_FOLDERS
 
 LABEL_FOLDERS = ("labelstr", "labels", "label", "masks", "mask", "segmentations", "segmentation")
@@ -172,7 +172,7 @@ def _cases_of(source: Path, channels: int, names: Sequence[str]) -> list[Case]:
     if source.is_file():
         return _cases_of_file(source, channels)
     if not source.is_dir():
-        raise UserError("there is no such file or folder", source)
+        raise no_such_file(source)
     if cases := _cases_of_folder(source, channels):
         others = [] if cases[0].images == (source,) else folders_in(source)
         if series := [path.name for path in others if series_folders(path)]:
@@ -229,15 +229,20 @@ def _case_folders(parent: Path, channels: int, names: Sequence[str]) -> list[Cas
     A series may be at a deeper level (patient/study/series). The case has the name of the first folder; if that folder
     contains several series, each is a case with the whole path as its name.
     """
-    series, cases, empty = [], [], []
+    series, cases, empty, maps = [], [], [], []
     for folder in folders_in(parent):
         found = _cases_of_folder(folder, channels)
         if len(found) > 1:
-            images = _named_files(image_files(folder), names)
+            files = image_files(folder)
+            masks = [file for file in files if has_label_word(Path(file.name))]
+            others = [file for file in files if file not in masks]
+            images = tuple(others) if len(others) == channels == 1 else _named_files(others, names)
             if not images:
-                files, each = few([case.images[0].name for case in found]), few([f"*{name}.*" for name in names])
+                shown = few([f"{file.name}{', which looks like a mask' * (file in masks)}" for file in files])
+                each = few([f"*{name}.*" for name in names])
                 fix = f"A folder per case holds one image, or one for each channel of the model: {each}."
-                raise UserError(f"holds {len(found)} images ({files}) where it should hold one case", folder, fix)
+                raise UserError(f"holds {len(files)} images ({shown}) where it should hold one case", folder, fix)
+            maps += masks
             found = [Case(folder.name, images)]
         inside = [] if found else series_folders(folder)
         if len(inside) == 1 or (found and found[0].images == (folder,)):
@@ -250,6 +255,9 @@ def _case_folders(parent: Path, channels: int, names: Sequence[str]) -> list[Cas
             empty.append(folder.name)
     if empty and (series or cases):
         log.warn(f"{parent}: folders without an image are ignored: {', '.join(empty)}")
+    if maps:
+        skipped = few([f"{path.parent.name}/{path.name}" for path in maps])
+        log.warn(f"{parent}: {skipped} are not predicted: by their names they are label maps")
     return sorted(cases + group_files(series, channels), key=lambda case: case.id)
 
 

@@ -22,6 +22,7 @@ from nnunet_lite.data.cases import (
 from nnunet_lite.data.dataset import Dataset
 from nnunet_lite.data.geometry import Geometry, common_orientation
 from nnunet_lite.data.images import read_label
+from nnunet_lite.data.labels import BACKGROUND
 from nnunet_lite.data.names import stem
 from nnunet_lite.data.problems import Problem, few, plural
 from nnunet_lite.files import read_json
@@ -297,7 +298,9 @@ def _instances(dataset: Dataset, found: Sequence[set[int] | None]) -> Problem | 
         return None
     text = f"label maps hold {counts[-1]} to {counts[0]} values, each of which is one piece, as instance masks do"
     fix = "Set every value above 0 to 1 if they number cells. If they are classes, name them in dataset.json."
-    named = dataset.layout != "plain" and union <= set(dataset.labels.values)
+    names = dataset.labels.names.items()  # those of `nnlite init` are no names that somebody chose
+    chosen = dataset.layout != "plain" and any(name not in (BACKGROUND, f"label_{value}") for name, value in names)
+    named = chosen and union <= set(dataset.labels.values)
     kind = "instances_likely" if named else "instances"
     return Problem(kind, str(maps[0][0].parent), text, "a value per class", fix)
 

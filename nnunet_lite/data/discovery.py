@@ -21,16 +21,12 @@ from unicodedata import normalize
 from nnunet_lite.data.cases import Case, count_endings
 from nnunet_lite.data.dicom import dicom_class, is_scan
 from nnunet_lite.data.images import is_image
-from nnunet_lite.data.names import companions, ending_of, header_of, stem, suffix_of
+from nnunet_lite.data.names import LABEL_WORD, companions, ending_of, has_label_word, header_of, stem, suffix_of
 from nnunet_lite.data.problems import few, plural
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_text
 from nnunet_lite.workspace import IMAGE_FOLDERS
 
-_WORDS = (
-    "masks?|msk|[dp]?segs?|segmentations?|labels?(?:tr)?|lbl|gt|ground[ _-]?truth|truth|rois?|annotations?|contours?"
-)
-_LABEL_WORD = re.compile(rf"(?:^|[\W_]+)(?:{_WORDS})(?=[\W_]|$)", re.IGNORECASE)
 _NOT_SEARCHED = ("__MACOSX", "imagesTs", "labelsTs")  # of archives made on a Mac; test cases in nnU-Net's layout
 _CHOOSE = (
     "A case has one label map, with a word such as mask, seg or label in its name. Say which files to take: --label "
@@ -39,6 +35,8 @@ _CHOOSE = (
 CONTOURS = "1.2.840.10008.5.1.4.1.1.481.3"  # RTSTRUCT
 _MASKS = (CONTOURS, "1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")  # and segmentations
 _COLUMNS = "The first line names the columns: case, label, and image or a column for each channel."
+
+NO_IMAGE, NO_MASK = "label maps of no image", "images without label map"  # reasons to leave files out
 
 Words = tuple[str, ...]
 
@@ -143,7 +141,7 @@ def cases_by_name(files: Files, images: Sequence[str] = (), labels: Sequence[str
         There are no label maps or no images, or it is not clear which belong together.
     """
     root, paths = files.root, {path: path.relative_to(files.root) for path in files.images}
-    called = [path for path in paths if suffix_of(path) and _has_label_word(paths[path])]
+    called = [path for path in paths if suffix_of(path) and has_label_word(paths[path])]
     maps = {path for path in paths if any(map(paths[path].match, labels))} if labels else {*called}
     scans = {path for path in paths if any(map(paths[path].match, images))} if images else paths.keys() - called
     scans = scans - maps
@@ -181,8 +179,8 @@ def cases_by_name(files: Files, images: Sequence[str] = (), labels: Sequence[str
     cases = [Case(ids[label], tuple(found[name] for name in names), label) for label, found in whole.items()]
     grouped = {path for label, found in groups.items() for path in (label, *found)}
     unused = {
-        "label maps of no image": maps - grouped,
-        "images without label map": scans - grouped,
+        NO_IMAGE: maps - grouped,
+        NO_MASK: scans - grouped,
         f"of cases without all of {', '.join(names)}, or more than these": grouped.difference(
             whole, *(c.images for c in cases)
         ),
@@ -238,10 +236,6 @@ def cases_in_table(file: Path) -> Discovery:
 # ------------------------------------------------------------------------------------------- label maps and their cases
 
 
-def _has_label_word(path: Path) -> bool:
-    return bool(_LABEL_WORD.search(stem(path))) or any(map(_LABEL_WORD.fullmatch, path.parts[:-1]))
-
-
 def _parts_of_case(path: Path, patterns: Sequence[str]) -> tuple[str, ...]:
     """Return folders and name of a label map without the words that make it one: those of its pattern, and mask etc."""
     folders, name = path.parts[:-1], path.name
@@ -250,7 +244,7 @@ def _parts_of_case(path: Path, patterns: Sequence[str]) -> tuple[str, ...]:
         if found := re.fullmatch("(.*)".join(map(re.escape, pattern.name.split("*"))), name):
             name = "_".join(found.groups())  # what the stars match
     parts = (*folders, name.removesuffix(ending_of(path)))
-    return tuple(_LABEL_WORD.sub("", part).strip(" _.-") for part in parts)
+    return tuple(LABEL_WORD.sub("", part).strip(" _.-") for part in parts)
 
 
 def _case_ids(root: Path, parts: Mapping[Path, tuple[str, ...]]) -> dict[Path, str]:

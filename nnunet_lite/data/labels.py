@@ -169,6 +169,12 @@ class Labels(BaseModel):
         index = {value: i for i, value in enumerate(self.values)}
         return tuple(tuple(index[v] for v in members) for members in self.region_values)
 
+    @property
+    def meaning(self) -> dict[str, Any]:
+        """All but the names, on which neither arrays nor networks depend: equal for labels that were only renamed."""
+        members = {"values": self.values, "regions": self.region_values, "order": self.region_order}
+        return {**members, "ignore": self.ignore, "has_regions": self.has_regions}
+
     def encode(self, array: np.ndarray) -> np.ndarray:
         """Convert values to classes.
 

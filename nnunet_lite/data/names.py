@@ -29,6 +29,10 @@ PAIRS = (*_HEADERS, *_VOXELS)  # NIfTI or Analyze
 NIBABEL_ONLY = (".mgz", ".mgh", *PAIRS)
 SUFFIXES = (*NIFTI, ".nrrd", ".nhdr", ".mha", ".mhd", *GIPL, *PICTURES, *NIBABEL_ONLY)
 SUPPORTED = f"Supported are {' '.join(SUFFIXES)}"
+_LABEL_WORDS = (
+    "masks?|msk|[dp]?segs?|segmentations?|labels?(?:tr)?|lbl|gt|ground[ _-]?truth|truth|rois?|annotations?|contours?"
+)
+LABEL_WORD = re.compile(rf"(?:^|[\W_]+)(?:{_LABEL_WORDS})(?=[\W_]|$)", re.IGNORECASE)
 
 Format = Literal["nifti", "seg.nrrd", "dicom-seg", "rtstruct"]  # in which predictions are written
 ENDINGS: dict[Format, str] = {
@@ -130,6 +134,11 @@ def case_of(path: Path) -> str:
 
 
 # ---------------------------------------------------------------------------------------------- images of several files
+
+
+def has_label_word(path: Path) -> bool:
+    """Whether the name of a file, or of a folder in its relative path, has a word such as mask, seg or label."""
+    return bool(LABEL_WORD.search(stem(path))) or any(map(LABEL_WORD.fullmatch, path.parts[:-1]))
 
 
 def voxel_file(path: Path) -> str:

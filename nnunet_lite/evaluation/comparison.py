@@ -269,7 +269,7 @@ def _reason_to_omit(member: Member, paths: Paths, dataset: Dataset) -> str | Non
     """Return why a model cannot be judged on the dataset; None if it can."""
     if not trained_folds(member.folder):
         return "no fold of it is trained"
-    if member.plan.labels != dataset.labels or len(member.plan.channels) != len(dataset.channels):
+    if member.plan.labels.meaning != dataset.labels.meaning or len(member.plan.channels) != len(dataset.channels):
         return "it was made for other labels or channels"
     if not member.folds:
         return "it was trained on every case, so that none can judge it"

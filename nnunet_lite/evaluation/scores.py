@@ -18,21 +18,24 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_lite.data.cases import image_files, label_base, label_maps, unsupported_files
+from nnunet_lite.data.cases import folders_in, image_files, label_base, label_maps, unsupported_files
 from nnunet_lite.data.dataset import labels_of, map_labels
+from nnunet_lite.data.discovery import cases_by_name, files_below
 from nnunet_lite.data.geometry import ACCEPTABLE, Geometry
 from nnunet_lite.data.images import read_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.names import stem
 from nnunet_lite.data.problems import align, few, html_table, plural
-from nnunet_lite.errors import UserError
-from nnunet_lite.evaluation.metrics import COARSE, METRICS, MetricValues, is_coarse, score_case
+from nnunet_lite.errors import UserError, no_such_file
+from nnunet_lite.evaluation.metrics import COARSE, METRICS, Metric, MetricValues, is_coarse, score_case
 from nnunet_lite.evaluation.statistics import Statistic, summarize
 from nnunet_lite.files import read_json
 from nnunet_lite.log import progress
 from nnunet_lite.system import cpus, pairs_at_once
 
 _NO_SPACING = "no spacing is known, 1 mm taken for a pixel"
+_CASES_SHOWN, _WORST_SHOWN = 10, 5  # with this number of cases or fewer, each is shown
+_RECORD = "predictions.json"  # beside label maps, see inference/record.py, which imports torch
 _MOST_LABELS = 1000  # more different values than this are an image, not a label map
 
 
@@ -206,14 +209,18 @@ class Scores:
             if name == "Dice" or (metric.better in ("higher", "lower") and np.isfinite(self.values(name)).any())
         ]  # fmt: skip
         columns = [{**self.by_label(m.name), "foreground mean": self.foreground(m.name)} for m in metrics]
-        suffixes = {"NSD": f" {self.tolerance:g} {self.unit}", "HD95": f" {self.unit}"}
+        suffixes = {"NSD": f" ({self.tolerance:g} {self.unit})", "HD95": f" ({self.unit})"}
         headings = [metric.heading + suffixes.get(metric.name, "") for metric in metrics]
         head = ("label", "n", "Dice", "95 % interval", "median", *headings[1:])
-        return [head, *((name, *_cells([column[name] for column in columns])) for name in columns[0])]
+        return [head, *((name, *_cells([column[name] for column in columns], metrics)) for name in columns[0])]
 
     def to_text(self) -> str:
-        """`lines` as plain text, then the notes."""
-        return "\n".join([align(self.lines()), *(f"note: {note}" for note in self.notes)])
+        """`lines` as plain text, then each case, of many the worst, and the notes."""
+        cases = list(map(repr, self.rows)) if 1 < len(self.rows) <= _CASES_SHOWN else []
+        if len(self.rows) > _CASES_SHOWN:
+            worst = sorted(self.rows, key=lambda row: 1.0 if row.mean_dice is None else row.mean_dice)
+            cases = [f"worst of {len(worst)} cases:", *map(repr, worst[:_WORST_SHOWN])]
+        return "\n".join([align(self.lines()), *cases, *(f"note: {note}" for note in self.notes)])
 
     def __repr__(self) -> str:
         by_label = few([f"{name} {four_digits(dice.mean)}" for name, dice in self.by_label().items()], 8)
@@ -245,11 +252,15 @@ def four_digits(value: float | None) -> str:
     return "n/a" if value is None else f"{value:.4f}"
 
 
-def _cells(statistics: Sequence[Statistic]) -> list[str]:
+def _cells(statistics: Sequence[Statistic], metrics: Sequence[Metric]) -> list[str]:
     """A line of the table from the statistics of Dice and of the other metrics."""
-    dice, *others = statistics
+    dice, others = statistics[0], zip(statistics[1:], metrics[1:], strict=True)
     interval = "n/a" if dice.low is None else f"{four_digits(dice.low)}-{four_digits(dice.high)}"
-    cells = [four_digits(one.mean) + ("" if one.n in (0, dice.n) else f" (n={one.n})") for one in others]
+    cells = [
+        ("n/a" if one.mean is None else format(one.mean, metric.number_format))
+        + ("" if one.n in (0, dice.n) else f" (n={one.n})")
+        for one, metric in others
+    ]
     return [str(dice.n), four_digits(dice.mean), interval, four_digits(dice.median), *cells]
 
 
@@ -332,14 +343,15 @@ def score_files(
     at_once = pairs_at_once(len(pairs), workers)
     threads = max(1, cpus() if workers is None else workers) // at_once
     with ThreadPoolExecutor(at_once) as pool:
-        labels = labels or _described_labels(prediction, reference)
+        looked, described = _described_labels(prediction, reference)
+        labels = labels or described
         if labels is None:
             files = [path for pair in pairs.values() for path in pair]
             labels = _found_labels(list(pool.map(_values_of_file, files)), reference)
             whose = "the values found"
             if default is not None and set(labels.values) <= set(default.values):
                 labels, whose = default, "those of the planned dataset"
-            notes = [*notes, f"no dataset.json: the labels are {whose}, {', '.join(labels.region_names)}"]
+            notes = [*notes, f"no {looked}: the labels are {whose}, {', '.join(labels.region_names)}"]
         known = labels
 
         def score(case: str) -> tuple[CaseScore, list[_Remark]]:
@@ -369,15 +381,20 @@ def _match(prediction: Path, reference: Path) -> tuple[dict[str, tuple[Path, Pat
     """Match predictions with references: case -> (prediction, reference), and notes on files that match nothing."""
     for path in (prediction, reference):
         if not path.exists():
-            raise UserError("there is no such file or folder", path)
+            raise no_such_file(path)
     if prediction.is_dir() != reference.is_dir():
         raise UserError(f"one of this and {reference} is a folder", prediction, "Give two folders, or two files.")
     if reference.is_file():
         return {stem(reference): (prediction, reference)}, []
-    predicted, references = _by_stem(prediction), _by_stem(reference)
+    predicted, found = _by_stem(prediction), {}
+    if not image_files(reference) and folders_in(reference):  # as `nnlite init` reads it, such as one for each patient
+        cases = cases_by_name(files_below(reference)).cases
+        found = {case.id: case.label for case in cases if case.label}
+    references = found or _by_stem(reference)
     images = {label_base(name) for name in references if label_base(name) != name}  # x beside x_mask
     references = {name: path for name, path in references.items() if name not in images}
-    maps = label_maps(references.values(), predicted)  # a name may end in a word, as case_0_mask
+    maps = {case: [path] for case, path in found.items() if case in predicted}
+    maps = maps or label_maps(references.values(), predicted)  # a name may end in a word, as case_0_mask
     pairs = {case: (predicted[case], maps[case][0]) for case in sorted(maps) if len(maps[case]) == 1}
     if not pairs:
         raise UserError(
@@ -389,7 +406,7 @@ def _match(prediction: Path, reference: Path) -> tuple[dict[str, tuple[Path, Pat
     used = {path for _, path in pairs.values()}
     missing = sorted(name for name, path in references.items() if path not in used)
     extra = sorted(predicted.keys() - pairs.keys())
-    by_word = [f"{path.name} of {case}" for case, (_, path) in pairs.items() if stem(path) != case]
+    by_word = [f"{path.name} of {case}" for case, (_, path) in pairs.items() if stem(path) != case and not found]
     notes = [
         f"{len(missing)} without a prediction, not scored: {few(missing, 10)}" if missing else "",
         f"{len(extra)} without a reference, not scored: {few(extra, 10)}" if extra else "",
@@ -409,14 +426,17 @@ def _by_stem(folder: Path) -> dict[str, Path]:
     return files
 
 
-def _described_labels(prediction: Path, reference: Path) -> Labels | None:
-    """Read the labels of the nearest dataset.json; None if there is none."""
+def _described_labels(prediction: Path, reference: Path) -> tuple[str, Labels | None]:
+    """Return where labels may be described, and those of the nearest dataset.json or of the record of predictions."""
     ours, theirs = (path if path.is_dir() else path.parent for path in (prediction.absolute(), reference.absolute()))
-    table = next((f / "dataset.json" for f in (theirs, theirs.parent, ours) if (f / "dataset.json").is_file()), None)
-    if table is None:
-        return None
-    content = read_json(table)
-    return labels_of(content if isinstance(content, dict) else {}, table)
+    places = [folder / "dataset.json" for folder in dict.fromkeys((theirs, theirs.parent, ours))] + [ours / _RECORD]
+    table = next((file for file in places if file.is_file()), None)
+    content = None if table is None else read_json(table)
+    if table is not None and table.name == _RECORD:
+        content = content["runs"][-1] if isinstance(content, dict) and content.get("runs") else {}
+        table = table if "labels" in content else None
+    looked = f"dataset.json in {', '.join(str(file.parent) for file in places[:-1])}"
+    return looked, None if table is None else labels_of(content if isinstance(content, dict) else {}, table)
 
 
 def _found_labels(values_by_file: Sequence[set[int]], folder: Path) -> Labels:

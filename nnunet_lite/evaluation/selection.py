@@ -22,7 +22,7 @@ from nnunet_lite.evaluation.scores import four_digits
 from nnunet_lite.evaluation.statistics import Margin, summarize
 from nnunet_lite.files import first_problem, read_json
 from nnunet_lite.models.folder import MODEL, add_weights, is_finished, read_run, stage_path
-from nnunet_lite.models.lookup import choose_model
+from nnunet_lite.models.lookup import choose_model, read_model
 from nnunet_lite.workspace import Paths
 
 _SELECT_AGAIN = "Run `nnlite select` again."
@@ -252,6 +252,10 @@ def choose_models(
         what = f"the postprocessing of {', '.join(doubtful)} was chosen and measured on the same cases"
         log.warn(f"{what}, and is not applied; `nnlite select` chooses and confirms it on different cases")
     log.info(f"{paths.inference}: {describe_selection(selection.models, folds, rules)}")
+    if rules:  # the model has names of labels that may have been changed since it was trained, in the same order
+        own = read_model(selected[0])[0].labels.region_names
+        called = {old: new for one in selection.candidates[:1] for old, new in zip(one.by_label, own, strict=False)}
+        rules = {called.get(label, label): rule for label, rule in rules.items()}
     if changed := changed_models(paths, selection):
         what = f"{' and '.join(changed)} changed since that was selected ({selection.made})"
         log.warn(f"{what}; `nnlite select` compares them again")

@@ -119,6 +119,8 @@ def predict_cases(
     kept = {case.id for case in cases if skip_existing and is_complete(case)}
     files = [targets[name] for name in kept]
     todo = [case for case in cases if case.id not in kept]
+    if not skip_existing and (old := [case for case in todo if targets[case.id].is_file()]):
+        log.info(f"{out}: {plural(len(old), 'label map')} will be replaced; --continue keeps them")
     failed: dict[str, str] = {}
     turned: dict[str, list[str]] = defaultdict(list)
 

@@ -334,7 +334,7 @@ def _find_first_stage(folder: Path, second: _Trained) -> Path:
     if not trained_folds(first):
         raise UserError("contains no trained model", first, fix)
     plan, run = read_model(first)
-    if (run["configuration"], plan.labels) != (stage, second.plan.labels):
+    if (run["configuration"], plan.labels.meaning) != (stage, second.plan.labels.meaning):
         raise UserError(f"is no model of {stage} for the labels of {folder.name}", first, fix)
     return first
 
@@ -342,11 +342,12 @@ def _find_first_stage(folder: Path, second: _Trained) -> Path:
 def _check_vote(plan: Plan, other: Plan, path: Path, other_path: Path) -> None:
     """Refuse models that cannot vote together."""
     fix = "Models vote together on the same labels and channels, such as configurations of one plan."
-    for what in ("labels", "axis_order"):
-        if getattr(plan, what) != getattr(other, what):
-            raise UserError(f"has other {what.replace('_', ' ')} than {path}", other_path, fix)
-    if [channel.name for channel in plan.channels] != [channel.name for channel in other.channels]:
-        raise UserError(f"has other channels than {path}", other_path, fix)
+    one, another = (
+        {"labels": p.labels.meaning, "axis order": p.axis_order, "channels": [channel.name for channel in p.channels]}
+        for p in (plan, other)
+    )
+    if differing := [what for what in one if one[what] != another[what]]:
+        raise UserError(f"has other {differing[0]} than {path}", other_path, fix)
 
 
 def label_swap(plan: Plan, configuration: str, augmentation: AugmentationSettings) -> LabelSwap | None:
@@ -360,14 +361,20 @@ def label_swap(plan: Plan, configuration: str, augmentation: AugmentationSetting
 
 
 def _choose_arithmetic(trained: _Trained, settings: InferenceSettings, device: torch.device) -> ComputeFormat:
-    """Choose what the training chose, so that a model always predicts the same; on another kind of device, time it.
+    """Choose by model and device alone, so that a model always predicts the same.
 
-    On a CPU the memory format is not timed: our normalisation, upsampling and convolution are made for channels-last.
-    But a model of nnU-Net in fp32 decides close races as nnU-Net does only in nnU-Net's memory format. On a GPU it
-    computes in fp16, as there.
+    On the kind of device that trained the model it is what the training chose. Otherwise, on a CPU: bf16 if the CPU has
+    instructions for it and the model was not trained in fp32; fp32 for all others, and for models of nnU-Net, as there.
+    On a GPU: bf16 if it has that, otherwise fp16; for models of nnU-Net fp16, as there. Only the memory format is
+    timed, and that on a GPU: on a CPU our layers are made for channels-last. But with `--precision fp32` a model of
+    nnU-Net has nnU-Net's memory format, in which it decides close races as there.
     """
     precision, of_nnunet, planned = settings.precision, trained.of_nnunet, trained.configuration
-    channels_last = not (of_nnunet and precision == "fp32") if device.type == "cpu" else "auto"
+    channels_last: bool | str = "auto"
+    if device.type == "cpu":
+        channels_last = not (of_nnunet and precision == "fp32")
+        trained_in = trained.header.get("arithmetic", {}).get("precision", "fp32")
+        precision = "fp32" if precision == "auto" and trained_in == "fp32" else precision
     if (
         device.type == "cuda"
         and precision == "auto"
@@ -381,6 +388,8 @@ def _choose_arithmetic(trained: _Trained, settings: InferenceSettings, device: t
         same = same if settings.compile else replace(same, plain_norm=False)  # it would need twice the memory
         if same.precision in [option.precision for option in options]:
             return same
+    if device.type == "cpu":
+        return options[0]
     window = torch.zeros(1, trained.plan.n_inputs(trained.run["configuration"]), *planned.patch_size, device=device)
     network = next(iter(trained.networks.values()))
 

@@ -4,8 +4,8 @@
                  run.json                  configuration, settings, seed, versions
                  fold_0/                   checkpoint, metrics and weights, see training/loop.py
 
-The rule for resuming: the same settings, or more epochs or time; `force` accepts other settings. A folder in which
-nothing was trained yet accepts anything.
+The rule for resuming: the same settings, or more epochs or time; `force` accepts other settings. A fold that has not
+begun may have any length. A folder in which nothing was trained yet accepts anything.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from safetensors import safe_open
 import nnunet_lite
 from nnunet_lite import log
 from nnunet_lite.data.dataset import Dataset, summarize_dataset
+from nnunet_lite.data.problems import few
 from nnunet_lite.errors import Busy, UserError
 from nnunet_lite.files import locked, must_be_known, must_fit, read_json, scratch, understood, write_json, write_text
 from nnunet_lite.planning.schema import Plan
@@ -39,6 +40,7 @@ FORMAT = "nnlite-model-1"
 MODEL = "model.safetensors"  # a fold that has it is finished
 CHECKPOINT = "checkpoint.safetensors"
 VALIDATION = "validation"  # in a fold's folder: its held-out cases, predicted and scored
+PREVIEW = "preview.png"  # augmented samples, in a fold's folder
 SUMMARY = "summary.json"  # the scores, in that folder
 _RUN = "run.json"
 OLD = "old_"  # starts the names of folders that were set aside
@@ -112,6 +114,9 @@ def open_run(
         changes = check_resume(folder, plan, configuration, settings, fold, force)
         old = Settings.model_validate(run["settings"])
         ignored = [change for change in differences(old, settings) if change.startswith("inference.")]
+        if Plan.read(folder / "plans.json").labels != plan.labels:  # other names of labels
+            write_json(folder / "dataset.json", summarize_dataset(dataset))
+            write_text(folder / "plans.json", plan.to_json())
         if changes:
             log.info(f"{folder}: resumes with {'; '.join(changes)}")
             write_text(folder / "plans.json", plan.to_json())
@@ -178,11 +183,18 @@ def check_resume(
     changes = [change for change in differences(old, settings) if not change.startswith(_INCIDENTAL)]
     only_length = all(change.partition(":")[0] in _LENGTH for change in changes)
     same_plan = old_plan.trains_as(plan)
-    if same_plan and only_length and (not changes or _is_longer(run_length(old), run_length(settings))):
+    may_be_shorter = fold != "" and not is_begun(folder / f"fold_{fold}")
+    if (
+        same_plan
+        and only_length
+        and (may_be_shorter or not changes or _is_longer(run_length(old), run_length(settings)))
+    ):
         return changes
     if only_length and not same_plan:
-        n_cases = f"({old_plan.n_cases} cases -> {plan.n_cases}; see --exclude)"
-        changes.append("the plan" if old_plan.n_cases == plan.n_cases else f"the plan {n_cases}")
+        why = few(old_plan.differences(plan))
+        if old_plan.n_cases != plan.n_cases:
+            why = f"{old_plan.n_cases} cases -> {plan.n_cases}; see --exclude"
+        changes.append(f"the plan ({why})")
 
     several = len(list(folder.glob("fold_*"))) > 1  # --restart of one fold keeps the others
     restarting = "`all-folds --restart`" if several else "--restart"
@@ -445,6 +457,15 @@ def is_at_end(fold_folder: Path) -> bool:
 def is_begun(fold_folder: Path) -> bool:
     """Whether a fold has something to resume from."""
     return is_finished(fold_folder) or (fold_folder / CHECKPOINT).is_file()
+
+
+def remove_unbegun(fold_folder: Path) -> None:
+    """Delete the folder of a fold that has nothing to resume from, and a model folder that has no other fold."""
+    if not (is_begun(fold_folder) or (fold_folder / PREVIEW).exists()):
+        folder = fold_folder.parent
+        shutil.rmtree(
+            fold_folder if other_folds(folder, fold_folder.name.removeprefix("fold_")) else folder, ignore_errors=True
+        )
 
 
 def is_complete(fold_folder: Path, settings: Settings) -> bool:

@@ -201,8 +201,10 @@ def parallelize_samples(network: nn.Module) -> nn.Module:
 class _ParallelSamples(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, network: UNet, x: Tensor, workers: int, *weights: Tensor) -> tuple[Tensor, ...]:
+        bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+
         def compute(part: Tensor) -> list[Tensor]:
-            with torch.enable_grad():
+            with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):  # threads have their own
                 output = network(part)
             return output if isinstance(output, list) else [output]
 

@@ -97,7 +97,9 @@ def release_memory(device: torch.device) -> None:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Return whether a CUDA GPU computes in bf16 itself."""
+    """Return whether a CUDA GPU, or a CPU of the x86 kind, has instructions for bf16."""
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     with torch.cuda.device(device):
         return torch.cuda.is_bf16_supported(including_emulation=False)
 

@@ -1,7 +1,9 @@
-"""The number format and memory format in which a network computes fastest on a device: timed, not guessed.
+"""The compute format of a network: its number format (precision) and its memory format.
 
-On two cores with AVX512-BF16, bf16 in channels-last format is 2-4 times faster than float32, but not for every shape;
-on a GPU it depends on the generation. So each candidate runs a few steps and the fastest is taken.
+On a CPU it follows a rule, so that a model computes the same every time: bf16 where the CPU has instructions for it,
+otherwise fp32, in the channels-last format, for which our layers are made. On one core with AVX512-BF16, bf16 takes
+0.5 to 0.7 of the time of fp32. On a GPU the precision follows a rule as well; what is fastest of the other choices
+depends on its generation, so each candidate runs a few steps.
 """
 
 from __future__ import annotations
@@ -22,8 +24,6 @@ from nnunet_lite import log
 from nnunet_lite.errors import describe
 from nnunet_lite.networks.devices import has_bf16, is_out_of_memory
 
-_LONG = 1.0  # s; a longer step is timed once
-_START = 0.5  # s; a first step may take this much longer than the next ones
 _WARM_UPS, _TIMED = 2, 5  # steps of each format on a GPU
 _COMPILE_GAIN = 0.95  # of the time of the fastest other format, which a compiled one may take at most
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -44,14 +44,14 @@ class ComputeFormat:
     plain_norm : bool
         Whether instance norm is `PlainInstanceNorm` instead of torch's own.
     reason : str
-        Why this format was chosen, for logs.
+        Why this format was chosen, for logs; empty if by a rule or a setting.
     """
 
     precision: str = "fp32"
     channels_last: bool = False
     compiled: bool = False
     plain_norm: bool = False
-    reason: str = field(default="as set", compare=False)
+    reason: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         words = {"channels-last": self.channels_last, "compiled": self.compiled, "plain norm": self.plain_norm}
@@ -72,7 +72,7 @@ class ComputeFormat:
 
 
 def list_formats(device: torch.device, precision: str, channels_last: str | bool) -> list[ComputeFormat]:
-    """List the formats worth timing, likely winners first.
+    """List the formats in which a network may compute, likely winners first.
 
     Parameters
     ----------
@@ -80,23 +80,24 @@ def list_formats(device: torch.device, precision: str, channels_last: str | bool
         Device of the run.
     precision : str
         fp32, bf16, fp16 or "auto". On a GPU with bf16, "auto" never tries fp16: bf16 needs no loss scaling and does not
-        overflow. On a CPU without AVX-512 it does not try bf16: oneDNN has only its reference code there, of which one
-        step takes minutes.
+        overflow. On a CPU bf16 is first if the CPU has AVX512-BF16 or AMX, last if it has other AVX-512, and missing
+        without AVX-512: oneDNN has only its reference code there, of which one step takes minutes.
     channels_last : bool or str
-        Whether to use the channels-last memory format; "auto" tries both.
+        Whether to use the channels-last memory format; "auto" means both.
 
     Returns
     -------
     list of ComputeFormat
-        At least one.
+        At least one; on a CPU the first one is used, and the others by runs that began with them.
     """
     if precision != "auto":
         precisions = [precision]
     elif device.type == "cuda":
         precisions = ["bf16"] if has_bf16(device) else ["fp16"]
+    elif device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        precisions = ["bf16", "fp32"] if has_bf16(device) else ["fp32", "bf16"]
     else:
-        avx512 = device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-        precisions = ["bf16", "fp32"] if avx512 else ["fp32"]
+        precisions = ["fp32"]
     layouts = [True, False] if channels_last == "auto" else [bool(channels_last)]
     return [ComputeFormat(p, layout) for p in precisions for layout in layouts]
 
@@ -109,6 +110,9 @@ def pick_fastest(
 ) -> ComputeFormat:
     """Time each format and return the fastest; its reason lists the times.
 
+    A step's time is the median of some steps after those in which cuDNN searches and the compiler works. A format that
+    needs more memory than there is, or that cannot be compiled, is left out.
+
     Parameters
     ----------
     formats : list of ComputeFormat
@@ -118,86 +122,36 @@ def pick_fastest(
     device : torch.device
         Device of the work.
     budget : float
-        Seconds after which the fastest of the formats timed so far is returned; on a CPU no step begins that, by those
-        before, would end later. The first format is timed in any case.
+        Seconds after which the fastest of the formats timed so far is returned. The first format is timed in any case.
     """
     if len(formats) == 1:
         return formats[0]
-    one_by_one = device.type == "cuda" or any(candidate.compiled for candidate in formats)
-    start = time.perf_counter()
-    with log.working(f"timing {len(formats)} formats"):
-        times = (_time_one_by_one if one_by_one else _time_in_turns)(formats, prepare, device, budget)
+    times: dict[ComputeFormat, float] = {}
+    start, late = time.perf_counter(), ""
+    with log.working("timing number and memory formats", len(formats)) as advance:
+        for candidate in formats:
+            if times and time.perf_counter() - start > budget:
+                late = "; others were not timed, to keep the time limit"
+                break
+            try:
+                work = prepare(candidate)
+                for _ in range(_WARM_UPS):
+                    work()
+                times[candidate] = median(measure_seconds(work, device) for _ in range(_TIMED))
+            except Exception as error:  # the compiler's own errors are of many kinds
+                if is_out_of_memory(error):
+                    log.info(f"{candidate} needs more memory than {device} has")
+                elif candidate.compiled:
+                    log.warn(f"torch.compile failed and is left out: {shorten(describe(error), 300)}")
+                else:
+                    raise
+            advance(1)
     if not times:  # the first step of the run says why
         return formats[0]
     # a compiled network must be clearly faster, since each start compiles it again
     fastest = min(times, key=lambda candidate: times[candidate] / (_COMPILE_GAIN if candidate.compiled else 1))
-    others = len(times) < len(formats) and time.perf_counter() - start > budget
-    more = "; the time limit left no time for others" if others else ""
-    each = ", ".join(f"{name} {value:.3g} s" for name, value in times.items())
-    return replace(fastest, reason=f"fastest of {each}{more}")
-
-
-def _time_in_turns(
-    formats: list[ComputeFormat],
-    prepare: Callable[[ComputeFormat], Callable[[], None]],
-    device: torch.device,
-    budget: float,
-) -> dict[ComputeFormat, float]:
-    """Time formats on a CPU in turns, so that other programs, which slow it down for a while, slow down all formats.
-
-    A format whose warm-up alone takes much longer than the best so far is not timed again.
-    """
-    times: dict[ComputeFormat, float] = {}
-    remaining: list[ComputeFormat] = []
-    start = time.perf_counter()
-    for candidate in formats:
-        if remaining and time.perf_counter() - start + min(times.values()) > budget:
-            break
-        warm_up = times[candidate] = measure_seconds(prepare(candidate), device)
-        best = min((times[other] for other in remaining), default=math.inf)
-        if warm_up <= min(4 * best, 1.3 * best + _START):
-            remaining.append(candidate)
-    for number in range(1 if max(times[candidate] for candidate in remaining) > _LONG else 3):
-        turn: dict[ComputeFormat, float] = {}
-        for candidate in remaining:
-            if time.perf_counter() - start + times[candidate] <= budget:
-                turn[candidate] = measure_seconds(prepare(candidate), device)
-        if len(turn) < len(remaining):
-            break  # an incomplete turn would compare warm-ups with later steps
-        times |= {
-            candidate: min(turn[candidate], times[candidate]) if number else turn[candidate] for candidate in turn
-        }
-    return times
-
-
-def _time_one_by_one(
-    formats: list[ComputeFormat],
-    prepare: Callable[[ComputeFormat], Callable[[], None]],
-    device: torch.device,
-    budget: float,
-) -> dict[ComputeFormat, float]:
-    """Time formats on a GPU: the median of some steps after those in which cuDNN searches and the compiler works.
-
-    A format that needs more memory than there is, or that cannot be compiled, is left out.
-    """
-    times: dict[ComputeFormat, float] = {}
-    start = time.perf_counter()
-    for candidate in formats:
-        if times and time.perf_counter() - start > budget:
-            break
-        try:
-            work = prepare(candidate)
-            for _ in range(_WARM_UPS):
-                work()
-            times[candidate] = median(measure_seconds(work, device) for _ in range(_TIMED))
-        except Exception as error:  # the compiler's own errors are of many kinds
-            if is_out_of_memory(error):
-                log.info(f"{candidate} needs more memory than {device} has")
-                continue
-            if not candidate.compiled:
-                raise
-            log.warn(f"torch.compile failed and is left out: {shorten(describe(error), 300)}")
-    return times
+    each = ", ".join(f"{name} {value:.3g}" for name, value in times.items())
+    return replace(fastest, reason=f"seconds of a step: {each}{late}")
 
 
 def measure_seconds(work: Callable[[], None], device: torch.device) -> float:

@@ -336,10 +336,10 @@ def _fit_batch(share: float, maps: float, budget: float, patches: float) -> tupl
     if batch == fitting:
         return batch, f"batch {batch} fills the budget"
     if batch == cap:
-        held = "no more voxels than the dataset" if share >= 1 else f"{_percent(share)} of all voxels"
-        return batch, f"batch capped at {batch} of {fitting} that fit: it may hold {held}"
-    short = f": {fitting} would fit, but {_percent(share)} of all voxels make only {cap}" if fitting > batch else ""
-    return batch, f"batch {batch} is the minimum{short}"
+        held = "" if share >= 1 else f"{_percent(share)} of "
+        return batch, f"batch {batch}: {fitting} would fit, but a batch holds at most {held}the voxels of the dataset"
+    few_voxels = f": {fitting} would fit, but the dataset is small (a batch holds {_percent(share)} of it at most)"
+    return batch, f"batch {batch} is the minimum{few_voxels if fitting > batch else ''}"
 
 
 def _network_reasons(topology: Topology) -> list[str]:

@@ -19,6 +19,7 @@ from nnunet_lite.data.problems import html_table
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import first_problem, must_be, read_json
 from nnunet_lite.planning.show import plan_head, plan_reasons, plan_rows, plan_table, plan_title
+from nnunet_lite.settings import flatten
 
 Positive = Annotated[int, Field(gt=0)]
 KernelSize = Annotated[int, Field(gt=0), must_be("odd, or the kernel would have no centre", lambda size: size % 2)]
@@ -288,12 +289,21 @@ class Plan(_Model):
         return self.model_dump(mode="json", exclude={"options"} if self.options is None else None)
 
     def trains_as(self, other: Plan) -> bool:
-        """Compare without explanations and predicted memory: both plans give the same arrays and networks."""
-        mine, theirs = (
-            plan.model_dump(exclude={"options": True, "configurations": {"__all__": {"reasons", "memory_gb"}}})
+        """Whether both plans give the same arrays and networks."""
+        return not self.differences(other)
+
+    def differences(self, other: Plan) -> list[str]:
+        """Return what another plan trains otherwise, such as "configurations.2d.batch_size: 2 -> 3".
+
+        Explanations, the predicted memory and the names of labels do not count.
+        """
+        unused: Any = {"options": True, "configurations": {"__all__": {"reasons", "memory_gb"}}}
+        before, after = (
+            dict(flatten({**plan.model_dump(mode="json", exclude=unused), "labels": plan.labels.meaning}))
             for plan in (self, other)
         )
-        return mine == theirs
+        keys = dict.fromkeys((*before, *after))
+        return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if before.get(key) != after.get(key)]
 
     def to_text(self) -> str:
         """Return the plan as a table for a terminal."""
@@ -301,6 +311,11 @@ class Plan(_Model):
 
     def __repr__(self) -> str:
         return f"{plan_title(self)}\nconfigurations: {', '.join(self.configurations)}"
+
+    @property
+    def brief(self) -> str:
+        """What `--quiet` prints."""
+        return repr(self)
 
     def _repr_html_(self) -> str:
         reasons = [f"{name}: {reason}" for name, reasons in plan_reasons(self).items() for reason in reasons]

@@ -92,8 +92,7 @@ def make_learner(job: Job, network: nn.Module, compute: ComputeFormat, scale: fl
     scaler = torch.amp.GradScaler(job.device.type, scale, enabled=compute.precision == "fp16")
     average = None if job.settings.optimizer.ema is None else start_average(network)
     # in the other layout torch computes single samples slowly
-    apart = job.device.type == "cpu" and compute.precision == "fp32" and compute.channels_last
-    apart = apart and not compute.compiled and job.ranks.world == 1
+    apart = job.device.type == "cpu" and compute.channels_last and not compute.compiled and job.ranks.world == 1
     forward = parallelize_samples(network) if apart else network
     return Learner(network, forward, optimizer, scaler, compute, average)
 
@@ -264,11 +263,14 @@ def _trial_step(job: Job, learner: Learner, batch: Batch) -> Callable[[], None]:
 def list_training_formats(job: Job) -> list[ComputeFormat]:
     """List the formats in which a job may be trained, likely winners first; compiled ones last.
 
+    A run with a seed computes in fp32, unless it is on a GPU: it has the same result on every CPU.
+
     On a GPU whose library computes bf16 convolutions of this size wrongly, fp16 takes the place of bf16, unless the
     settings name bf16. Networks are compiled on a GPU, if the time limit leaves a minute for it, or on request.
     """
     training, network, device = job.settings.training, job.planned.network, job.device
-    formats = list_formats(device, training.precision, training.channels_last)
+    repeats = training.seed is not None and training.precision == "auto" and device.type != "cuda"
+    formats = list_formats(device, "fp32" if repeats else training.precision, training.channels_last)
     if device.type != "cuda":
         return [replace(option, compiled=training.compile is True) for option in formats]
     if formats[0].precision == "bf16" and not computes_bf16(device, *job.planned.first_convolution):
@@ -290,11 +292,10 @@ def list_training_formats(job: Job) -> list[ComputeFormat]:
 
 
 def choose_format(job: Job, network: nn.Module, options: list[ComputeFormat] | None = None) -> ComputeFormat:
-    """Time training steps of the network on a real batch, and return the fastest of some formats.
+    """Return the first format on a CPU; on a GPU time training steps of the network on a real batch, for the fastest.
 
-    What was chosen for the same step on the same kind of GPU is kept in `job.formats`. On a CPU nothing is timed with a
-    seed, because what is fastest may change from run to run. Under a time limit the timing ends early, with the fastest
-    of the options that were timed until then, and is not kept.
+    What was chosen for the same step on the same kind of GPU is kept in `job.formats`. Under a time limit the timing
+    ends early, with the fastest of the options that were timed until then, and is not kept.
 
     Parameters
     ----------
@@ -306,8 +307,8 @@ def choose_format(job: Job, network: nn.Module, options: list[ComputeFormat] | N
         By default those of `list_training_formats`.
     """
     options = options or list_training_formats(job)
-    if job.settings.training.seed is not None and job.device.type != "cuda":
-        return replace(options[-1], channels_last=options[0].channels_last, reason="not timed, because a seed is set")
+    if job.device.type == "cpu" or (job.settings.training.seed is not None and job.device.type != "cuda"):
+        return options[0]
     key, budget = _describe_step(job, options), TIMING_SHARE * limit_seconds(job.settings)
     kept = from_first(_read_choices(job).get(key), job.ranks)
     if from_first(kept in options, job.ranks):  # GPUs may differ

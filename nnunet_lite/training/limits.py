@@ -10,23 +10,23 @@ import math
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from nnunet_lite import log
+from nnunet_lite import log, system
 from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import Stopped, UserError
-from nnunet_lite.models.folder import CHECKPOINT, read_weights_header
+from nnunet_lite.models.folder import CHECKPOINT, read_weights_header, remove_unbegun
 from nnunet_lite.networks.devices import is_out_of_memory
 from nnunet_lite.planning.planner import limit_sizes, override_sizes
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.planning.topology import join_by_x
 from nnunet_lite.settings import Settings
-from nnunet_lite.system import GB, in_units, peak_memory
+from nnunet_lite.system import GB, calling_on_signal, in_units, peak_memory, stop_at_once
 
 if TYPE_CHECKING:
     from nnunet_lite.training.job import Job
@@ -206,14 +206,30 @@ def stop_threads() -> None:
 
 
 @contextmanager
-def stop_on_signal() -> Iterator[StopRequest]:
+def stop_on_signal(folder: Path | None = None) -> Iterator[StopRequest]:
     """Turn the first SIGINT or SIGTERM into a request to stop after the step; the second one ends the process at once.
 
     So does the first one while the run is `starting`.
     Only the main thread receives signals. A run in another thread is stopped with `stop_threads`.
+
+    Parameters
+    ----------
+    folder : Path, optional
+        Of the fold, which is deleted if nothing was trained in it.
     """
     request, in_main = StopRequest(), threading.current_thread() is threading.main_thread()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if in_main}
+    received: list[int] = []
+
+    def react(number: int) -> None:
+        if number not in handlers:
+            return
+        if request.starting or received:
+            if folder is not None:
+                remove_unbegun(folder)
+            stop_at_once(number)
+        received.append(number)
+        log.info(f"{signal.Signals(number).name}: stopping after this step; press again to stop now")
 
     def restore() -> None:
         for number, handler in handlers.items():
@@ -224,13 +240,15 @@ def stop_on_signal() -> Iterator[StopRequest]:
         if request.starting:
             signal.raise_signal(number)
         request.signal = number
-        log.info(f"{signal.Signals(number).name}: writing a checkpoint after this step; once more stops at once")
+        if not system.is_command:
+            log.info(f"{signal.Signals(number).name}: stopping after this step; once more stops now")
 
     for number in handlers:
         signal.signal(number, handle)
     _requests.append(request)
     try:
-        yield request
+        with calling_on_signal(react) if in_main and system.is_command else nullcontext():
+            yield request
     finally:
         _requests.remove(request)
         restore()

@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from nnunet_lite import log
+from nnunet_lite.data.problems import few
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import sweep, understood
 from nnunet_lite.models.checkpoint import load_checkpoint, save_weights, snapshot_checkpoint
@@ -68,6 +69,7 @@ class State(BaseModel):
     seconds: float = 0.0  # spent on training, with timing of number formats and pseudo-validation
     pace: float = 0.0  # seconds per step
     pass_seconds: float = 0.0  # seconds of the network per patch in the last pseudo-validation, on a CPU their median
+    pseudo_seconds: float = 0.0  # of the last pseudo-validation
     bad_steps: int = 0
     early_stopping: limits.EarlyStopping = Field(limits.EarlyStopping(), alias="trend")
     labels: LabelStatistics = Field(default_factory=LabelStatistics, alias="seen")
@@ -97,16 +99,15 @@ def train_fold(job: Job, seconds: float = 0.0) -> None:
     if job.ranks.rank == 0:
         sweep(job.folder, alone=True)
     from_first(None, job.ranks)  # the others write nothing that could be swept away
-    with limits.explain_out_of_memory(job), limits.stop_on_signal() as stop:
+    with limits.explain_out_of_memory(job), limits.stop_on_signal(job.folder if job.ranks.rank == 0 else None) as stop:
         begin = time.monotonic() - seconds
-        with log.working("preparing the network"):
-            learner, state = _start(job)
+        learner, state = _start(job)
         state.compute = learner.compute  # torch.compile may have failed
         if job.device.type == "cuda":  # candidates of other formats may have needed more
             torch.cuda.reset_peak_memory_stats(job.device)
         state.seconds += from_first(time.monotonic() - begin, job.ranks)
         compute, training, stop.starting = state.compute, job.settings.training, False
-        log.info(f"{job.device}, {compute}: {compute.reason}")
+        log.info(f"computing on {job.device} in {compute}" + f" ({compute.reason})" * bool(compute.reason))
         makers = training_batches(job, state.epoch, state.iteration * training.accumulate)
         with closing(prefetch(makers, job.device, training.workers)) as batches:
             _run_epochs(job, learner, batches, state, stop)
@@ -116,7 +117,9 @@ def train_fold(job: Job, seconds: float = 0.0) -> None:
 
 def _start(job: Job) -> tuple[Learner, State]:
     """Return the network as the last checkpoint left it, otherwise as it starts; settings may have changed since."""
-    network, checkpoint, training = learning.make_network(job), job.folder / CHECKPOINT, job.settings.training
+    checkpoint, training = job.folder / CHECKPOINT, job.settings.training
+    with log.working("preparing the network"):
+        network = learning.make_network(job)
     formats = learning.list_training_formats(job)
     if not checkpoint.is_file():
         start_from(network, job)
@@ -152,7 +155,8 @@ def _run_epochs(job: Job, learner: Learner, batches: Iterator[Batch], state: Sta
     with recording as recorder, follow_epochs(job) as follow, _save_checkpoints(job, learner, state) as save:
         while not _is_over(job, state):
             begin, before = time.monotonic(), state.seconds
-            with log.working(f"epoch {state.epoch + 1}", training.iterations, state.iteration) as advance:
+            name = f"epoch {state.epoch + 1}" + f" of {training.epochs}" * (training.time_limit is None)
+            with log.working(name, training.iterations, state.iteration) as advance:
                 metrics = _train_epoch(job, learner, batches, state, stop, advance)
             if metrics is None:
                 save(True)
@@ -162,6 +166,7 @@ def _run_epochs(job: Job, learner: Learner, batches: Iterator[Batch], state: Sta
             with learning.averaged_weights(learner):
                 metrics |= _pseudo_validate(job, learner, state, allowed)
             state.seconds = before + from_first(time.monotonic() - begin, job.ranks)
+            state.pseudo_seconds = max(0.0, state.seconds - before - metrics["seconds"])
             state.early_stopping = state.early_stopping.update(metrics.get("mean_dice"))
             state.labels.warn_of_zero_dice(metrics.get("dice", {}), _progress(job, state))
             if recorder is not None:
@@ -227,7 +232,9 @@ def _progress(job: Job, state: State, ahead: float = 0.0) -> float:
 
 
 def _pass_seconds(job: Job, state: State) -> float:
-    return state.pass_seconds or limits.estimate_pass_seconds(job, state.pace)
+    """Return the seconds of the network per window: as in training, or in pseudo-validation where that was faster."""
+    in_training = limits.estimate_pass_seconds(job, state.pace)
+    return min(state.pass_seconds or in_training, in_training or state.pass_seconds)
 
 
 def _plan_validation(job: Job, state: State) -> limits.ValidationPlan | None:
@@ -238,17 +245,20 @@ def _seconds_left(job: Job, state: State) -> float:
     """Return how long the rest of the run takes, with the validation in whole images."""
     training, validation = job.settings.training, _plan_validation(job, state)
     patches = job.planned.batch_size * training.validation_iterations if job.validation else 0
-    epoch = training.iterations * state.pace + patches * _pass_seconds(job, state)
+    pseudo_seconds = state.pseudo_seconds or patches * _pass_seconds(job, state)
+    epoch = training.iterations * state.pace + pseudo_seconds
     left = (training.epochs - state.epoch) * epoch - state.iteration * state.pace
     limit = limits.training_seconds(job, _pass_seconds(job, state)) - state.seconds
     return max(0.0, min(left, limit)) + (0.0 if validation is None else validation.seconds)
 
 
-def _count_steps(job: Job, state: State) -> int:
-    """Return the number of steps of this epoch: fewer than planned if a time limit ends it."""
-    seconds = limits.training_seconds(job, _pass_seconds(job, state)) - state.seconds
-    fit = seconds / state.pace if state.pace else math.inf
-    return round(min(job.settings.training.iterations, max(state.iteration + fit, state.iteration)))
+def _describe_progress(job: Job, state: State) -> str:
+    """Return how far a run is: by the time that a limit gives it, otherwise by steps, with the time that is left."""
+    limit = job.settings.training.time_limit
+    if limit is not None:
+        return f"{log.duration(state.seconds)} of {log.duration(60 * limit)}"
+    left = f", {log.duration(_seconds_left(job, state))} left" if state.pace else ""
+    return f"step {state.iteration}/{job.settings.training.iterations}{left}"
 
 
 def _announce_duration(job: Job, state: State) -> None:
@@ -293,19 +303,19 @@ def _train_epoch(
 ) -> Metrics | None:
     """Train one epoch and return its metrics, or None if a signal interrupted it. Updates `state`.
 
-    `advance` is called for each step, with the number of steps that a time limit leaves. The host does not wait for a
-    GPU before the end of the epoch.
+    `advance` is called for each step. The host does not wait for a GPU before the end of the epoch.
     """
     training, begin, before = job.settings.training, time.monotonic(), state.seconds
     learner.network.train()
     steps: list[_Step] = []
-    rate, waited, interrupted = 0.0, 0.0, False
+    rate, waited, first, interrupted = 0.0, 0.0, 0.0, False
     clock = Clock(job.ranks if training.time_limit else ALONE, state.pace)  # without a limit, time does not matter
     announced = state.epoch > 0
     while state.iteration < training.iterations and not interrupted:
         elapsed = clock.after(len(steps))
-        state.seconds, state.pace = before + elapsed, elapsed / len(steps) if steps else state.pace
-        advance(min(1, len(steps)), _count_steps(job, state))
+        first = elapsed if len(steps) == 1 else first
+        state.seconds, state.pace = before + elapsed, _pace(len(steps), elapsed, first) or state.pace
+        advance(min(1, len(steps)), _describe_progress(job, state))
         if state.iteration and _progress(job, state, state.pace / 2) >= 1:
             break  # the end of the time is nearer now than after another step
         if not announced and len(steps) > 1 and (elapsed > _TIMED or state.iteration + 1 == training.iterations):
@@ -329,6 +339,7 @@ def _train_epoch(
     state.losses += torch.stack([step.loss for step in steps]).tolist() if steps else []
     state.bad_steps = _count_bad_steps(job, state, steps)
     state.seconds = before + time.monotonic() - begin
+    state.pace = from_first(_pace(len(steps), state.seconds - before, first) or state.pace, job.ranks)
     return None if interrupted else _finish_epoch(job, state, len(steps), state.seconds - before, waited, rate)
 
 
@@ -362,8 +373,12 @@ def _finish_epoch(job: Job, state: State, n_steps: int, seconds: float, waited: 
     if job.settings.schedule.name == "plateau" and math.isfinite(mean_loss):
         state.plateau = state.plateau.update(mean_loss, job.settings.schedule)
     state.epoch, state.iteration, state.losses, state.bad_steps = state.epoch + 1, 0, [], 0
-    state.pace = from_first(seconds / max(n_steps, 1), job.ranks)
     return metrics
+
+
+def _pace(n_steps: int, seconds: float, first: float) -> float:
+    """Return the seconds per step of some steps, without the first one if there are others: it is slow."""
+    return (seconds - first) / (n_steps - 1) if n_steps > 1 else n_steps * seconds
 
 
 def _agree_to_stop(job: Job, stop: limits.StopRequest) -> bool:
@@ -421,7 +436,7 @@ def _pseudo_validate(job: Job, learner: Learner, state: State, allowed: float) -
     times: list[float] = []
     with (
         closing(prefetch(makers, job.device, job.settings.training.workers)) as batches,
-        log.working("held-out patches", n_batches) as advance,
+        log.working("held-out patches", n_batches if math.isinf(allowed) else None) as advance,
     ):
         for batch in batches:
             start = time.monotonic()
@@ -433,7 +448,7 @@ def _pseudo_validate(job: Job, learner: Learner, state: State, allowed: float) -
             done += 1
             now = time.monotonic()
             times.append(now - start)
-            advance(1, round(min(n_batches, max(done, done * allowed / (now - begin)))))
+            advance(1)
             # the first batch is slow, and says little about the duration of a pass
             if done > 1 and math.isfinite(allowed) and from_first(now - begin > allowed, job.ranks):
                 break
@@ -458,13 +473,15 @@ def _finite(value: float, digits: int = 5) -> float | None:
 def _describe_epoch(job: Job, metrics: dict[str, Any], state: State) -> str:
     """Write one epoch as a line."""
     mean_dice = metrics.get("mean_dice")
-    dice = " ".join("-" if d is None else f"{d:.3f}" for d in list(metrics.get("dice", {}).values())[:8])
+    by_label = metrics.get("dice", {}).items()
+    dice = few([f"{name} {'-' if d is None else f'{d:.3f}'}" for name, d in by_label], 8)
     loss = "not finite" if metrics["train_loss"] is None else f"{metrics['train_loss']:+.4f}"
     score = f"  Dice {mean_dice:.3f} ({dice})" if mean_dice is not None else ""
     if metrics.get("validation_loss", 0.0) is None:
         score = "  held-out loss not finite"
     memory = in_units(metrics["memory_gb"] * GB)
-    speed = f"{metrics['samples_per_second']:.3g} samples/s, {metrics['waiting']:.0%} waiting, {memory}"
+    waiting = f"{100 * metrics['waiting']:.0f} % waiting for data"
+    speed = f"{metrics['samples_per_second']:.3g} patches/s, {waiting}, {memory} of memory"
     return (
         f"epoch {metrics['epoch']:>4}  loss {loss}{score}  lr {metrics['lr']:.1e}  "
         f"{log.duration(metrics['seconds'])} ({speed}), {log.duration(_seconds_left(job, state))} left"
