@@ -147,7 +147,7 @@ def test_settings_versions_and_costs_are_those_of_the_run(tiny_model: Path, tiny
     page = Page(tiny_report)
     run = read_json(tiny_model / "run.json")
     assert str(run["seed"]) in page.text and run["versions"]["torch"] in page.text
-    (costs,) = page.tables["Time and memory of training"][1:]
+    (costs,) = page.tables["Time and memory of each fold"][1:]
     rows = [json.loads(line) for line in (tiny_model / "fold_0" / "metrics.jsonl").read_text().splitlines()]
     assert costs[2] == (str(rows[-1]["epoch"]), str(float(rows[-1]["epoch"])))
     assert float(costs[7][1] or 0) == max(row["memory_gb"] for row in rows)
@@ -273,7 +273,7 @@ def test_selected_models(trained: Path, tmp_path: Path) -> None:
     assert list(page.data["models"]) == ["other+tiny", "other", "tiny"]
     rows = page.tables["Candidates of nnlite select, the best first"]
     assert [cell for cell, _ in rows[1]][:4] == ["other + tiny", "2", "0.810", "0.700 to 0.900"]
-    assert rows[2][4][0] == "+0.0600 (-0.0100 to +0.1100)"
+    assert rows[2][5][0] == "+0.0600 (-0.0100 to +0.1100)"
     steps = page.tables["Postprocessing of the predictions"][1]
     assert steps[1][0] == "the largest component, from 12.5 mm3"
     assert [float(value or 0) for _, value in steps[2:4]] == [0.8, 0.82] and steps[4][0] == "n/a"  # an older version

@@ -50,7 +50,9 @@ def verdict(tiny_workspace: Path, tiny_model: Path, tmp_path: Path) -> Any:
         run["settings"]["training"] |= {"epochs": 50, **training}
         write_json(paths.models / "tiny" / "run.json", run)
         plan, scores = Plan.read(paths.plans), Scores((), Plan.read(paths.plans).labels)
-        _, text, command = judge_training(ModelResults("tiny", run, plan, (fold,), scores, {}), paths, folds)
+        _, text, command = judge_training(
+            ModelResults(paths.models / "tiny", "tiny", run, plan, (fold,), scores, {}), paths, folds
+        )
         return text, command
 
     return judge

@@ -10,8 +10,10 @@ from nnunet_lite.commands import options
 from nnunet_lite.data.dataset import stored_dataset
 from nnunet_lite.evaluation.comparison import select_models
 from nnunet_lite.evaluation.selection import Selection
-from nnunet_lite.reporting.page import PAGE, write_report
-from nnunet_lite.workspace import select_dataset
+from nnunet_lite.models.argument import find_model
+from nnunet_lite.reporting.page import write_report
+from nnunet_lite.reporting.side_by_side import write_comparison
+from nnunet_lite.workspace import select_dataset, workspace_folder
 
 
 def select(
@@ -80,6 +82,10 @@ def report(
         options.output("-o", "--output", help="File to write.", show_default="report.html in the dataset's folder"),
     ] = None,
     *,
+    compare: Annotated[
+        tuple[str, str] | None,
+        options.model(metavar="MODEL MODEL", help="Instead: two models side by side; names or folders."),
+    ] = None,
     dataset: options.DatasetName = None,
     workspace: options.Workspace = None,
 ) -> Path:
@@ -88,7 +94,10 @@ def report(
     Parameters
     ----------
     output : str or Path, optional
-        The file, or a folder for `report.html`; default: in the dataset's folder.
+        The file, or a folder for it; default: `report.html` or `comparison.html` in the dataset's folder.
+    compare : tuple of str, optional
+        Write instead how these two models differ, and their scores of the cases that both held out: names of models in
+        the workspace, or model folders anywhere.
     dataset : str, optional
         Planned dataset; default: the only one, of several the one planned last.
     workspace : str or Path, optional
@@ -102,13 +111,17 @@ def report(
     Raises
     ------
     UserError
-        No dataset is planned, or one of its files is broken.
+        No dataset is planned, a file is broken, or there is no such model.
 
     Examples
     --------
     nnlite report
     nnlite report -d Task04_Hippocampus -o report.html
+    nnlite report --compare 3d_fullres 2d
     """
-    paths = select_dataset(workspace, dataset, only_reads=True)
-    target = paths.root / PAGE if output is None else Path(output).expanduser().absolute()
-    return write_report(paths, target / PAGE if target.is_dir() else target)
+    target = None if output is None else Path(output).expanduser().absolute()
+    if compare is None:
+        return write_report(select_dataset(workspace, dataset, only_reads=True), target)
+    root = workspace_folder(workspace)
+    first, second = (find_model(given, root, dataset) for given in compare)
+    return write_comparison(first, second, target)

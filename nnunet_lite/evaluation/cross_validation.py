@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,8 @@ from nnunet_lite.inference.cases import output_file
 from nnunet_lite.inference.first_stage import read_stage_map
 from nnunet_lite.inference.folder import predict_cases
 from nnunet_lite.inference.predictor import Predictor, load
-from nnunet_lite.models.folder import SUMMARY, VALIDATION
+from nnunet_lite.inference.record import PredictionRecord, describe_predictor
+from nnunet_lite.models.folder import SUMMARY, VALIDATION, now_as_text, versions_in_use
 from nnunet_lite.system import pairs_at_once
 
 
@@ -40,8 +42,8 @@ def validate_fold(
 ) -> Scores:
     """Predict the held-out cases of a fold from their raw images and score them.
 
-    Writes fold_k/validation/: a label map per case, summary.json (as nnU-Net's) and summary.csv. Cases that were
-    predicted before are not predicted again.
+    Writes fold_k/validation/: a label map per case, summary.json (as nnU-Net's), summary.csv and
+    predictions.json, with the time of each case. Cases that were predicted before are not predicted again.
 
     Parameters
     ----------
@@ -104,8 +106,10 @@ def validate_cases(
         What summary.json notes about how the cases are predicted.
     """
     cases = _cases(dataset, case_ids)
+    record = PredictionRecord(out, {"began": now_as_text(), "versions": versions_in_use()})
     _, failed = predict_cases(model, cases, out, skip_existing=True, stage_classes=stage_classes,
-                              accept_geometry=dataset.accept_geometry)  # fmt: skip
+                              accept_geometry=dataset.accept_geometry,
+                              report=partial(record.add, how=describe_predictor(model)))  # fmt: skip
     if failed:
         case_id, why = next(iter(failed.items()))
         raise UserError(

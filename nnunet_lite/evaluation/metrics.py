@@ -29,6 +29,8 @@ from nnunet_lite.data.labels import Labels
 from nnunet_lite.evaluation import masks
 from nnunet_lite.evaluation.masks import Map, MaskPair
 
+COARSE = 100  # voxels: up to a larger tolerance all surfaces agree
+
 
 @dataclass(frozen=True)
 class MaskComparison:
@@ -169,7 +171,7 @@ def score_case(
     spacing : tuple of float or None
         Voxel size (z, y, x) in mm. None if it is unknown: then lengths are in pixels, and there are no volumes.
     tolerance : float
-        Distance up to which surfaces agree for NSD, in mm or pixels.
+        Distance up to which surfaces agree for NSD, in mm or pixels. NSD is left out where this `is_coarse`.
     surface : bool
         Whether to compute NSD and HD95.
     threads : int
@@ -195,9 +197,23 @@ def score_case(
                 tn = pair.annotated - tp - fp - fn
                 lesion_tp, lesion_fp, lesion_fn = lesions[k]
                 nsd, hd95 = surfaces.get(k, (None, None))
+                nsd = None if is_coarse(tolerance, size) else nsd
                 mask = MaskComparison(tp, fp, fn, tn, lesion_tp, lesion_fp, lesion_fn, nsd, hd95, voxel_ml)
                 scores[labels.region_names[group[k]]] = {name: metric.formula(mask) for name, metric in METRICS.items()}
     return scores
+
+
+def is_coarse(tolerance: float, spacing: Spacing) -> bool:
+    """Whether any two surfaces agree up to a tolerance: it is above 100 voxels, as one of mm in a microscope's image.
+
+    Parameters
+    ----------
+    tolerance : float
+        In mm or pixels.
+    spacing : tuple of float
+        Voxel size (z, y, x) in the same unit.
+    """
+    return tolerance > COARSE * min(spacing)
 
 
 def _score_surfaces(

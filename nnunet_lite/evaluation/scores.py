@@ -27,7 +27,7 @@ from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.names import stem
 from nnunet_lite.data.problems import align, few, html_table, plural
 from nnunet_lite.errors import UserError, no_such_file
-from nnunet_lite.evaluation.metrics import METRICS, Metric, MetricValues, score_case
+from nnunet_lite.evaluation.metrics import COARSE, METRICS, Metric, MetricValues, is_coarse, score_case
 from nnunet_lite.evaluation.statistics import Statistic, summarize
 from nnunet_lite.files import read_json
 from nnunet_lite.log import progress
@@ -36,7 +36,6 @@ from nnunet_lite.system import cpus, pairs_at_once
 _NO_SPACING = "no spacing is known, 1 mm taken for a pixel"
 _CASES_SHOWN, _WORST_SHOWN = 10, 5  # with this number of cases or fewer, each is shown
 _RECORD = "predictions.json"  # beside label maps, see inference/record.py, which imports torch
-_COARSE = 100  # voxels: with a larger tolerance, as of mm in a microscope's image, NSD is 1
 _MOST_LABELS = 1000  # more different values than this are an image, not a label map
 
 
@@ -358,9 +357,9 @@ def score_files(
         def score(case: str) -> tuple[CaseScore, list[_Remark]]:
             predicted, true, geometry, remarks = _read_pair(*pairs[case], known, accept_geometry)
             spacing = geometry.spacing if geometry.calibrated else None
-            if surface and tolerance > _COARSE * min(geometry.spacing):
+            if surface and is_coarse(tolerance, geometry.spacing):
                 remarks.append(
-                    (f"{_COARSE} voxels are less than the tolerance of NSD, {tolerance:g}: it says nothing", case)
+                    (f"{COARSE} voxels are less than the tolerance of NSD, {tolerance:g}: it says nothing", case)
                 )
             metrics = score_case(predicted, true, known, spacing, tolerance, surface, threads)
             return CaseScore(case, *pairs[case], metrics, geometry.calibrated), remarks

@@ -39,6 +39,8 @@ class Candidate(BaseModel):
         Number of held-out cases.
     dice, low, high : float or None
         The foreground mean (of the means of the labels) with its 95 % interval.
+    median : float or None
+        The median over cases of their means over labels; None in a file of an older version.
     by_label : dict
         Mean Dice of each label or region; None if no case has it.
     margin : Margin
@@ -52,6 +54,7 @@ class Candidate(BaseModel):
     dice: float | None
     low: float | None
     high: float | None
+    median: float | None = None
     by_label: dict[str, float | None]
     margin: Margin
 
@@ -61,7 +64,7 @@ class Candidate(BaseModel):
         mean, by_label = summarize(dice), zip(labels, dice.T, strict=True)
         means = {name: summarize(column[:, None]).mean for name, column in by_label}
         return cls(models=tuple(models), n_cases=len(dice), dice=mean.mean, low=mean.low, high=mean.high,
-                   by_label=means, margin=margin)  # fmt: skip
+                   median=mean.median, by_label=means, margin=margin)  # fmt: skip
 
     @property
     def name(self) -> str:
@@ -144,13 +147,15 @@ class Selection(BaseModel):
         """Return the cells of the table, after the headings."""
         labels = list(self.candidates[0].by_label) if self.candidates else []
         shown = labels if 1 < len(labels) <= 5 else []  # more would not fit a terminal
-        lines: list[tuple[str, ...]] = [("candidate", "n", "Dice", "95 % interval", *shown, "winner's margin", "95 %")]
+        lines: list[tuple[str, ...]] = [
+            ("candidate", "n", "Dice", "95 % interval", "median", *shown, "winner's margin", "95 %")
+        ]
         for i, one in enumerate(self.candidates):
             by_label = [four_digits(one.by_label[label]) for label in shown]
             interval = "n/a" if one.low is None else f"{one.low:.4f} to {one.high:.4f}"
             margin = "n/a" if one.margin.mean is None else f"{one.margin.mean:+.4f}"
             ends = "n/a" if one.margin.low is None else f"{one.margin.low:+.4f} to {one.margin.high:+.4f}"
-            row = (one.name, str(one.n_cases), four_digits(one.dice), interval, *by_label)
+            row = (one.name, str(one.n_cases), four_digits(one.dice), interval, four_digits(one.median), *by_label)
             lines.append((*row, margin, ends) if i else (*row, "selected", ""))
         return lines
 

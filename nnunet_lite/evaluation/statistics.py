@@ -120,6 +120,20 @@ def p_of_gain(differences: np.ndarray) -> float:
     return float(test.pvalue)
 
 
+def p_of_difference(differences: np.ndarray) -> float:
+    """Test whether paired differences are symmetric about zero, by Wilcoxon's two-sided signed-rank test.
+
+    Parameters
+    ----------
+    differences : ndarray, shape (cases,)
+        Those that are zero are left out (Wilcoxon 1945).
+    """
+    from scipy.stats import wilcoxon  # slow to import, and needed by one command
+
+    changed = differences[differences != 0]
+    return float(wilcoxon(changed).pvalue) if len(changed) else 1.0
+
+
 def mean_of_labels(table: np.ndarray) -> float:
     """Compute the mean over labels of their means over cases; NaN if there is no value.
 

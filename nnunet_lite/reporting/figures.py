@@ -331,7 +331,7 @@ def plot_dots(title: str, rows: Sequence[tuple[str, Sequence[tuple[str, float | 
     return Chart("dots", title, x, y, content)
 
 
-def plot_intervals(title: str, rows: Sequence[Interval], label: str) -> Chart | None:
+def plot_intervals(title: str, rows: Sequence[Interval], label: str, *, has_zero: bool = False) -> Chart | None:
     """Draw a mean with its 95 % interval for each row that has a mean; the first one is highlighted.
 
     Parameters
@@ -342,6 +342,8 @@ def plot_intervals(title: str, rows: Sequence[Interval], label: str) -> Chart | 
         Name, mean, and the ends of the interval.
     label : str
         The name of the x axis.
+    has_zero : bool
+        Whether the axis includes zero.
 
     Returns
     -------
@@ -352,6 +354,7 @@ def plot_intervals(title: str, rows: Sequence[Interval], label: str) -> Chart | 
     if not intervals:
         return None
     values = [value for _, *numbers in intervals for value in numbers if value is not None]
+    values += [0.0] if has_zero else []
     x, y = _row_axes([name for name, *_ in intervals], _range(values, _MARGIN), label)
     return Chart("intervals", title, x, y, intervals)
 

@@ -28,7 +28,8 @@ from nnunet_lite.errors import UserError, describe
 from nnunet_lite.evaluation.scores import CaseScore, Scores, read_summaries
 from nnunet_lite.evaluation.selection import Selection, changed_models, read_selection
 from nnunet_lite.files import read_json
-from nnunet_lite.models.folder import MODEL, model_folders, read_weights_header
+from nnunet_lite.inference.record import RECORD
+from nnunet_lite.models.folder import MODEL, VALIDATION, model_folders, read_weights_header
 from nnunet_lite.models.lookup import read_model
 from nnunet_lite.planning.fingerprint import Fingerprint
 from nnunet_lite.planning.schema import Plan
@@ -60,11 +61,14 @@ class FoldHistory:
         Its epochs, as in metrics.jsonl.
     state : dict
         The header of its finished model; empty while it trains.
+    prediction_seconds : tuple of float
+        How long the prediction of each held-out case took; empty if it is not known.
     """
 
     name: str
     rows: tuple[dict[str, Any], ...]
     state: dict[str, Any]
+    prediction_seconds: tuple[float, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -77,8 +81,10 @@ class ModelResults:
 
     Parameters
     ----------
+    folder : Path
+        The model folder.
     name : str
-        The model folder, "a+b" for an ensemble.
+        Its name, "a+b" for an ensemble.
     run : dict
         run.json; empty for an ensemble, which has no folds either.
     plan : Plan or None
@@ -91,6 +97,7 @@ class ModelResults:
         Case -> the fold that held it out.
     """
 
+    folder: Path
     name: str
     run: dict[str, Any]
     plan: Plan | None
@@ -284,7 +291,7 @@ def read_material(paths: Paths) -> Material:
     models = list(_read_models(paths, dataset, notes))
     ensemble = paths.ensembles / selected
     if "+" in selected and ensemble.is_dir():
-        models.append(ModelResults(selected, {}, None, (), *_read_scores(ensemble, dataset, notes)))
+        models.append(ModelResults(ensemble, selected, {}, None, (), *_read_scores(ensemble, dataset.labels, notes)))
     models.sort(key=lambda model: (model.name != selected, model.dice is None, -(model.dice or 0.0), model.name))
     return Material(
         paths,
@@ -301,13 +308,32 @@ def read_material(paths: Paths) -> Material:
 def _read_models(paths: Paths, dataset: Dataset, notes: list[str]) -> Iterable[ModelResults]:
     for folder in model_folders(paths):
         try:
-            plan, run = read_model(folder)
-            plan.configuration(run["configuration"])
+            yield read_results(folder, notes, dataset.labels)
         except UserError as error:
             notes.append(f"model {folder.name} is left out: {error}")
-            continue
-        folds = tuple(_read_fold(path) for path in sorted(folder.glob("fold_*")) if path.is_dir())
-        yield ModelResults(folder.name, run, plan, folds, *_read_scores(folder, dataset, notes))
+
+
+def read_results(folder: Path, notes: list[str], labels: Labels | None = None) -> ModelResults:
+    """Read the trainings of a model and its scores.
+
+    Parameters
+    ----------
+    folder : Path
+        The model folder.
+    notes : list of str
+        Gets what is left out, and why.
+    labels : Labels or None
+        Scores of other labels are left out; None for those of its plan.
+
+    Raises
+    ------
+    UserError
+        The folder is no model, or a file of it is broken.
+    """
+    plan, run = read_model(folder)
+    plan.configuration(run["configuration"])
+    folds = tuple(_read_fold(path) for path in sorted(folder.glob("fold_*")) if path.is_dir())
+    return ModelResults(folder, folder.name, run, plan, folds, *_read_scores(folder, labels or plan.labels, notes))
 
 
 def _read_fold(folder: Path) -> FoldHistory:
@@ -315,23 +341,26 @@ def _read_fold(folder: Path) -> FoldHistory:
     file = folder / METRICS
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
     rows = tuple(json.loads(line) for line in lines if line.endswith("\n"))  # the last may be half written
-    return FoldHistory(folder.name.removeprefix("fold_"), rows, state)
+    record = folder / VALIDATION / RECORD
+    predictions = read_json(record)["predictions"].values() if record.is_file() else ()
+    seconds = tuple(one["seconds"] for one in predictions if one["seconds"] is not None)
+    return FoldHistory(folder.name.removeprefix("fold_"), rows, state, seconds)
 
 
-def _read_scores(folder: Path, dataset: Dataset, notes: list[str]) -> tuple[Scores, dict[str, str]]:
+def _read_scores(folder: Path, labels: Labels, notes: list[str]) -> tuple[Scores, dict[str, str]]:
     """Read the scores of all validated folds, and the fold of each case."""
     rows: list[CaseScore] = []
     fold_of: dict[str, str] = {}
     for file in sorted(folder.glob("fold_*/validation/summary.json")):
         try:
-            validated = read_summaries([file], dataset.labels).rows
+            validated = read_summaries([file], labels).rows
         except UserError as error:
             notes.append(f"scores are left out: {error}")
             continue
         rows += [row for row in validated if row.case not in fold_of]
         fold = file.parent.parent.name.removeprefix("fold_")
         fold_of = {row.case: fold for row in validated} | fold_of
-    return Scores(tuple(rows), dataset.labels), fold_of
+    return Scores(tuple(rows), labels), fold_of
 
 
 # ----------------------------------------------------------------------------------------------- pictures of the cases
@@ -380,7 +409,8 @@ def draw_cases(material: Material) -> Material:
     for model in material.scored:
         if (n := len(overlaid[model.name])) < (of := len(model.worst_first)):
             notes.append(f"{model.label}: pictures of {n} of {of} cases, first the worst, the best and the median")
-        if model.run and not np.isfinite(model.scores.values("NSD")).any():
+        surfaces = [model.scores.values(metric) for metric in ("NSD", "HD95")]
+        if model.run and not np.isfinite(surfaces).any():
             again = "delete summary.json in its folders `validation` and train again, which scores the same predictions"
             notes.append(f"{model.label}: NSD and HD95 were not measured; to measure them, {again}")
     return replace(material, pictures=by_case, overlays=overlaid, notes=(*material.notes, *notes))
@@ -489,8 +519,7 @@ def draw_case(
             if tile:
                 out.tile = oriented.tile(reference)
                 out.intensities = _sample_intensities(image.array, label, plan)
-            for model, file in predictions.items():
-                out.overlays[model] = oriented.overlay(reference, file, size)
+            out.overlays = oriented.overlays(reference, predictions, size)
         else:
             out.geometry, label = read_geometry(case.images[0])[0], None
             if volumes and case.label is not None:

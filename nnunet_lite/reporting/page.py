@@ -61,15 +61,15 @@ Fact = tuple[str, str]  # what, and its value as text
 Volumes = dict[str, dict[str, float]]  # case -> region -> volume in the reference
 
 
-def write_report(paths: Paths, output: Path) -> Path:
+def write_report(paths: Paths, output: Path | None) -> Path:
     """Write the report of a planned dataset, whatever stage it has reached.
 
     Parameters
     ----------
     paths : Paths
         The workspace of the dataset.
-    output : Path
-        The file to write.
+    output : Path or None
+        The file to write, or a folder for it; None for the folder of the dataset.
 
     Returns
     -------
@@ -84,8 +84,24 @@ def write_report(paths: Paths, output: Path) -> Path:
     material = read_material(paths)
     for note in material.notes:
         log.warn(note)
-    write_text(output, render_page(draw_cases(material)))
-    return output
+    return write_page(output or paths.root, PAGE, render_page(draw_cases(material)))
+
+
+def write_page(output: Path, name: str, page: str) -> Path:
+    """Write a page to a file, or under a name into a folder; returns the file.
+
+    Parameters
+    ----------
+    output : Path
+        The file or the folder.
+    name : str
+        Its name in a folder.
+    page : str
+        HTML.
+    """
+    file = output / name if output.is_dir() else output
+    write_text(file, page)
+    return file
 
 
 def render_page(material: Material) -> str:
@@ -95,6 +111,40 @@ def render_page(material: Material) -> str:
     ----------
     material : Material
         From `draw_cases`.
+
+    Returns
+    -------
+    str
+        The page as HTML.
+    """
+    return fill_template(
+        "report.html.j2",
+        material,
+        overview=_overview_section(material),
+        data=_data_section(material),
+        plan=_plan_section(material),
+        trainings=_training_section(material),
+        size=material.units.size,
+        verdicts=verdicts(material),
+        methods=_methods_section(material),
+        models=_scores_section(material),
+        comparison=_comparison_section(material),
+        costs=costs_table(material),
+        settings=_settings_section(material),
+    )
+
+
+def fill_template(template: str, material: Material, **content: Any) -> str:
+    """Fill a template with content, and with what each page has: scripts, styles, names, and the cases to open.
+
+    Parameters
+    ----------
+    template : str
+        Its name.
+    material : Material
+        From `draw_cases`.
+    **content
+        What this template shows.
 
     Returns
     -------
@@ -111,7 +161,7 @@ def render_page(material: Material) -> str:
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "ensure_ascii": False}
     environment.filters |= {"page_size": _page_size}
     script, style = _read_source("report.js"), _read_source("report.css") + _picture_colours()
-    return environment.get_template("report.html.j2").render(
+    return environment.get_template(template).render(
         script=Markup(script),
         style=Markup(style),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -119,19 +169,9 @@ def render_page(material: Material) -> str:
         version=nnunet_lite.__version__,
         date=datetime.now().astimezone().strftime("%d %B %Y, %H:%M"),
         labels=material.dataset.labels.region_names,
-        overview=_overview_section(material),
-        data=_data_section(material),
-        plan=_plan_section(material),
-        trainings=_training_section(material),
-        errors=_error_names(material),
-        size=material.units.size,
-        verdicts=verdicts(material),
-        methods=_methods_section(material),
-        models=_scores_section(material),
-        comparison=_comparison_section(material),
-        costs=_costs_section(material),
-        settings=_settings_section(material),
-        page_data=_page_data(material),
+        errors=error_names(material),
+        page_data=page_data(material),
+        **content,
     )
 
 
@@ -153,8 +193,14 @@ def _picture_colours() -> str:
     return f".plane svg, .swatch-on-picture {{ {' '.join(rules)} }}\n"
 
 
-def _error_names(material: Material) -> list[str]:
-    """Return the kinds of errors; with one label there is no other one."""
+def error_names(material: Material) -> list[str]:
+    """Return the kinds of errors; with one label there is no other one.
+
+    Parameters
+    ----------
+    material : Material
+        From `read_material`.
+    """
     return list(ERROR_COLOURS)[: 3 if len(material.dataset.labels.region_names) > 1 else 2]
 
 
@@ -183,8 +229,16 @@ def _case_value(material: Material, row: CaseScore, label: str, metric: str) -> 
     return value * units.per_mm if value is not None and unit == "length" and row.has_spacing else value
 
 
-def _heading(material: Material, metric: str) -> str:
-    """Return the heading of a metric with the unit of the page."""
+def metric_heading(material: Material, metric: str) -> str:
+    """Return the heading of a metric with the unit of the page.
+
+    Parameters
+    ----------
+    material : Material
+        From `draw_cases`.
+    metric : str
+        A name of `METRICS`.
+    """
     heading, units = METRICS[metric].heading, material.units
     if metric == "NSD":
         return f"NSD at 1 {'px' if units.length == 'pixels' else 'mm'}"
@@ -407,11 +461,20 @@ def _training_section(material: Material) -> list[dict[str, Any]]:
         folds = [fold for fold in model.folds if fold.rows]
         if folds:
             names = [f"fold {fold.name}{'' if fold.state else ' (not finished)'}" for fold in folds]
-            sections.append({"model": model.name, "charts": _training_charts(folds), "legend": names})
+            charts = training_charts([(f"fold {fold.name}", i, fold) for i, fold in enumerate(folds)])
+            charts[2:2] = [chart for chart in [_label_curves(folds)] if chart]
+            sections.append({"model": model.name, "charts": charts, "legend": names})
     return sections
 
 
-def _training_charts(folds: list[FoldHistory]) -> list[Chart]:
+def training_charts(folds: Sequence[tuple[str, int, FoldHistory]]) -> list[Chart]:
+    """Draw the losses, the Dice and the learning rate of some folds.
+
+    Parameters
+    ----------
+    folds : sequence of (str, int, FoldHistory)
+        The name and the colour of each fold's curves.
+    """
     losses = (("train_loss", ", training", "solid"), ("validation_loss", ", held-out patches", "dashed"))
     kinds: tuple[tuple[str, Sequence[tuple[str, str, str]], tuple[float | None, float | None], str], ...] = (
         ("Loss", losses, (None, None), "solid: training, dashed: held-out patches"),
@@ -421,12 +484,11 @@ def _training_charts(folds: list[FoldHistory]) -> list[Chart]:
     charts = []
     for title, keys, limits, note in kinds:
         curves = [
-            Curve(f"fold {fold.name}{what}", [(row["epoch"], row.get(key)) for row in fold.rows], i, style)
-            for i, fold in enumerate(folds)
+            Curve(f"{name}{what}", [(row["epoch"], row.get(key)) for row in fold.rows], colour, style)
+            for name, colour, fold in folds
             for key, what, style in keys
         ]
         charts.append(figures.plot_curves(title, curves, "epoch", "", limits, note))
-    charts.insert(2, _label_curves(folds))
     return [chart for chart in charts if chart]
 
 
@@ -450,8 +512,14 @@ def _label_curves(folds: list[FoldHistory]) -> Chart | None:
     return figures.plot_curves("Dice by label", curves, "epoch", "", (0, 1), ", ".join(notes), names)
 
 
-def _costs_section(material: Material) -> Table:
-    """Return time and memory of every fold."""
+def costs_table(material: Material) -> Table:
+    """Return time and memory of every fold.
+
+    Parameters
+    ----------
+    material : Material
+        From `read_material`.
+    """
     rows: list[list[Value]] = []
     for model, fold in ((m, fold) for m in material.trained for fold in m.folds if fold.rows):
         keys = ("seconds", "samples_per_second", "waiting")
@@ -460,14 +528,15 @@ def _costs_section(material: Material) -> Table:
         time = (f"{epochs}{'' if fold.state else ' so far'}", float(epochs)), (log.duration(fold.seconds), fold.seconds)
         planned = model.plan.configuration(model.run["configuration"]).memory_gb if model.plan else None
         memory = max(row["memory_gb"] for row in fold.rows), planned
+        prediction = float(np.median(fold.prediction_seconds)) if fold.prediction_seconds else None
         device = f"{fold.state.get('device', '')} {arithmetic.get('precision', '')}".strip()
-        rows.append([model.name, fold.name, *time, *medians, *memory, device])
+        rows.append([model.name, fold.name, *time, *medians, *memory, prediction, device])
     columns = (
         Column("Model"), Column("fold"), Column("epochs", "d"), Column("time", "g"), Column("s/epoch", ".3g"),
         Column("samples/s", ".3g"), Column("waiting", ".0%"), Column("memory", ".2f", " GB"),
-        Column("planned", ".2f", " GB"), Column("device"),
+        Column("planned", ".2f", " GB"), Column("predicting a case", ".3g", " s"), Column("device"),
     )  # fmt: skip
-    return Table("Time and memory of training", columns, rows)
+    return Table("Time and memory of each fold", columns, rows)
 
 
 # ---------------------------------------------------------------------------------------------------------- the scores
@@ -486,7 +555,7 @@ def _scores_section(material: Material) -> list[dict[str, Any]]:
                 "label": model.label,
                 "cases": plural(len(rows), "held-out case"),
                 "folds": sorted(set(model.fold_of.values())),
-                "by_label": _label_table(material, model),
+                "by_label": label_table(material, model),
                 "chart": figures.plot_dots(f"Dice of each case by label, {model.label}", dots, model.name),
                 "omitted_labels": len(model.scores.labels.region_names) - len(labels),
                 "agreement": _agreement_charts(material, model, labels),
@@ -503,9 +572,9 @@ def _scores_section(material: Material) -> list[dict[str, Any]]:
 
 def _held_out_table(material: Material, model: ModelResults, labels: Sequence[str]) -> Table:
     """Return every held-out case with its fold, its means over the labels, and the Dice of some labels."""
-    surfaces = [metric for metric in ("NSD", "HD95") if metric in _measured(material, model)]
+    surfaces = [metric for metric in ("NSD", "HD95") if metric in measured(model)]
     columns = [Column("Case"), Column("fold"), share_column("mean Dice")]
-    columns += [_metric_column(material, metric, "mean") for metric in surfaces]
+    columns += [metric_column(material, metric, "mean") for metric in surfaces]
     columns += map(share_column, labels)
     rows: list[list[Value]] = []
     for row in model.worst_first:
@@ -514,10 +583,15 @@ def _held_out_table(material: Material, model: ModelResults, labels: Sequence[st
     return Table(f"Held-out cases of {model.label}, worst first", columns, rows, sorted_by=2, model=model.name)
 
 
-def _measured(material: Material, model: ModelResults) -> list[str]:
-    """Return the metrics of a label that a case has; NSD at 1 mm says nothing about microscopy."""
-    known = [name for name in _LABEL_METRICS if np.isfinite(model.scores.values(name)).any()]
-    return [name for name in known if name != "NSD" or material.units.length != "µm"]
+def measured(model: ModelResults) -> list[str]:
+    """Return the metrics of a label that a case has.
+
+    Parameters
+    ----------
+    model : ModelResults
+        Whose cases.
+    """
+    return [name for name in _LABEL_METRICS if np.isfinite(model.scores.values(name)).any()]
 
 
 def _label_mean(material: Material, row: CaseScore, metric: str) -> float | None:
@@ -542,8 +616,11 @@ def _agreement_charts(material: Material, model: ModelResults, labels: Sequence[
 
 
 def _view_command(material: Material, case: str, model: ModelResults) -> str:
-    """Return the command that shows a case with the prediction of a model."""
-    return shlex.join(["nnlite", "view", case, "-m", model.name]) + material.paths.option
+    """Return the command that shows a case with the prediction of a model, which may be one of another dataset."""
+    command, root = shlex.join(["nnlite", "view", case, "-m", model.folder.name]), model.folder.parents[1]
+    if root == material.paths.root:
+        return command + material.paths.option
+    return f"{command} {shlex.join(['-d', root.name, '-w', str(root.parent)])}"
 
 
 def _hardest_labels(model: ModelResults) -> list[str]:
@@ -555,30 +632,54 @@ def _hardest_labels(model: ModelResults) -> list[str]:
     return names
 
 
-def _label_table(material: Material, model: ModelResults) -> Table:
-    """Return one row for each label with means and medians, then those over all labels."""
+def label_table(material: Material, model: ModelResults) -> Table:
+    """Return one row for each label with means and medians, then those over all labels.
+
+    Parameters
+    ----------
+    material : Material
+        From `draw_cases`.
+    model : ModelResults
+        A model with scores.
+    """
     scores, columns = model.scores, [Column("Label"), Column("cases", "d")]
     dice = {**scores.by_label(), "all labels": scores.foreground()}
     rows: list[list[Value]] = [[label, one.n] for label, one in dice.items()]
-    for name in _measured(material, model):
+    for name in measured(model):
         scale = material.units.per_mm if METRICS[name].unit == "length" else 1.0
         for row, one in zip(rows, [*scores.by_label(name).values(), scores.foreground(name)], strict=True):
             row += [None if value is None else value * scale for value in (one.mean, one.median)]
-        columns += [_metric_column(material, name, what) for what in ("mean", "median")]
+        columns += [metric_column(material, name, what) for what in ("mean", "median")]
     for row, one in zip(rows, dice.values(), strict=True):
         row.insert(4, _interval(one.mean, one))
     columns.insert(4, Column("95 % interval", "g"))
     return Table("Scores of held-out cases, by label", columns, rows)
 
 
-def _metric_column(material: Material, metric: str, what: str) -> Column:
-    """Return the column of a mean or median of a metric."""
-    name = f"{what} {_heading(material, metric)}"
+def metric_column(material: Material, metric: str, what: str) -> Column:
+    """Return the column of a mean or median of a metric.
+
+    Parameters
+    ----------
+    material : Material
+        From `draw_cases`.
+    metric : str
+        A name of `METRICS`.
+    what : str
+        What stands before its name.
+    """
+    name = f"{what} {metric_heading(material, metric)}"
     return share_column(name) if METRICS[metric].better == "higher" else Column(name, METRICS[metric].number_format)
 
 
-def _page_data(material: Material) -> dict[str, Any]:
-    """Return what report.js opens cases from: the metrics of every case, and the pictures."""
+def page_data(material: Material) -> dict[str, Any]:
+    """Return what report.js opens cases from: the metrics of every case, and the pictures.
+
+    Parameters
+    ----------
+    material : Material
+        From `draw_cases`.
+    """
     names = material.dataset.labels.region_names
     models = {}
     for model in material.scored:
@@ -596,8 +697,8 @@ def _page_data(material: Material) -> dict[str, Any]:
     return {
         "labels": list(names),
         "channels": [channel.name for channel in material.plan.channels],
-        "errors": _error_names(material),
-        "measures": [_heading(material, metric) for metric in _CASE_METRICS],
+        "errors": error_names(material),
+        "measures": [metric_heading(material, metric) for metric in _CASE_METRICS],
         "formats": [METRICS[metric].number_format for metric in _CASE_METRICS],
         "models": models,
     }
@@ -615,10 +716,11 @@ def _comparison_section(material: Material) -> dict[str, Any]:
     ]  # fmt: skip
     rows: list[list[Value]] = []
     for c in candidates:
-        margin = () if selection is None else (_margin(c.margin) if rows else ("", 0.0),)
+        margin = () if selection is None else (write_margin(c.margin) if rows else ("", 0.0),)
         dice = [c.by_label.get(name) for name in labels]
-        rows.append([c.name, c.n_cases, c.dice, _interval(c.dice, c), *margin, *dice])
-    columns = [Column("Models"), Column("cases", "d"), share_column("Dice"), Column("95 % interval", "g")]
+        rows.append([c.name, c.n_cases, c.dice, _interval(c.dice, c), c.median, *margin, *dice])
+    columns = [Column("Models"), Column("cases", "d"), share_column("Dice"), Column("95 % interval", "g"),
+               share_column("median")]  # fmt: skip
     columns += [] if selection is None else [Column("best is better by", "g")]
     caption = "Models on their held-out cases" if selection is None else "Candidates of nnlite select, the best first"
     bars = [(c.name, c.dice, c.low, c.high) for c in candidates]
@@ -639,8 +741,14 @@ def _comparison_section(material: Material) -> dict[str, Any]:
     }
 
 
-def _margin(margin: Margin) -> Value:
-    """Write by how much the best candidate is better, with the 95 % interval."""
+def write_margin(margin: Margin) -> Value:
+    """Write a difference with its 95 % interval.
+
+    Parameters
+    ----------
+    margin : Margin
+        From `compare_paired`.
+    """
     if margin.mean is None:
         return None
     ends = "" if margin.low is None or margin.high is None else f" ({margin.low:+.4f} to {margin.high:+.4f})"
@@ -673,9 +781,9 @@ def _methods_section(material: Material) -> dict[str, Any]:
         "label": result.label,
         "n_cases": len(result.scores.rows),
         "metrics": [
-            (_heading(material, metric).partition(" (")[0], f" {units.length}" if metric == "HD95" else "",
+            (metric_heading(material, metric).partition(" (")[0], f" {units.length}" if metric == "HD95" else "",
              units.per_mm if metric == "HD95" else 1, result.scores.foreground(metric))
-            for metric in _measured(material, result) if metric in ("Dice", "NSD", "HD95")
+            for metric in measured(result) if metric in ("Dice", "NSD", "HD95")
         ],
         "postprocessing": selection.postprocessing if selection else {},
     }}  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,34 +121,41 @@ class OrientedImage:
         whole = (0, shape[0]), (0, shape[1]), (0, shape[2])
         return self.draw(self.planes[0], at, whole, _TILE_SIZE, reference, None, channels=3 if self.colour else 1)
 
-    def overlay(self, reference: np.ndarray | None, file: Path, size: int) -> list[Picture]:
-        """Draw the planes through the slices with most errors of a prediction.
+    def overlays(self, reference: np.ndarray | None, files: Mapping[str, Path], size: int) -> dict[str, list[Picture]]:
+        """Draw the planes of each prediction, all through the slices with most errors of any of them.
 
         Parameters
         ----------
         reference : ndarray or None, shape (z, y, x)
             The turned label map.
-        file : Path
-            The prediction.
+        files : mapping of str to Path
+            Model -> prediction.
         size : int
             Pixels along the longer side.
 
         Raises
         ------
         UserError
-            The prediction cannot be read, or has another shape than its image.
+            A prediction cannot be read, or has another shape than its image.
         """
-        stored, geometry, _ = read_label(file, self.geometry)
-        if geometry.shape != self.geometry.shape:
-            raise UserError(f"has shape {geometry.shape}, its image {self.geometry.shape}", file)
-        prediction, labels = self.turn.apply(stored), self.labels
-        reference = np.zeros_like(prediction) if reference is None else reference
-        wrong = prediction != reference
-        if labels.ignore is not None:
+        labels, shape = self.labels, self.array.shape[1:]
+        foreground, wrong = np.zeros(shape, bool), np.zeros(shape, bool)
+        predictions = {}
+        for model, file in files.items():
+            stored, geometry, _ = read_label(file, self.geometry)
+            if geometry.shape != self.geometry.shape:
+                raise UserError(f"has shape {geometry.shape}, its image {self.geometry.shape}", file)
+            predictions[model] = prediction = self.turn.apply(stored)
+            reference = np.zeros_like(prediction) if reference is None else reference
+            wrong |= prediction != reference
+            foreground |= (reference != labels.background) | (prediction != labels.background)
+        if labels.ignore is not None and reference is not None:
             wrong &= reference != labels.ignore
-        foreground = (reference != labels.background) | (prediction != labels.background)
         at, box = fullest_slices(wrong if wrong.any() else foreground), box_around(foreground)
-        return [self.draw(plane, at, box, size, reference, prediction) for plane in self.planes]
+        return {
+            model: [self.draw(plane, at, box, size, reference, prediction) for plane in self.planes]
+            for model, prediction in predictions.items()
+        }
 
     def draw(
         self,

@@ -68,7 +68,7 @@ def judge_training(model: ModelResults, paths: Paths, folds: Sequence[str]) -> V
 
 def _next_command(model: ModelResults, paths: Paths, folds: Sequence[str], todo: dict[str, list[str]]) -> str:
     """Return the command that resumes a fold, makes the folds longer, or trains the next one."""
-    folder, training = paths.models / model.name, Settings.model_validate(model.run["settings"]).training
+    folder, training = model.folder, Settings.model_validate(model.run["settings"]).training
     if "resume" in todo:
         return training_command(folder, todo["resume"][0])
     longer = [name for name in todo.get("longer", ()) if (folder / f"fold_{name}" / CHECKPOINT).is_file()]

@@ -1,0 +1,230 @@
+"""Two models side by side on one page: what differs between them, their trainings, and their scores case by case.
+
+`write_comparison` reads two models of any workspaces. Only the cases that both held out, with the same reference, say
+which one is better. Every difference is that of the second model from the first. templates/comparison.html.j2 shows it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnunet_lite.errors import UserError
+from nnunet_lite.evaluation.metrics import METRICS
+from nnunet_lite.evaluation.scores import Scores
+from nnunet_lite.evaluation.statistics import compare_paired, p_of_difference, summarize
+from nnunet_lite.models.folder import is_nnunet
+from nnunet_lite.reporting import figures, page
+from nnunet_lite.reporting.figures import Chart, Column, Table, Value, share_column
+from nnunet_lite.reporting.material import Material, ModelResults, draw_case, read_material, read_results
+from nnunet_lite.reporting.verdict import judge_training
+from nnunet_lite.workspace import Paths
+
+_PICTURE_PIXELS = 320  # along the longer side of a plane
+_EXAMPLES = 3  # cases with pictures, in either direction
+
+
+def write_comparison(first: Path, second: Path, output: Path | None) -> Path:
+    """Write a page that compares two models.
+
+    Parameters
+    ----------
+    first, second : Path
+        Their folders.
+    output : Path or None
+        The file to write, or a folder for it; None for the folder of the first model's dataset.
+
+    Returns
+    -------
+    Path
+        The file.
+
+    Raises
+    ------
+    UserError
+        A folder is no model, or one of its files is broken; or the dataset of neither is planned.
+    """
+    folders = [first.resolve(), second.resolve()]
+    if folders[0] == folders[1]:
+        raise UserError("would be compared with itself", first, "Give two models.")
+    for folder in folders:
+        if not folder.is_dir() or is_nnunet(folder):
+            raise UserError(
+                "has no scores to compare", folder, f"Run `nnlite import {folder}`, and compare that model."
+            )
+    datasets = [Paths(folder.parents[1]) for folder in folders]
+    paths = next((paths for paths in datasets if paths.plans.is_file()), None)
+    if paths is None:
+        raise UserError(
+            "is in no workspace, nor is the other model", first, "Give at least one that is in a workspace."
+        )
+    notes: list[str] = []
+    models = [replace(read_results(folder, notes), name=name) for folder, name in _names_of(folders).items()]
+    trained = [model for model in models if any(fold.rows for fold in model.folds)]
+    folds = [(f"{model.label}, fold {fold.name}", i, fold) for i, model in enumerate(models) for fold in model.folds]
+    material = _draw_shared(replace(read_material(paths), models=tuple(models), selection=None, notes=tuple(notes)))
+    tables = [_paired_table(material, metric) for metric in ("Dice", "NSD", "HD95")]
+    html = page.fill_template(
+        "comparison.html.j2",
+        material,
+        models=models,
+        verdicts=[judge_training(model, paths, []) for model in trained],
+        notes=material.notes,
+        paired=[table for table in tables if table.rows[0][2] is not None],
+        unpaired=[(model.label, page.label_table(material, model)) for model in models if model.scores.rows],
+        chart=_difference_chart(material),
+        changes=_most_changed(material),
+        overlays=material.overlays,
+        cases=_case_changes(material),
+        charts=page.training_charts(folds),
+        costs=page.costs_table(material),
+        differences=_differences(models),
+    )
+    return page.write_page(output or paths.root, "comparison.html", html)
+
+
+def _names_of(folders: Sequence[Path]) -> dict[Path, str]:
+    """Return the name of each folder; of equal names, the parts of the paths that differ."""
+    above = Path(os.path.commonpath(folders))
+    is_unique = folders[0].name != folders[1].name
+    return {folder: folder.name if is_unique else str(folder.relative_to(above)) for folder in folders}
+
+
+# ----------------------------------------------------------------------------------------------- settings and trainings
+
+
+def _differences(models: Sequence[ModelResults]) -> tuple[Table, int]:
+    """Return what differs in settings, plan and machine, and how many values are equal."""
+    first, second = (_flat(_describe(model)) for model in models)
+    keys = list(first | second)
+    rows = [[key, first.get(key, ""), second.get(key, "")] for key in keys if first.get(key) != second.get(key)]
+    columns = [Column(name) for name in ("Setting", *(model.label for model in models))]
+    return Table("Settings and plan, where they differ", columns, rows), len(keys) - len(rows)
+
+
+def _describe(model: ModelResults) -> dict[str, Any]:
+    """Return what was set and planned."""
+    assert model.plan is not None  # an ensemble has none
+    name, plan = model.run["configuration"], model.plan.model_dump(mode="json")
+    planned = plan | plan.pop("configurations")[name]
+    del planned["reasons"]
+    keys = ("configuration", "seed", "versions")
+    return {**model.run["settings"], "plan": planned, **{key: model.run.get(key) for key in keys}}
+
+
+def _flat(value: Any, key: str = "") -> dict[str, str]:
+    """Write nested values as texts under dotted keys."""
+    if isinstance(value, list) and any(isinstance(one, dict) for one in value):
+        value = {one.get("name", str(i)): one for i, one in enumerate(value)}
+    if isinstance(value, dict):
+        return {k: text for name, one in value.items() for k, text in _flat(one, f"{key}.{name}".lstrip(".")).items()}
+    return {key: "not set" if value is None else str(value).lower() if isinstance(value, bool) else str(value)}
+
+
+# ---------------------------------------------------------------------------------------------------- the paired scores
+
+
+def _draw_shared(material: Material) -> Material:
+    """Keep the cases that both models held out with the same reference, and draw those that change most."""
+    labels = material.dataset.labels
+    rows = [{row.case: row for row in model.scores.rows} for model in material.models]
+    cases = {case.id: case for case in material.dataset.cases}
+    names = set(labels.region_names)
+    shared = [
+        case for case in cases  # equal names may be of different cases
+        if all(case in of and set(of[case].metrics) == names for of in rows)
+        and all(rows[0][case].metrics[name]["n_ref"] == rows[1][case].metrics[name]["n_ref"] for name in names)
+    ]  # fmt: skip
+    models = [
+        replace(model, scores=Scores(tuple(of[case] for case in shared), labels))
+        for model, of in zip(material.models, rows, strict=True)
+    ]
+    material = replace(material, models=tuple(models))
+    files: dict[str, dict[str, Path]] = {case: {} for case in shared or list(cases)[:1]}
+    for case in _most_changed(material):
+        files[case] = {m.name: Path(str(of[case].prediction_file)) for m, of in zip(models, rows, strict=True)}
+    draw = partial(draw_case, material.dataset, material.plan, _PICTURE_PIXELS, tile=False, volumes=False)
+    pictures = {case: draw(case=cases[case], predictions=of_models) for case, of_models in files.items()}
+    drawn = {case: one.overlays for case, one in pictures.items() if one.overlays}
+    overlays = {model.name: {case: planes[model.name] for case, planes in drawn.items()} for model in models}
+    problems = [one.problem for one in pictures.values() if one.problem]
+    return replace(material, pictures=pictures, overlays=overlays, notes=(*material.notes, *problems))
+
+
+def _by_label(material: Material, metric: str = "Dice") -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Yield a metric of both models (cases, labels) over all labels, then of each label; NaN unless both have it."""
+    scale = material.units.per_mm if METRICS[metric].unit == "length" else 1.0
+    first, second = (model.scores.values(metric) * scale for model in material.models)
+    first, second = np.where(np.isnan(second), np.nan, first), np.where(np.isnan(first), np.nan, second)
+    yield "all labels", first, second
+    for i, name in enumerate(material.dataset.labels.region_names):
+        yield name, first[:, i : i + 1], second[:, i : i + 1]
+
+
+def _changes(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return by how much the mean over the labels of each case rises (cases,); NaN without a label."""
+    n = np.isfinite(first).sum(axis=1)
+    return np.nansum(second - first, axis=1) / np.where(n, n, np.nan)
+
+
+def _dice_changes(material: Material) -> dict[str, float]:
+    """Return by how much the mean Dice of each shared case changes, the largest loss first."""
+    _, first, second = next(_by_label(material))
+    changes = zip(material.models[0].scores.rows, _changes(first, second).tolist(), strict=True)
+    known = {row.case: change for row, change in changes if math.isfinite(change)}
+    return dict(sorted(known.items(), key=lambda item: item[1]))
+
+
+def _most_changed(material: Material) -> dict[str, float]:
+    """Return the cases that lose and gain most, those that gain first."""
+    changes = list(_dice_changes(material).items())
+    gains = [(case, change) for case, change in changes if change > 0][-_EXAMPLES:]
+    losses = [(case, change) for case, change in changes if change < 0][:_EXAMPLES]
+    return dict([*gains[::-1], *losses])
+
+
+def _paired_table(material: Material, metric: str) -> Table:
+    """Return for each label the means of both models, and how the cases differ."""
+    sign = 1 if METRICS[metric].better == "higher" else -1
+    rows: list[list[Value]] = []
+    for name, first, second in _by_label(material, metric):
+        changes = _changes(first, second)
+        changes = changes[np.isfinite(changes)]
+        means, margin = [summarize(table).mean for table in (first, second)], compare_paired(second, first)
+        n_better, n_worse = int((sign * changes > 0).sum()), int((sign * changes < 0).sum())
+        rows.append(
+            [name, len(changes), *means, page.write_margin(margin), n_better, n_worse, p_of_difference(changes)]
+        )
+    names = [model.label for model in material.models]
+    columns = (
+        Column("Label"), Column("cases", "d"), *(page.metric_column(material, metric, name) for name in names),
+        Column("difference (95 % interval)", "g"), Column(f"{names[1]} better", "d"), Column("worse", "d"),
+        Column("p", ".3g"),
+    )  # fmt: skip
+    return Table(f"{page.metric_heading(material, metric)} of the same cases", columns, rows)
+
+
+def _difference_chart(material: Material) -> Chart | None:
+    """Draw the differences of Dice."""
+    margins = [(name, compare_paired(second, first)) for name, first, second in _by_label(material)]
+    first, second = (model.label for model in material.models)
+    label = f"Dice of {second} - Dice of {first}, with 95 % interval"
+    rows = [(name, margin.mean, margin.low, margin.high) for name, margin in margins]
+    return figures.plot_intervals("Difference of Dice", rows, label, has_zero=True)
+
+
+def _case_changes(material: Material) -> Table:
+    """Return every shared case with both scores; a row opens its pictures."""
+    first, second = ({row.case: row.mean_dice for row in model.scores.rows} for model in material.models)
+    changes = _dice_changes(material).items()
+    rows = [[case, first[case], second[case], (f"{change:+.3f}", change)] for case, change in changes]
+    columns = [Column("Case"), *(share_column(f"Dice, {model.label}") for model in material.models),
+               Column("difference", "g")]  # fmt: skip
+    return Table("Cases of both models, the largest loss first", columns, rows, 3, material.models[1].name)
