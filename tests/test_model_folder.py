@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,9 +26,10 @@ from nnunet_lite.models.folder import (
     other_folds,
     run_length,
     set_aside,
+    training_command,
 )
 from nnunet_lite.planning.schema import Plan
-from nnunet_lite.settings import Settings, with_changes
+from nnunet_lite.settings import Settings, differences, load_settings, with_changes
 from nnunet_lite.training.job import configure_plan
 from nnunet_lite.workspace import planned_paths
 
@@ -208,3 +211,29 @@ def test_one_process_at_a_time_trains_in_a_folder(tmp_path: Path) -> None:
         raise AssertionError("the lock was given twice")
     with lock_fold(tmp_path):
         assert (tmp_path / ".lock").is_file()
+
+
+@pytest.mark.parametrize(
+    ("length", "options"),
+    [
+        ({"epochs": 20, "time_limit": 4.0}, "--epochs 20 --time-limit 4m"),
+        ({"epochs": 20, "time_limit": None}, "--epochs 20"),
+        ({"time_limit": None}, "--time-limit none"),
+        ({"time_limit": 60.0}, "--time-limit 1h"),
+    ],
+)
+def test_the_command_that_repeats_a_run_has_its_length(
+    tiny_model: Path, tmp_path: Path, length: dict[str, Any], options: str
+) -> None:
+    """`--epochs` alone would drop the time limit of the recipe."""
+    changes = {f"training.{name}": value for name, value in length.items()}
+    settings = with_changes(load_settings("cpu"), changes)
+    (tmp_path / "3d_fullres-cpu").mkdir()
+    run = read_json(tiny_model / "run.json") | {"settings": settings.model_dump(mode="json")}
+    (tmp_path / "3d_fullres-cpu" / "run.json").write_text(json.dumps(run))
+    command = training_command(tmp_path / "3d_fullres-cpu", "0")
+    assert command == f"nnlite train 3d_fullres 0 --recipe cpu {options}"
+    kept = dict(pair.split() for pair in re.findall(r"--(?:epochs|time-limit) \S+", command))
+    typed = {"training.epochs": kept.get("--epochs"), "training.time_limit": kept.get("--time-limit")}
+    again = load_settings("cpu", {key: value for key, value in typed.items() if value is not None})
+    assert differences(again, settings) == []

@@ -403,6 +403,8 @@ def training_command(folder: Path, fold: str, changes: Mapping[str, Any] | None 
     settings = with_changes(Settings.model_validate(run["settings"]), changes or {})
     try:
         base, recipe = load_settings(settings.recipe), settings.recipe
+        if base.training.epochs != settings.training.epochs:  # --epochs drops the recipe's time limit
+            base = load_settings(recipe, {"training.epochs": base.training.epochs})
     except UserError:  # a recipe of the user, whose file may be anywhere
         base, recipe = Settings.model_validate(run["settings"]), f"{settings.recipe}.toml"
     words = ["nnlite", "train", run["configuration"], fold]
@@ -411,7 +413,7 @@ def training_command(folder: Path, fold: str, changes: Mapping[str, Any] | None 
         section, _, name = key.partition(".")
         value = settings.model_dump(mode="json")[section][name]
         text = value if isinstance(value, str) else json.dumps(value)
-        text = time_text(value) if name == "time_limit" and value is not None else text
+        text = ("none" if value is None else time_text(value)) if name == "time_limit" else text
         has_option = section == "training" and name in _OPTIONS
         words += [f"--{name.replace('_', '-')}", text] if has_option else ["--set", f"{key}={text}"]
     words += [] if folder.name == f"{run['configuration']}-{settings.recipe}" else ["--name", folder.name]
