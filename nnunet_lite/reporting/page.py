@@ -555,7 +555,7 @@ def _scores_section(material: Material) -> list[dict[str, Any]]:
                 "label": model.label,
                 "cases": plural(len(rows), "held-out case"),
                 "folds": sorted(set(model.fold_of.values())),
-                "by_label": label_table(material, model),
+                "by_label": _label_table(material, model),
                 "chart": figures.plot_dots(f"Dice of each case by label, {model.label}", dots, model.name),
                 "omitted_labels": len(model.scores.labels.region_names) - len(labels),
                 "agreement": _agreement_charts(material, model, labels),
@@ -572,7 +572,7 @@ def _scores_section(material: Material) -> list[dict[str, Any]]:
 
 def _held_out_table(material: Material, model: ModelResults, labels: Sequence[str]) -> Table:
     """Return every held-out case with its fold, its means over the labels, and the Dice of some labels."""
-    surfaces = [metric for metric in ("NSD", "HD95") if metric in measured(model)]
+    surfaces = [metric for metric in ("NSD", "HD95") if metric in _measured(model)]
     columns = [Column("Case"), Column("fold"), share_column("mean Dice")]
     columns += [metric_column(material, metric, "mean") for metric in surfaces]
     columns += map(share_column, labels)
@@ -583,14 +583,8 @@ def _held_out_table(material: Material, model: ModelResults, labels: Sequence[st
     return Table(f"Held-out cases of {model.label}, worst first", columns, rows, sorted_by=2, model=model.name)
 
 
-def measured(model: ModelResults) -> list[str]:
-    """Return the metrics of a label that a case has.
-
-    Parameters
-    ----------
-    model : ModelResults
-        Whose cases.
-    """
+def _measured(model: ModelResults) -> list[str]:
+    """Return the metrics of a label that a case has."""
     return [name for name in _LABEL_METRICS if np.isfinite(model.scores.values(name)).any()]
 
 
@@ -632,20 +626,12 @@ def _hardest_labels(model: ModelResults) -> list[str]:
     return names
 
 
-def label_table(material: Material, model: ModelResults) -> Table:
-    """Return one row for each label with means and medians, then those over all labels.
-
-    Parameters
-    ----------
-    material : Material
-        From `draw_cases`.
-    model : ModelResults
-        A model with scores.
-    """
+def _label_table(material: Material, model: ModelResults) -> Table:
+    """Return one row for each label with means and medians, then those over all labels."""
     scores, columns = model.scores, [Column("Label"), Column("cases", "d")]
     dice = {**scores.by_label(), "all labels": scores.foreground()}
     rows: list[list[Value]] = [[label, one.n] for label, one in dice.items()]
-    for name in measured(model):
+    for name in _measured(model):
         scale = material.units.per_mm if METRICS[name].unit == "length" else 1.0
         for row, one in zip(rows, [*scores.by_label(name).values(), scores.foreground(name)], strict=True):
             row += [None if value is None else value * scale for value in (one.mean, one.median)]
@@ -783,7 +769,7 @@ def _methods_section(material: Material) -> dict[str, Any]:
         "metrics": [
             (metric_heading(material, metric).partition(" (")[0], f" {units.length}" if metric == "HD95" else "",
              units.per_mm if metric == "HD95" else 1, result.scores.foreground(metric))
-            for metric in measured(result) if metric in ("Dice", "NSD", "HD95")
+            for metric in _measured(result) if metric in ("Dice", "NSD", "HD95")
         ],
         "postprocessing": selection.postprocessing if selection else {},
     }}  # fmt: skip

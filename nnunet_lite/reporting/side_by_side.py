@@ -78,7 +78,7 @@ def write_comparison(first: Path, second: Path, output: Path | None) -> Path:
         verdicts=[judge_training(model, paths, []) for model in trained],
         notes=material.notes,
         paired=[table for table in tables if table.rows[0][2] is not None],
-        unpaired=[(model.label, page.label_table(material, model)) for model in models if model.scores.rows],
+        unpaired=[_own_scores(model) for model in models if model.scores.rows],
         chart=_difference_chart(material),
         changes=_most_changed(material),
         overlays=material.overlays,
@@ -128,7 +128,13 @@ def _flat(value: Any, key: str = "") -> dict[str, str]:
     return {key: "not set" if value is None else str(value).lower() if isinstance(value, bool) else str(value)}
 
 
-# ---------------------------------------------------------------------------------------------------- the paired scores
+# ----------------------------------------------------------------------------------------------------------- the scores
+
+
+def _own_scores(model: ModelResults) -> Table:
+    """Return the scores of a model by label in their own units, as the terminal shows them."""
+    head, *rows = model.scores.lines()
+    return Table(f"Held-out cases of {model.label}", [Column(name) for name in head], rows)
 
 
 def _draw_shared(material: Material) -> Material:
