@@ -78,7 +78,8 @@ def prepare(work: Path, epochs: int) -> Path:
     ):
         subprocess.run([*NNLITE, *arguments], cwd=work, check=True)
     shutil.rmtree(work / "segmentations", ignore_errors=True)
-    predict = ["predict", "-i", f"{NAME}/imagesTs", "-o", "segmentations", "--save-probabilities"]
+    predict = ["predict", "-i", f"{NAME}/imagesTs", "-o", "segmentations", "--save-probabilities", "all"]
+    predict += ["--save-uncertainty"]
     subprocess.run([*NNLITE, *predict], cwd=work, check=True)
     return work
 
@@ -195,9 +196,13 @@ def show_screen(content: str) -> str:
 
 def make_report_pictures(work: Path, browser: Browser) -> None:
     subprocess.run([*NNLITE, "report", "-o", "report.html"], cwd=work, check=True)
-    page_of_you = work / "report_of_you.html"
-    page_of_you.write_text((work / "report.html").read_text().replace(str(work.resolve()), HOME))
-    url = page_of_you.resolve().as_uri()
+    compare = ["report", "--compare", "3d_fullres-cpu", "2d-cpu", "-o", "comparison.html"]
+    subprocess.run([*NNLITE, *compare], cwd=work, check=True)
+    for file in (work / "report.html", work / "comparison.html"):
+        file.write_text(file.read_text().replace(str(work.resolve()), HOME))
+    with open_page(browser, (work / "comparison.html").resolve().as_uri(), 1366, 1000) as page:
+        save("comparison", page.screenshot())
+    url = (work / "report.html").resolve().as_uri()
     for name, width, height, scheme in (
         ("light", 1366, 860, "light"),
         ("dark", 1366, 860, "dark"),
@@ -246,6 +251,19 @@ def make_viewer_pictures(work: Path, browser: Browser) -> None:
                 page.wait_for_load_state("networkidle")
                 page.wait_for_timeout(3000)
                 save(name, page.screenshot())
+                if name == "viewer":
+                    page.keyboard.press("e")
+                    page.wait_for_timeout(3000)
+                    save("viewer_errors", page.screenshot())
+    image = f"{NAME}/imagesTs/hippocampus_025.nii.gz"
+    with (
+        open_viewer(work, image, "segmentations/hippocampus_025.nii.gz") as url,
+        open_page(browser, url, 1280, 800) as page,
+    ):
+        page.wait_for_load_state("networkidle")
+        page.get_by_text("uncertainty").first.click()
+        page.wait_for_timeout(3000)
+        save("viewer_uncertainty", page.screenshot())
 
 
 # ---------------------------------------------------------------------------------------------------------- plots
