@@ -237,9 +237,11 @@ def open_viewer(work: Path, *arguments: str) -> Iterator[str]:
         text += line
         if line.startswith("}"):
             break
-    yield json.loads(text)["url"]
-    process.send_signal(signal.SIGINT)
-    process.wait()
+    try:
+        yield json.loads(text)["url"]
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait()
 
 
 def make_viewer_pictures(work: Path, browser: Browser) -> None:
@@ -260,8 +262,9 @@ def make_viewer_pictures(work: Path, browser: Browser) -> None:
         open_viewer(work, image, "segmentations/hippocampus_025.nii.gz") as url,
         open_page(browser, url, 1280, 800) as page,
     ):
-        page.wait_for_load_state("networkidle")
-        page.get_by_text("uncertainty").first.click()
+        page.wait_for_timeout(3000)
+        names = page.locator("#maps option").all_text_contents()
+        page.locator("#maps select").select_option(next(name for name in names if "entropy" in name))
         page.wait_for_timeout(3000)
         save("viewer_uncertainty", page.screenshot())
 
