@@ -213,7 +213,7 @@ class _Work:
         self.done, self.text = self.done + n_parts, text
         if self.bar is not None:
             if text:
-                self.bar.bar_format = f"{self.what}: {text} |{{bar}}|"
+                self.bar.bar_format = f"{self.what} |{{bar}}| {text}"  # the bar is that of the epoch
             self.bar.update(n_parts)
 
     def __str__(self) -> str:
