@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from nnunet_lite.models.folder import (
     lock_fold,
     open_run,
     other_folds,
+    remove_unbegun,
     run_length,
     set_aside,
     training_command,
@@ -237,3 +239,26 @@ def test_the_command_that_repeats_a_run_has_its_length(
     typed = {"training.epochs": kept.get("--epochs"), "training.time_limit": kept.get("--time-limit")}
     again = load_settings("cpu", {key: value for key, value in typed.items() if value is not None})
     assert differences(again, settings) == []
+
+
+def test_only_what_a_beginning_wrote_is_removed(tmp_path: Path) -> None:
+    """A model folder may hold files of the user, and folds of others."""
+
+    def begin(fold: str) -> Path:
+        folder = tmp_path / "mine" / fold
+        folder.mkdir(parents=True)
+        for file in (folder / "cases.json", folder / "metrics.jsonl", folder.parent / "run.json"):
+            file.write_text("{}")
+        return folder
+
+    remove_unbegun(begin("fold_0"))
+    assert not (tmp_path / "mine").exists()
+    for kept in ("README.txt", "fold_0/checkpoint_final.pth", "fold_1/model.safetensors"):
+        first = begin("fold_0")
+        (tmp_path / "mine" / kept).parent.mkdir(exist_ok=True)
+        (tmp_path / "mine" / kept).write_text("mine")
+        remove_unbegun(first)
+        assert (tmp_path / "mine" / kept).read_text() == "mine"
+        assert (tmp_path / "mine" / "run.json").is_file()
+        assert first.exists() == (kept == "fold_0/checkpoint_final.pth")
+        shutil.rmtree(tmp_path / "mine")

@@ -317,6 +317,16 @@ def test_pictures_of_the_best_cases_are_left_out_first(
     assert "the montage and the intensities are those of 3 of 10 cases" in page.text
 
 
+@pytest.mark.parametrize("text", ['{"predictions": 3}', '{"predictions": {"a": {}}}', "{"])
+def test_only_the_times_of_a_damaged_record_are_left_out(trained: Path, text: str) -> None:
+    model = trained / "models" / "tiny"
+    (model / "fold_0" / "validation" / "predictions.json").write_text(text)
+    notes: list[str] = []
+    found = material.read_results(model, notes)
+    assert found.scores.rows and found.folds[0].rows and not found.folds[0].prediction_seconds
+    assert "predictions.json: " in notes[0]
+
+
 def test_scores_for_other_labels_are_left_out(trained: Path, tmp_path: Path) -> None:
     file = trained / "models" / "tiny" / "fold_0" / "validation" / "summary.json"
     file.write_text(file.read_text().replace('"2": {', '"3": {'))

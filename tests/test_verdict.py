@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from nnunet_lite.evaluation.scores import Scores
 from nnunet_lite.files import read_json, write_json
+from nnunet_lite.models.folder import CHECKPOINT
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.reporting.material import FoldHistory, ModelResults
 from nnunet_lite.reporting.verdict import judge_training
@@ -45,13 +47,15 @@ def verdict(tiny_workspace: Path, tiny_model: Path, tmp_path: Path) -> Any:
     shutil.copytree(tiny_workspace, workspace, ignore=shutil.ignore_patterns("preprocessed"))
     paths = planned_paths(workspace)
 
-    def judge(fold: FoldHistory, folds: tuple[str, ...] = ("0",), **training: Any) -> tuple[str, str]:
+    def judge(
+        fold: FoldHistory, folds: tuple[str, ...] = ("0",), *more: FoldHistory, **training: Any
+    ) -> tuple[str, str]:
         run = read_json(tiny_model / "run.json")
         run["settings"]["training"] |= {"epochs": 50, **training}
         write_json(paths.models / "tiny" / "run.json", run)
         plan, scores = Plan.read(paths.plans), Scores((), Plan.read(paths.plans).labels)
         _, text, command = judge_training(
-            ModelResults(paths.models / "tiny", "tiny", run, plan, (fold,), scores, {}), paths, folds
+            ModelResults(paths.models / "tiny", "tiny", run, plan, (fold, *more), scores, {}), paths, folds
         )
         return text, command
 
@@ -91,3 +95,13 @@ def test_how_a_training_ended(verdict: Any) -> None:
     assert text == "fold 0: finished, 20 epochs of 20: the held-out loss no longer falls", "another fold is longer"
     text, _ = verdict(history(FALLING[:3], FALLING[:3], epochs=3), epochs=3)
     assert text == "fold 0: finished, 3 epochs of 3; too few to see a trend"
+
+
+def test_folds_of_different_lengths_are_all_made_longer(verdict: Any, tmp_path: Path) -> None:
+    three = [replace(history(FALLING[:n], FALLING[:n], epochs=n), name=str(i)) for i, n in enumerate((50, 40, 30))]
+    for fold in three:
+        folder = planned_paths(tmp_path / "w").models / "tiny" / f"fold_{fold.name}"
+        folder.mkdir(exist_ok=True)
+        (folder / CHECKPOINT).touch()
+    text, command = verdict(three[0], ("0", "1", "2"), *three[1:], epochs=1000, time_limit=2.0)
+    assert text.count("still falls") == 3 and command.startswith("nnlite train 3d_fullres all-folds ")

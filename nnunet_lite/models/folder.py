@@ -16,7 +16,7 @@ import secrets
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -43,6 +43,8 @@ VALIDATION = "validation"  # in a fold's folder: its held-out cases, predicted a
 PREVIEW = "preview.png"  # augmented samples, in a fold's folder
 SUMMARY = "summary.json"  # the scores, in that folder
 _RUN = "run.json"
+_MODEL_FILES = {".lock", _RUN, "plans.json", "dataset.json"}  # besides the folders of its folds
+_FIRST_FILES = {".lock", "cases.json", "metrics.jsonl", "metrics.csv"}  # of a fold before its first checkpoint
 OLD = "old_"  # starts the names of folders that were set aside
 EXPECTED = "A model is a folder with run.json, or with plans.json and fold_0/checkpoint_final.pth of nnU-Net, or a zip."
 Checkpoint = Literal["final", "best"]  # of nnU-Net: after the last epoch, and after the epoch with the best validation
@@ -462,12 +464,19 @@ def is_begun(fold_folder: Path) -> bool:
 
 
 def remove_unbegun(fold_folder: Path) -> None:
-    """Delete the folder of a fold that has nothing to resume from, and a model folder that has no other fold."""
-    if not (is_begun(fold_folder) or (fold_folder / PREVIEW).exists()):
-        folder = fold_folder.parent
-        shutil.rmtree(
-            fold_folder if other_folds(folder, fold_folder.name.removeprefix("fold_")) else folder, ignore_errors=True
-        )
+    """Delete what was written of a fold that has nothing to resume from, and its model folder if that was all in it.
+
+    A folder that contains anything else than the files of a beginning stays as it is.
+    """
+    if not is_begun(fold_folder):
+        for folder, names in ((fold_folder, _FIRST_FILES), (fold_folder.parent, _MODEL_FILES)):
+            files = list(folder.iterdir()) if folder.is_dir() else []
+            if not {file.name for file in files} <= names:
+                return
+            for file in files:
+                file.unlink(missing_ok=True)
+            with suppress(OSError):  # another process has begun there
+                folder.rmdir()
 
 
 def is_complete(fold_folder: Path, settings: Settings) -> bool:

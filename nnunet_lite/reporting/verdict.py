@@ -62,7 +62,10 @@ def judge_training(model: ModelResults, paths: Paths, folds: Sequence[str]) -> V
             groups[_judge_fold(fold, Settings.model_validate(model.run["settings"]).training)].append(fold.name)
     text = "; ".join(f"{'fold' if len(names) == 1 else 'folds'} {', '.join(names)}: {verdict.text}"
                      for verdict, names in groups.items())  # fmt: skip
-    command = _next_command(model, paths, folds, {verdict.continued_by: names for verdict, names in groups.items()})
+    todo: dict[str, list[str]] = defaultdict(list)
+    for verdict, names in groups.items():
+        todo[verdict.continued_by] += names
+    command = _next_command(model, paths, folds, todo)
     return Verdict(model.name, text, command and command + paths.option)
 
 

@@ -34,9 +34,9 @@ from nnunet_lite.data.dataset import Dataset, map_labels
 from nnunet_lite.data.geometry import ACCEPTABLE, Geometry
 from nnunet_lite.data.images import Image, read_image, read_images, read_label
 from nnunet_lite.data.labels import BACKGROUND, IGNORE, Colour, Labels, label_colours
-from nnunet_lite.data.names import stem
+from nnunet_lite.data.names import case_of, stem
 from nnunet_lite.data.nifti import nifti_bytes, ras_affine
-from nnunet_lite.errors import UserError
+from nnunet_lite.errors import UserError, describe
 from nnunet_lite.planning.schema import Channel
 from nnunet_lite.reporting.pictures import ERROR_COLOURS, fullest_slices, grey_levels, planes_of
 
@@ -65,7 +65,8 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
-_TIMEOUT_SECONDS = 30  # of a client that sends nothing
+_TIMEOUT_SECONDS = 30  # of a client that sends nothing, or that does not receive a piece
+_PIECE = 1 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -301,8 +302,8 @@ def _on_grid(name: str, classes: np.ndarray, geometry: Geometry, grid: Geometry)
 
 def _saved_maps(file: Path, grid: Geometry) -> list[SceneLayer]:
     """Return the maps that `nnlite predict` saved with a label map, and the uncertainty that follows from them."""
-    name, folder = stem(file), file.parent
-    longer = tuple(f"{stem(path)}_" for path in folder.iterdir() if stem(path).startswith(f"{name}_"))  # other cases
+    name, folder = case_of(file), file.parent
+    longer = tuple(f"{other}_" for other in map(case_of, folder.iterdir()) if other.startswith(f"{name}_"))
 
     def layers(kind: str, title: str) -> list[SceneLayer]:
         files = sorted((folder / kind).glob(f"{glob.escape(name)}_*.nii.gz"))
@@ -459,9 +460,9 @@ def serve(read: Callable[[str], Scene], cases: Mapping[str, float | None], first
                 scene = scene_of(numbers[number])
             page = scene.pages().get(part)
             return page and page()
-        except UserError as error:
-            log.warn(str(error))
-            return json.dumps({"problem": str(error)}).encode() if part == "scene.json" else None
+        except (UserError, OSError, MemoryError) as error:
+            log.warn(describe(error))
+            return json.dumps({"problem": describe(error)}).encode() if part == "scene.json" else None
 
     redirects: dict[str, str] = {}
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, find, redirects))
@@ -525,7 +526,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(body)
+            for i in range(0, len(body), _PIECE):  # the timeout is of each piece
+                self.wfile.write(body[i : i + _PIECE])
 
     def end_headers(self) -> None:
         for name, value in _HEADERS.items():

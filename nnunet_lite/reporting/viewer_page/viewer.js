@@ -71,6 +71,9 @@ async function read(layer, coarse) {
   layer.read[name] ??= readVolume(`${layer.url}${name}.nii`, steps).then((volume) => {
     if (layer.kind === "segmentation") layer.values = [...(layer.values ?? []), ...valuesOf(volume)];
     return volume;
+  }).catch((error) => {
+    delete layer.read[name]; // the next choice tries again
+    throw error;
   });
   const volume = await layer.read[name];
   if (!name || !layer.volume) layer.volume = volume;
@@ -87,6 +90,7 @@ async function readShown() {
     page.reading = true;
     await Promise.all(wanted.map((layer) => read(layer, coarse)));
     if (of !== scene) return; // another case was opened in the meantime
+    if (scene.number === page.number) element("problem").hidden = true;
     page.reading = coarse !== passes.at(-1);
     listLabels();
     refresh();
@@ -407,7 +411,7 @@ async function openCase(number) {
     fail(next.problem);
     return;
   }
-  scene = next;
+  scene = { ...next, number };
   document.title = element("title").textContent = scene.title;
   addLayers();
   if (!page.adjusted) resetWindow();
