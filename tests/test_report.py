@@ -326,7 +326,9 @@ def test_a_fold_that_trains_changes_no_mean_and_no_method(trained: Path, tmp_pat
     text = report(trained.parent, tmp_path / "page.html").text
     epochs = re.search(r"for (\d+ epochs?) of", text)
     assert epochs and epochs[0] in before and epochs[1] == f"{len(lines)} epoch{'s' * (len(lines) > 1)}"
-    assert "tiny: 1, 1 not finished" in text and not re.search(r"mean of \d folds", text)
+    assert (
+        "tiny: 1 of 5, 1 not finished" in text and "Comparison" not in text and not re.search(r"mean of \d folds", text)
+    )
     assert "Only 1 of 5 folds are scored" in text and "1000 bootstrap resamples" in text
     assert "All images have a spacing of 1 × 1 × 1 mm and were not resampled" in text
 

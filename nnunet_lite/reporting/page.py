@@ -270,9 +270,12 @@ def _overview_section(material: Material) -> dict[str, Any]:
     ]
     finished = {model.name: sum(bool(fold.state) for fold in model.folds) for model in material.trained}
     if finished:
+        n_folds = len(load_splits(material.paths.splits)) if material.paths.splits.is_file() else 0
         begun = {model.name: sum(bool(fold.rows) for fold in model.folds) for model in material.trained}
-        folds = ", ".join(
-            f"{name}: {n}" + (f", {begun[name] - n} not finished" if begun[name] > n else "")
+        folds = "; ".join(
+            f"{name}: {n}"
+            + (f" of {n_folds}" if n_folds else "")
+            + (f", {begun[name] - n} not finished" if begun[name] > n else "")
             for name, n in finished.items()
         )
         seconds = sum(fold.seconds for model in material.models for fold in model.folds)

@@ -290,6 +290,8 @@ function listSegmentations() {
     name();
     return make("div", { className: "layer" }, line, style);
   });
+  if (scene.compared && layersOf("segmentation").length === 1)
+    rows.push(make("p", { className: "line" }, "no prediction: no finished fold holds this case out"));
   const slider = make("input", { type: "range", min: 0, max: 1, step: 0.05, value: page.opacity });
   slider.addEventListener("input", () => {
     page.opacity = Number(slider.value);
