@@ -248,6 +248,15 @@ def test_labels_of_files(tmp_path: Path, hippocampus: Path, tiny_workspace: Path
     label = hippocampus / "labelsTr" / image.name
     with nnunet_lite.view(image, label, dataset="Task04", workspace=tiny_workspace, browser=False) as shown:
         assert legend_of(shown) == ["Anterior", "Posterior"]
+    with nnunet_lite.view(image, label, browser=False) as shown:
+        assert legend_of(shown) == ["Anterior", "Posterior"], "as the dataset.json beside it names them"
+        assert list(layers_of(shown))[1] == f"labelsTr/{image.name}", "not that of the image"
+    predicted = tmp_path / "predicted" / image.name
+    predicted.parent.mkdir()
+    shutil.copy(label, predicted)
+    record = {"runs": [{"labels": {"background": 0, "head": 1, "body": 2}}]}
+    write_json(predicted.parent / "predictions.json", record)
+    assert [name for name, _ in read_file_scene(image, [predicted]).legend] == ["head", "body"]
     geometry = read_geometry(label)[0]
     strange = tmp_path / image.name
     write_label(strange, np.full(geometry.shape, 7, np.uint8), geometry)

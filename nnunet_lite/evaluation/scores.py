@@ -343,7 +343,7 @@ def score_files(
     at_once = pairs_at_once(len(pairs), workers)
     threads = max(1, cpus() if workers is None else workers) // at_once
     with ThreadPoolExecutor(at_once) as pool:
-        looked, described = _described_labels(prediction, reference)
+        looked, described = described_labels(prediction, reference)
         labels = labels or described
         if labels is None:
             files = [path for pair in pairs.values() for path in pair]
@@ -425,8 +425,19 @@ def _by_name(folder: Path, name_of: Callable[[Path], str]) -> dict[str, Path]:
     return files
 
 
-def _described_labels(prediction: Path, reference: Path) -> tuple[str, Labels | None]:
-    """Return where labels may be described, and those of the nearest dataset.json or of the record of predictions."""
+def described_labels(prediction: Path, reference: Path) -> tuple[str, Labels | None]:
+    """Return where labels may be described, and those of the nearest dataset.json or of the record of predictions.
+
+    Parameters
+    ----------
+    prediction, reference : Path
+        Label maps, or folders of them.
+
+    Raises
+    ------
+    UserError
+        The description is broken.
+    """
     ours, theirs = (path if path.is_dir() else path.parent for path in (prediction.absolute(), reference.absolute()))
     places = [folder / "dataset.json" for folder in dict.fromkeys((theirs, theirs.parent, ours))] + [ours / _RECORD]
     table = next((file for file in places if file.is_file()), None)

@@ -37,6 +37,7 @@ from nnunet_lite.data.labels import BACKGROUND, IGNORE, Colour, Labels, label_co
 from nnunet_lite.data.names import case_of, stem
 from nnunet_lite.data.nifti import nifti_bytes, ras_affine
 from nnunet_lite.errors import UserError, describe
+from nnunet_lite.evaluation.scores import described_labels
 from nnunet_lite.planning.schema import Channel
 from nnunet_lite.reporting.pictures import ERROR_COLOURS, fullest_slices, grey_levels, planes_of
 
@@ -238,14 +239,14 @@ def read_file_scene(
     UserError
         A file cannot be read, or contains values that are not in `labels`.
     """
-    image, names = read_image(file), [path.name for path in segmentations]
+    image, names = read_image(file), [file.name, *(path.name for path in segmentations)]
     maps: list[LabelMap] = []
     for path in segmentations:
         name = path.name if names.count(path.name) == 1 else f"{path.parent.name}/{path.name}"
         maps.append((name, *read_label(path, image.geometry)[:2]))
     maps += [(name, np.asarray(model(image)), image.geometry) for name, model in models]
     layers = _image_layers(image, [f"channel {i}" for i in range(image.array.shape[0])])
-    labels = labels or _numbered_labels([values for _, values, _ in maps])
+    labels = labels or _described_labels(segmentations, maps) or _numbered_labels([values for _, values, _ in maps])
     return _make_scene(file.name, image, layers, maps, labels, segmentations, has_reference=len(maps) > 1)
 
 
@@ -358,6 +359,16 @@ def _label_names(labels: Labels) -> list[str]:
     regions = list(zip(labels.region_names, labels.region_values, strict=True))
     names = [" + ".join(name for name, values in regions if value in values) for value in labels.values[1:]]
     return names if labels.ignore is None else [*names, IGNORE]
+
+
+def _described_labels(files: Sequence[Path], maps: Sequence[LabelMap]) -> Labels | None:
+    """Return the labels that a dataset.json or predictions.json beside the first file names, if they fit all maps."""
+    try:
+        labels = described_labels(files[0], files[0])[1] if files else None
+    except UserError:
+        return None
+    known = labels and {*labels.values, labels.ignore}
+    return labels if known and all(known.issuperset(np.unique(values).tolist()) for _, values, _ in maps) else None
 
 
 def _numbered_labels(maps: Sequence[np.ndarray]) -> Labels:
