@@ -21,6 +21,7 @@ from nnunet_lite.data.images import read_images, read_label, write_label
 from nnunet_lite.data.names import Format, case_of, format_of
 from nnunet_lite.data.nifti import write_nifti
 from nnunet_lite.data.problems import few, plural
+from nnunet_lite.data.slicer import needs_layers
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.files import allocate, atomic, lacks_space, no_space, sweep
 from nnunet_lite.inference.cases import file_name, identify, names_file, output_file, read_case_image
@@ -114,13 +115,15 @@ def predict_cases(
         sweep(folder)  # of a killed run; this one may write nothing there
     measured = read_statistics(out) if statistics and skip_existing else {}
 
+    readable = (None, "nifti") if needs_layers(labels) else (None, "nifti", "seg.nrrd")  # as values of the dataset
+
     def is_complete(case: Case) -> bool:
         has_masks = all(path.is_file() for path in masks_of[case.id].values())
         return has_masks and (not statistics or case_of(targets[case.id]) in measured)
 
     def is_kept(case: Case) -> bool:
         has_files = all(path.is_file() for path in (targets[case.id], *maps_of[case.id]))
-        return has_files and (is_complete(case) or format_of(targets[case.id]) in (None, "nifti"))  # others lose values
+        return has_files and (is_complete(case) or format_of(targets[case.id]) in readable)
 
     kept = [case for case in cases if skip_existing and is_kept(case)]
     files = [targets[case.id] for case in kept]
