@@ -156,7 +156,7 @@ def _is_held(file: Path, unknown: bool) -> bool:
 
 
 @contextmanager
-def locked(folder: Path, doing: str, *, wait: bool = True) -> Iterator[None]:
+def locked(folder: Path, doing: str, *, wait: bool = True, leave: bool = True) -> Iterator[None]:
     """Let only one process at a time work in a folder; its death releases the lock.
 
     The lock file contains the number and the machine of the process, for the message to others.
@@ -169,6 +169,8 @@ def locked(folder: Path, doing: str, *, wait: bool = True) -> Iterator[None]:
         The work, such as "training".
     wait : bool
         Wait for another process that works there.
+    leave : bool
+        Leave the lock file there. Otherwise it is deleted, except on Windows.
 
     Raises
     ------
@@ -176,29 +178,48 @@ def locked(folder: Path, doing: str, *, wait: bool = True) -> Iterator[None]:
         Another process works there, and `wait` is False.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / _LOCK).open("a+") as file:
-        try:
-            is_free = lock_descriptor(file.fileno(), blocking=False)
-        except OSError as error:
-            log.warn(f"{folder}: this file system has no locks ({error.strerror}); start nothing else that writes here")
-            is_free = True
-        if not is_free:  # `is_locked` of another process holds the lock for a moment
-            time.sleep(_MOMENT)
-            is_free = lock_descriptor(file.fileno(), blocking=False)
-        if not is_free:
-            holder = ""
-            with suppress(OSError):  # on Windows, no other process can read a locked file
-                file.seek(0)
-                holder = file.read()
-            what = f"another process is {doing} here {holder}".rstrip()
-            if not wait:
-                raise Busy(what, folder, "Wait for it, or stop it.")
-            log.info(f"{folder}: {what}, waiting for it")
-            lock_descriptor(file.fileno())
-        with suppress(OSError):  # a full disk
-            file.truncate(0)
-            os.write(file.fileno(), f"({os.getpid()} on {platform.node()})".encode())
-        yield
+    path = folder / _LOCK
+    while True:
+        with path.open("a+") as file:
+            _acquire(file, folder, doing, wait)
+            try:
+                is_there = os.path.samestat(path.stat(), os.fstat(file.fileno()))
+            except FileNotFoundError:
+                is_there = False
+            if not is_there:
+                continue  # its last holder has deleted it, so others lock a new one
+            with suppress(OSError):  # a full disk
+                file.truncate(0)
+                os.write(file.fileno(), f"({os.getpid()} on {platform.node()})".encode())
+            try:
+                yield
+            finally:
+                if not leave:
+                    with suppress(OSError):  # Windows deletes no open file
+                        path.unlink()
+            return
+
+
+def _acquire(file: IO[str], folder: Path, doing: str, wait: bool) -> None:
+    """Lock the lock file of a folder; wait for another process, or raise `Busy`."""
+    try:
+        is_free = lock_descriptor(file.fileno(), blocking=False)
+    except OSError as error:
+        log.warn(f"{folder}: this file system has no locks ({error.strerror}); start nothing else that writes here")
+        is_free = True
+    if not is_free:  # `is_locked` of another process holds the lock for a moment
+        time.sleep(_MOMENT)
+        is_free = lock_descriptor(file.fileno(), blocking=False)
+    if not is_free:
+        holder = ""
+        with suppress(OSError):  # on Windows, no other process can read a locked file
+            file.seek(0)
+            holder = file.read()
+        what = f"another process is {doing} here {holder}".rstrip()
+        if not wait:
+            raise Busy(what, folder, "Wait for it, or stop it.")
+        log.info(f"{folder}: {what}, waiting for it")
+        lock_descriptor(file.fileno())
 
 
 # ---------------------------------------------------------------------------------------------------- text and JSON

@@ -69,6 +69,11 @@ class Paths:
         """The option that selects this dataset on a command line; empty if its workspace has no other."""
         return f" -d {self.name}" if len(planned_datasets(self.root.parent)) > 1 else ""
 
+    @property
+    def where(self) -> str:
+        """The options that select this dataset from any folder, for commands on a page."""
+        return f"{self.option} -w {shlex.quote(str(self.root.parent))}"
+
 
 def workspace_folder(given: str | Path | None = None) -> Path:
     """Return the workspace: the one that is given, otherwise NNLITE_WORKSPACE, otherwise ./nnlite_workspace."""

@@ -158,6 +158,9 @@ def test_images_are_predicted_on_workers(
     assert {one["result"] == "written" for one in records[1]["predictions"].values()} == {True, False}
     assert records[0]["predictions"].keys() == records[1]["predictions"].keys()
     assert there.folds == here.folds
+    nnunet_lite.predict("in", "none", scheduler=scheduler, **{**options, "device": "cuda:77"})
+    record = json.loads((tmp_path / "none" / "predictions.json").read_text())["predictions"]
+    assert len(record) == 4 and all("failed" in one["result"] and "cuda:77" in one["result"] for one in record.values())
 
 
 def test_workers_that_live_on_see_that_a_model_was_trained_again(

@@ -16,6 +16,9 @@ import pytest
 import SimpleITK
 from samples import Command, first_cases
 
+from nnunet_lite.commands.predict import Predictions, after_predict
+from nnunet_lite.data.labels import Labels
+
 TINY = (
     *("--epochs", 2, "--iterations", 2, "--batch-size", 2, "--device", "cpu", "--precision", "fp32"),
     *("--set", "training.validation_iterations=1", "--set", "inference.mirroring=false"),
@@ -179,6 +182,21 @@ def test_one_broken_input_does_not_stop_the_others(trained: Path, command: Comma
     assert names == {path.name for path in (trained / "in").iterdir()}, "and nothing of the broken ones"
     assert {name for name, one in record.items() if one["result"] == "written"} == names
     assert record["cut.nii.gz"]["result"].startswith("failed: ") and "truncated" in record["cut.nii.gz"]["result"]
+
+
+def test_the_next_commands_name_the_image_of_the_label_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    images = {name: Path(f"in/{name}.nrrd") for name in ("a", "a.b")}
+
+    def following(output: str, file: str, images: dict[str, Path]) -> list[list[str]]:
+        labels = Labels(names={"background": 0, "liver": 1})
+        return after_predict(Predictions(Path(output), (Path(file),), {}, (), (), labels, images=images))
+
+    with_dot = tmp_path / "out" / "a.b.nrrd"
+    assert following("out", str(with_dot), images)[0] == ["nnlite", "view", "in/a.b.nrrd", str(with_dot)]
+    assert following("out", str(with_dot), images)[1] == ["nnlite", "evaluate", "out", "REFERENCES"]
+    file = str(tmp_path / "seg.nii.gz")  # workers know no relative paths
+    assert following("seg.nii.gz", file, {"a": images["a"]}) == [["nnlite", "view", "in/a.nrrd", file]]
 
 
 def test_evaluate(trained: Path, nnlite: Command, command: Command) -> None:

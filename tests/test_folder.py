@@ -85,6 +85,44 @@ def test_maps_whose_names_are_too_long_are_refused_before_the_prediction(
         predict_cases(model, [replace(cases[0], id="n" * 249)], tmp_path / "out")
 
 
+def test_a_label_map_that_is_replaced_is_deleted_first(model: Predictor, scans: list[Path], tmp_path: Path) -> None:
+    cases = [Case("a", (scans[0],), None)]
+    (file,), _ = predict_cases(model, cases, tmp_path)
+    there: list[bool] = []
+    predict_cases(model, cases, tmp_path, per_label=True, report=lambda _: there.append(file.exists()))
+    assert there == [False] and file.exists()
+
+
+def test_label_maps_are_kept_unless_their_maps_are_missing(
+    model: Predictor, scans: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases, maps = [Case(name, (scans[0],), None) for name in ("a", "b")], ExtraMaps(("Anterior",))
+    predict_cases(model, cases, tmp_path, maps=maps)
+    written = [(tmp_path / f"{name}.nii.gz").stat().st_mtime_ns for name in ("a", "b")]
+    (tmp_path / "probabilities" / "b_Anterior.nii.gz").unlink()
+    capsys.readouterr()
+    files, failed = predict_cases(model, cases, tmp_path, maps=maps, skip_existing=True, per_label=True)
+    assert len(files) == 2 and not failed and len(list(tmp_path.glob("segmentations/*/*.nii.gz"))) == 4
+    assert "1 label map will be replaced; files that are made with them are missing" in capsys.readouterr().err
+    kept = [(tmp_path / f"{name}.nii.gz").stat().st_mtime_ns for name in ("a", "b")]
+    assert kept[0] == written[0] and kept[1] != written[1]
+    shutil.rmtree(tmp_path / "segmentations")
+    _, failed = predict_cases(
+        model, [replace(cases[0], images=(scans[1],))], tmp_path, skip_existing=True, per_label=True
+    )
+    assert "is the label map of another image" in failed["a"]
+
+
+@pytest.mark.parametrize(("ids", "maps"), [(("a", "A"), ExtraMaps()), (("a", "a_b"), ExtraMaps(("b_c", "c")))])
+def test_two_cases_never_share_a_file(
+    model: Predictor, scans: list[Path], tmp_path: Path, ids: tuple[str, ...], maps: ExtraMaps
+) -> None:
+    cases = [Case(name, (scans[0],), None) for name in ids]
+    with pytest.raises(UserError, match=r"would be written twice, for two cases or labels\. Rename one\."):
+        predict_cases(model, cases, tmp_path / "out", maps=maps)
+    assert not (tmp_path / "out").exists()
+
+
 def test_voxels_of_another_unit_are_reported(
     model: Predictor, scans: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

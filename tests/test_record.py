@@ -60,12 +60,34 @@ def test_a_record_is_extended(predict: Any, tiny_model: Path, scans: list[Path],
     assert (out / "predictions.json").read_bytes() == before, "nothing was predicted"
     predict(scans[0], out / "one.seg.nrrd")
     assert record_of(out)["predictions"]["one.seg.nrrd"]["case"] == scans[0].name[:-7]
+    assert not (out / ".lock").exists()
+
+
+def test_a_file_among_those_of_others_begins_no_record(predict: Any, scans: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "predictions.json").write_text("mine")
+    (tmp_path / "statistics.json").write_text("mine")
+    predict(scans[0], tmp_path / "seg.nii.gz")
+    (tmp_path / "new").mkdir()
+    predict(scans[0], tmp_path / "new" / "seg.nii.gz")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["seg.nii.gz"]
+    assert {(tmp_path / f"{name}.json").read_text() for name in ("predictions", "statistics")} == {"mine"}
+
+
+def test_a_record_of_others_is_found_before_the_model_is_loaded(
+    predict: Any, scans: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nnunet_lite.commands.predict.load", None)
+    (tmp_path / "statistics.json").write_text("mine")
+    with pytest.raises(UserError, match=r"statistics\.json: invalid JSON"):
+        predict(scans[:1], tmp_path, statistics=True)
 
 
 def test_statistics_of_the_label_maps(predict: Any, scans: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     predict(scans[:1], out)
-    predict(scans[:2], out, skip_existing=True, statistics=True)
+    written = (out / scans[0].name).stat().st_mtime_ns
+    changed = {**FAST, "inference.step_size": 0.9}
+    predict(scans[:2], out, skip_existing=True, statistics=True, settings=changed)
     found = json.loads((out / "statistics.json").read_text())
     assert sorted(found) == [scan.name[:-7] for scan in scans[:2]], "also of the case that was predicted before"
     with (out / "statistics.csv").open() as file:
@@ -78,23 +100,53 @@ def test_statistics_of_the_label_maps(predict: Any, scans: list[Path], tmp_path:
             assert row["voxels"] == mask.sum()
             assert row["volume_ml"] == pytest.approx(mask.sum() * np.prod(image.geometry.spacing) / 1000, rel=1e-5)
             assert row["mean_MRI"] == (pytest.approx(image.array[0][mask].mean(), rel=1e-5) if mask.any() else None)
+    assert (out / scans[0].name).stat().st_mtime_ns == written, "it is kept"
+    assert [entry["run"] for entry in record_of(out)["predictions"].values()] == [0, 1]
     saved = (out / "statistics.json").stat().st_mtime_ns
     predict(scans[:2], out, skip_existing=True, statistics=True)
     assert (out / "statistics.json").stat().st_mtime_ns == saved
 
 
+def test_statistics_are_those_of_the_label_map(
+    predict: Any, model: Predictor, scans: list[Path], tmp_path: Path
+) -> None:
+    predict(scans[:2], tmp_path, statistics=True)
+    first, other = (scan.name[:-7] for scan in scans[:2])
+    complete = (tmp_path / "statistics.json").read_bytes()
+    predict(scans[:1], tmp_path)
+    assert list(json.loads((tmp_path / "statistics.json").read_text())) == [other]
+    assert first not in (tmp_path / "statistics.csv").read_text()
+    predict(scans[:1], tmp_path, statistics=True, skip_existing=True)
+    assert json.loads((tmp_path / "statistics.json").read_text()) == json.loads(complete)
+    case = Case(first, (scans[0],), None)
+    PredictionRecord(tmp_path).add(CaseResult(tmp_path / scans[0].name, case, "failed: it"), {})
+    assert list(json.loads((tmp_path / "statistics.json").read_text())) == [other]
+
+
+def test_files_that_take_long_are_not_written_for_each_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nnunet_lite.inference.record._LONG", 0.0)
+    monkeypatch.setattr("nnunet_lite.inference.record._PAUSE", 1e6)
+    results = [CaseResult(tmp_path / f"{n}.nii.gz", Case(str(n), (), None), "written") for n in range(3)]
+    with pytest.raises(KeyboardInterrupt), PredictionRecord(tmp_path) as record:
+        for result in results:
+            record.add(result, {})
+        assert len(record_of(tmp_path)["predictions"]) == 1
+        raise KeyboardInterrupt
+    assert len(record_of(tmp_path)["predictions"]) == 3, "the others at the end, whatever ends the process"
+
+
 def test_calls_that_share_a_folder_lose_no_entry(model: Predictor, tmp_path: Path) -> None:
-    records = [PredictionRecord(tmp_path, {"part": part}, shared=True) for part in range(4)]
-    how = describe_predictor(model)
+    def call(part: int) -> None:
+        with PredictionRecord(tmp_path) as record:
+            for number in range(part, 40, 4):
+                case = Case(f"case{number}", (tmp_path / "x.nii.gz",), None)
+                statistics = {"organ": {"voxels": number}}
+                result = CaseResult(tmp_path / f"case{number}.nii.gz", case, "written", 0.1, statistics)
+                record.add(result, {"part": part, **describe_predictor(model)})
 
-    def add(number: int) -> None:
-        case = Case(f"case{number}", (tmp_path / "x.nii.gz",), None)
-        statistics = {"organ": {"voxels": number}}
-        result = CaseResult(tmp_path / f"case{number}.nii.gz", case, "written", 0.1, statistics)
-        records[number % 4].add(result, how)
-
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(add, range(40)))
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(call, range(4)))
+    assert not (tmp_path / ".lock").exists()
     assert len(record_of(tmp_path)["predictions"]) == len(json.loads((tmp_path / "statistics.json").read_text())) == 40
     assert len(record_of(tmp_path)["runs"]) == 4
 
@@ -114,7 +166,7 @@ def test_files_of_others_are_not_overwritten(
     counts("bad inputs refused in one line")
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=says) as error:
-        predict(scans[:1], tmp_path)
+        predict(scans[:1], tmp_path, statistics=True)
     assert name in str(error.value) and "\n" not in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == content
 

@@ -166,7 +166,7 @@ def test_what_the_page_says_about_a_model(tiny_model: Path, tiny_report: Path) -
     assert "tiny fold 0: finished, 2 epochs of 2; too few to see a trend." in page.text
     assert "nnlite train 3d_fullres 1 --epochs 2" in page.text and "--name tiny" in page.text
     for case in page.data["models"]["tiny"]["scores"]:
-        assert page.data["models"]["tiny"]["view"][case] == f"nnlite view {case} -m tiny"
+        assert page.data["models"]["tiny"]["view"][case] == f"nnlite view {case} -m tiny -w {tiny_model.parents[2]}"
     summary = read_json(tiny_model / "fold_0" / "validation" / "summary.json")["statistics"]["foreground"]
     for said in (
         f"nnunet_lite {run['versions']['nnunet_lite']} (PyTorch {run['versions']['torch']}",
@@ -238,7 +238,7 @@ def test_colour_pictures(tmp_path: Path) -> None:
     assert len(page.all("figure", **{"class": "plane"})) == 3
     head, *rows = page.tables["All 3 cases"]
     assert [name for name, _ in head] == ["Case", "size (y, x)", "label_1 (pixels)"]
-    assert [row[2] for row in rows] == [(str(10 * (20 + i)), str(10.0 * (20 + i))) for i in range(3)]
+    assert [row[2] for row in rows] == [(str(10 * (20 + i)),) * 2 for i in range(3)]
     assert [row[1][0] for row in rows] == ["48 × 64"] * 3
 
 
@@ -315,6 +315,32 @@ def test_pictures_of_the_best_cases_are_left_out_first(
     assert list(page.data["models"]["tiny"]["pictures"]) == [worst]
     assert "tiny: pictures of 1 of 2 cases, first the worst, the best and the median" in page.text
     assert "the montage and the intensities are those of 3 of 10 cases" in page.text
+
+
+def test_a_fold_that_trains_changes_no_mean_and_no_method(trained: Path, tmp_path: Path) -> None:
+    finished, fold = (trained / "models" / "tiny" / name for name in ("fold_0", "fold_1"))
+    fold.mkdir()
+    lines = (finished / "metrics.jsonl").read_text().splitlines(keepends=True)
+    before = report(trained.parent, tmp_path / "before.html").text
+    (fold / "metrics.jsonl").write_text(lines[0])
+    text = report(trained.parent, tmp_path / "page.html").text
+    epochs = re.search(r"for (\d+ epochs?) of", text)
+    assert epochs and epochs[0] in before and epochs[1] == f"{len(lines)} epoch{'s' * (len(lines) > 1)}"
+    assert (
+        "tiny: 1 of 5, 1 not finished" in text and "Comparison" not in text and not re.search(r"mean of \d folds", text)
+    )
+    assert "Only 1 of 5 folds are scored" in text and "1000 bootstrap resamples" in text
+    assert "All images have a spacing of 1 × 1 × 1 mm and were not resampled" in text
+
+
+@pytest.mark.parametrize("text", ['{"predictions": 3}', '{"predictions": {"a": {}}}', "{"])
+def test_only_the_times_of_a_damaged_record_are_left_out(trained: Path, text: str) -> None:
+    model = trained / "models" / "tiny"
+    (model / "fold_0" / "validation" / "predictions.json").write_text(text)
+    notes: list[str] = []
+    found = material.read_results(model, notes)
+    assert found.scores.rows and found.folds[0].rows and not found.folds[0].prediction_seconds
+    assert "predictions.json: " in notes[0]
 
 
 def test_scores_for_other_labels_are_left_out(trained: Path, tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_a_file_for_each_label(model: Predictor, scans: list[Path], tmp_path: Pa
 
 def test_two_labels_never_share_a_file(model: Predictor, scans: list[Path], tmp_path: Path) -> None:
     other = renamed(model, "left/lung", "left lung")
-    with pytest.raises(UserError, match=r"left_lung\.nii\.gz: would be the file of two labels"):
+    with pytest.raises(UserError, match=r"left_lung\.nii\.gz: would be written twice, for two cases or labels"):
         predict_cases(other, find_cases(scans[:1], 1), tmp_path / "out", per_label=True)
     assert not (tmp_path / "out").exists()
 

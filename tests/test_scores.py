@@ -183,6 +183,16 @@ def test_labels_have_the_names_in_the_record_beside_predictions_and_cases_a_line
     assert few_cases[3:] == [f"{case}: Dice 1.0000 (liver 1.0000)" for case in ("c0", "c1", "c10")]
 
 
+def test_predictions_for_slicer_are_matched(tmp_path: Path) -> None:
+    mask = np.zeros((4, 8, 8), np.uint8)
+    mask[1:3, 2:6, 2:6] = 1
+    save_arrays(tmp_path, {"out/c0.seg.nrrd": mask, "references/c0.nii.gz": mask})
+    scores = score_files(tmp_path / "out", tmp_path / "references", workers=0)
+    assert [(row.case, row.mean_dice) for row in scores.rows] == [("c0", 1.0)]
+    save_arrays(tmp_path, {"same/c0.seg.nrrd": mask})
+    assert score_files(tmp_path / "out", tmp_path / "same", workers=0).foreground().mean == 1.0
+
+
 def test_volume_errors_do_not_cancel() -> None:
     """One volume of a half too much and one of a half too little: an error of a half, not of nothing."""
     reference, small, large = np.zeros((3, 1, 4, 8), np.uint8)
@@ -303,7 +313,7 @@ def test_pictures(tmp_path: Path) -> None:
     assert (pixels.unit, mm.unit) == ("px", "mm") and not mm.notes
     coarse = score_files(tmp_path / "p.png", tmp_path / "r.nii.gz", TWO, tolerance=60)
     assert coarse.notes == ("100 voxels are less than the tolerance of NSD, 60: it says nothing (r)",)
-    assert "NSD" not in coarse.to_text().splitlines()[0] and "HD95 mm" in coarse.to_text()
+    assert "NSD" not in coarse.to_text().splitlines()[0] and "HD95 (mm)" in coarse.to_text()
     assert {"HD95", "NSD"} <= set(pixels.to_text().split()) and "mm" not in pixels.to_text()
     assert "HD95 (mm)" in mm.to_text() and "HD95_mm" in mm.to_csv() and "nsd_tolerance_mm" in mm.to_json()
     content = json.dumps(pixels.to_json()) + pixels.to_csv()

@@ -79,7 +79,9 @@ def test_a_model_of_another_workspace(models: tuple[Path, Path], tiny_model: Pat
     name = page.all("tr", **{"class": "opens"})[0]["data-model"] or ""
     assert name.endswith("tiny") and len(page.data["models"]) == 2 and (tmp_path / "comparison.html").is_file()
     commands = [next(iter(model["view"].values())) for model in page.data["models"].values()]
-    assert commands[0].endswith("-m tiny") and commands[1].endswith(f"-w {tiny_model.parents[2]}")
+    assert commands[0].endswith(f"-m tiny -w {models[0].parents[2]}") and commands[1].endswith(
+        f"-w {tiny_model.parents[2]}"
+    )
     assert "Settings and plans are equal." in page.text
     assert [row[5][0] + row[6][0] for row in page.tables["Dice of the same cases"][1:]] == ["00"] * 3
 

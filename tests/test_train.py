@@ -198,11 +198,11 @@ def test_labels_are_renamed_under_models(
     for file in (paths.plans, paths.dataset, paths.inference):
         file.write_text(file.read_text().replace("Anterior", "front"))
     image = hippocampus / "imagesTr" / "hippocampus_001.nii.gz"
-    first = nnunet_lite.predict(image, tmp_path / "a.nii.gz", **nnlite)
+    first = nnunet_lite.predict(image, tmp_path / "a", **nnlite)
     assert first.labels.region_names == ("Anterior", "Posterior") and list(first.postprocessing) == ["Anterior"]
-    record = read_json(tmp_path / "predictions.json")["runs"]
+    record = read_json(tmp_path / "a" / "predictions.json")["runs"]
     assert [run["labels"] for run in record] == [{"background": 0, "Anterior": 1, "Posterior": 2}]
-    nnunet_lite.predict(image, tmp_path / "a.nii.gz", **nnlite)
+    nnunet_lite.predict(image, tmp_path / "a", **nnlite)
     assert "1 label map will be replaced; --continue keeps them\n" in capfd.readouterr().err
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").touch()

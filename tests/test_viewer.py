@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sysconfig
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from urllib.parse import urlsplit
 import nibabel
 import numpy as np
 import pytest
+import SimpleITK
 from PIL import Image as Picture
 
 import nnunet_lite
@@ -27,10 +29,11 @@ from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import read_geometry, read_label, write_label
 from nnunet_lite.data.labels import ADDED, CONFUSED, MISSED, Labels, label_colours
 from nnunet_lite.data.nifti import write_nifti
-from nnunet_lite.errors import UserError
+from nnunet_lite.errors import UserError, describe
 from nnunet_lite.files import write_json
+from nnunet_lite.reporting import viewer
 from nnunet_lite.reporting.pictures import planes_of
-from nnunet_lite.reporting.viewer import View, read_case_scene, read_file_scene, serve
+from nnunet_lite.reporting.viewer import Scene, SceneLayer, View, read_case_scene, read_file_scene, serve
 
 ANTERIOR, POSTERIOR = (np.array(colour) for colour in label_colours(2))
 Answer = tuple[int, dict[str, str], bytes]
@@ -245,6 +248,15 @@ def test_labels_of_files(tmp_path: Path, hippocampus: Path, tiny_workspace: Path
     label = hippocampus / "labelsTr" / image.name
     with nnunet_lite.view(image, label, dataset="Task04", workspace=tiny_workspace, browser=False) as shown:
         assert legend_of(shown) == ["Anterior", "Posterior"]
+    with nnunet_lite.view(image, label, browser=False) as shown:
+        assert legend_of(shown) == ["Anterior", "Posterior"], "as the dataset.json beside it names them"
+        assert list(layers_of(shown))[1] == f"labelsTr/{image.name}", "not that of the image"
+    predicted = tmp_path / "predicted" / image.name
+    predicted.parent.mkdir()
+    shutil.copy(label, predicted)
+    record = {"runs": [{"labels": {"background": 0, "head": 1, "body": 2}}]}
+    write_json(predicted.parent / "predictions.json", record)
+    assert [name for name, _ in read_file_scene(image, [predicted]).legend] == ["head", "body"]
     geometry = read_geometry(label)[0]
     strange = tmp_path / image.name
     write_label(strange, np.full(geometry.shape, 7, np.uint8), geometry)
@@ -315,6 +327,43 @@ def test_a_case_that_cannot_be_read_says_so_on_the_page(hippocampus: Path, tmp_p
         serve(lambda name: read_file_scene(Path(name), []), files, str(bad))
 
 
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error", "lost.nii.gz"), MemoryError()])
+def test_a_disk_or_memory_that_fails_is_said_on_the_page(tmp_path: Path, capfd: Any, error: Exception) -> None:
+    Picture.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "a.png")
+
+    def read(name: str) -> Scene:
+        if name == "b":
+            raise error
+        return read_file_scene(tmp_path / "a.png", [])
+
+    with serve(read, {"a": None, "b": None}, "a") as shown:
+        assert read_json(shown, "1/scene.json")["problem"] == describe(error)
+        assert ask(shown, urlsplit(shown.url).path + "1/layer-0.nii")[0] == 404
+    said = capfd.readouterr().err
+    assert describe(error) in said and "Traceback" not in said
+
+
+def test_a_slow_browser_receives_all_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time limit is of a piece: a layer may take longer."""
+    monkeypatch.setattr(viewer._Handler, "timeout", 1)
+    geometry = Geometry((20, 1024, 1024), (1.0, 1.0, 1.0))
+    layer = SceneLayer("image", "image", lambda: np.zeros(geometry.shape, np.uint8), (0.0, 1.0))
+    scene = Scene("large", (layer,), (), geometry, (0, 0, 0), False, None)
+    with serve(lambda _: scene, {"large": None}, "large") as shown, socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        connection.settimeout(10)
+        connection.connect(("127.0.0.1", urlsplit(shown.url).port))
+        request = (
+            f"GET {urlsplit(shown.url).path}0/layer-0.nii HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+        )
+        connection.sendall(request.encode())
+        received, stream = 0, connection.makefile("rb")
+        while piece := stream.read(1 << 20):
+            received += len(piece)
+            time.sleep(0.1)
+    assert received > np.prod(geometry.shape)
+
+
 def test_it_opens_where_most_is_wrong(tmp_path: Path, hippocampus: Path) -> None:
     dataset = read_dataset(hippocampus)
     case = dataset.cases[0]
@@ -371,6 +420,9 @@ def test_saved_probabilities_are_maps(tmp_path: Path) -> None:
     scene = read_file_scene(tmp_path / "a.nii.gz", [tmp_path / "a.nii.gz"])
     stored = next(layer for layer in scene.layers if layer.name == "uncertainty (entropy)")
     assert (stored.read() == 51).all()
+    SimpleITK.WriteImage(SimpleITK.ReadImage(tmp_path / "a.nii.gz"), tmp_path / "a.seg.nrrd")
+    scene = read_file_scene(tmp_path / "a.nii.gz", [tmp_path / "a.seg.nrrd"])
+    assert "uncertainty (entropy)" in [layer.name for layer in scene.layers]
 
 
 def test_a_large_image_has_a_coarse_copy(tmp_path: Path) -> None:
@@ -456,6 +508,21 @@ def test_in_a_browser(view: View, browser: Any) -> None:
     assert not page.is_checked("#segmentations input >> nth=0"), "the next case is shown in the same way"
     page.close()
     assert problems == []
+
+
+def test_a_layer_that_was_cut_off_is_read_again(browser: Any, tmp_path: Path) -> None:
+    mask = np.zeros((20, 30), np.uint8)
+    mask[5:9, 3:20] = 255
+    Picture.fromarray(mask).save(tmp_path / "mask.png")
+    with serve(lambda _: read_file_scene(tmp_path / "mask.png", [tmp_path / "mask.png"]), {"a": None}, "a") as shown:
+        page = browser.new_page()
+        page.route("**/layer-1.nii", lambda route: route.abort(), times=1)
+        page.goto(shown.url)
+        page.wait_for_selector("#problem:visible", timeout=120_000)
+        page.keyboard.press("1")
+        page.wait_for_selector("html[data-ready=full]")
+        assert page.is_hidden("#problem")
+        page.close()
 
 
 def test_errors_in_a_browser(browser: Any, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from nnunet_lite.errors import UserError, describe, no_such_file
 from nnunet_lite.evaluation.postprocessing import apply_rules
 from nnunet_lite.evaluation.selection import choose_models, weights_fingerprint
 from nnunet_lite.files import read_json
-from nnunet_lite.inference.cases import check_output, names_file
+from nnunet_lite.inference.cases import check_output, names_file, output_file
 from nnunet_lite.inference.folder import predict_cases
 from nnunet_lite.inference.outputs import ExtraMaps, parse_label_names
 from nnunet_lite.inference.predictor import Predictor, load
@@ -151,7 +151,9 @@ def predict(
     ] = None,
     scheduler: options.Scheduler = None,
     device: options.Device = None,
-    skip_existing: Annotated[bool, options.resuming("--continue", help="Keep label maps that exist already.")] = False,
+    skip_existing: Annotated[
+        bool, options.resuming("--continue", help="Keep label maps that exist, make what is missing.")
+    ] = False,
     postprocess: Annotated[
         bool, options.setting("--postprocess/--no-postprocess", help="Apply what `nnlite select` found to help.")
     ] = True,
@@ -206,7 +208,8 @@ def predict(
     device : str, optional
         Such as "cpu" or "cuda:1"; default: a GPU if there is one.
     skip_existing : bool
-        Keep cases whose files exist already.
+        Keep label maps that exist already. Statistics and files of labels that are missing are made from them; cases
+        whose maps are missing are predicted again.
     postprocess : bool
         Postprocess as `select` found to help.
     accept_geometry : bool
@@ -256,6 +259,8 @@ def predict(
     folders, folds, rules = choose_models(paths, models, configurations, options.names_of(fold), postprocess)
     if missing := next((source for source in sources if not source.exists()), None):  # loading may take long
         raise no_such_file(missing)
+    is_file = names_file(out)  # others write into its folder too
+    record = PredictionRecord((out.parent if is_file else out).absolute(), statistics, begins=not is_file)
     if speed == "fast" and fold is None:
         folds = folds[:1] if folds else first_common_fold(folders, checkpoint)
     loader = partial(
@@ -293,16 +298,17 @@ def predict(
         "date": now_as_text(), "versions": versions_in_use(), "checkpoint": checkpoint, "postprocessing": words,
         "labels": plan.labels.to_json(), **({"regions_class_order": list(order)} if order else {}),
     }  # fmt: skip
-    record = PredictionRecord((out.parent if names_file(out) else out).absolute(), run, shared=num_parts > 1)
     if scheduler is None:
         if predictor.device.type == "cpu":
             keep_freed_memory()
         how = f"{predictor} on {predictor.device}, {predictor.arithmetic.precision}"
         log.info(f"predicting {plural(len(cases), 'image')} with {how}")
-        report = partial(record.add, how=describe_predictor(predictor))
-        files, failed = predict_cases(predictor, cases, out, report=report, **writing)
+        with record:
+            report = partial(record.add, run={**run, **describe_predictor(predictor)})
+            files, failed = predict_cases(predictor, cases, out, report=report, **writing)
     else:
-        files, failed = _predict_on(scheduler, loader, cases, out.absolute(), writing, record)
+        with record:
+            files, failed = _predict_on(scheduler, loader, cases, out.absolute(), writing, record, run)
     for case, reason in failed.items():
         log.error(f"failed: {case}: {reason}")
     images, highest = {case.id: case.images[0] for case in cases}, max(plan.labels.values)
@@ -332,8 +338,8 @@ def after_predict(result: Predictions, **_: Any) -> list[list[str]]:
     if not result.files or result.failed or result.files[0].name.endswith((".dcm", ".seg.nrrd")):  # for other programs
         return []  # and failures are the last words
     file, out = result.files[0], result.output
-    image = next(path for case, path in result.images.items() if file == out or file.name.startswith(f"{case}."))
-    scoring = [] if file == out else [["nnlite", "evaluate", str(out), "REFERENCES"]]
+    image = next(iter(result.images.values())) if names_file(out) else result.images[stem(file)]
+    scoring = [] if names_file(out) else [["nnlite", "evaluate", str(out), "REFERENCES"]]
     return [["nnlite", "view", str(image), str(file)], *scoring]
 
 
@@ -364,6 +370,7 @@ def _predict_on(
     out: Path,
     writing: dict[str, Any],
     record: PredictionRecord,
+    run: dict[str, Any],
 ) -> tuple[list[Path], dict[str, str]]:
     """Predict cases on the workers of a Dask scheduler; as `predict_cases`."""
     files: list[Path] = []
@@ -375,11 +382,13 @@ def _predict_on(
         for case, found in cluster.spread(work, absolute, "predict", heavy=True):
             if isinstance(found, Exception):
                 failed[case.id] = describe(found)
+                file = output_file(case, out, writing["format"])
+                record.add(CaseResult(file, case, f"failed: {failed[case.id]}"), run)
             else:
                 files += found[0]
                 failed |= found[1]
                 for result in found[2]:
-                    record.add(result, found[3])
+                    record.add(result, {**run, **found[3]})
     return sorted(files), dict(sorted(failed.items()))
 
 

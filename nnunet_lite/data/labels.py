@@ -19,9 +19,10 @@ from nnunet_lite.errors import UserError
 BACKGROUND = "background"
 IGNORE = "ignore"
 Colour = tuple[int, int, int]
-MISSED: Colour = (213, 94, 0)  # #d55e00, false negatives
-ADDED: Colour = (0, 114, 178)  # #0072b2, false positives
-CONFUSED: Colour = (240, 228, 66)  # #f0e442, foreground that was given another label
+# unlike those of labels
+MISSED: Colour = (220, 0, 160)  # magenta, false negatives
+ADDED: Colour = (0, 150, 40)  # green, false positives
+CONFUSED: Colour = (255, 255, 0)  # yellow, foreground that was given another label
 # those of the pictures in report.css: distinct from each other and from the greys of an image
 _COLOURS: tuple[Colour, ...] = (
     (86, 180, 233), (255, 157, 77), (52, 211, 162), (255, 143, 207), (240, 228, 66),

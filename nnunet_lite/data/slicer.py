@@ -16,6 +16,17 @@ from nnunet_lite.data.labels import Labels, label_colours
 from nnunet_lite.files import atomic
 
 
+def needs_layers(labels: Labels) -> bool:
+    """Whether a segmentation of 3D Slicer has a mask for each label, and not the values of the dataset.
+
+    Parameters
+    ----------
+    labels : Labels
+        Labels of the dataset.
+    """
+    return labels.has_regions or labels.background != 0 or min(labels.values) < 0  # in Slicer, 0 is the background
+
+
 def write_seg_nrrd(path: Path, label_map: np.ndarray, geometry: Geometry, labels: Labels) -> None:
     """Write a label map as a segmentation of 3D Slicer, completely or not at all.
 
@@ -30,7 +41,7 @@ def write_seg_nrrd(path: Path, label_map: np.ndarray, geometry: Geometry, labels
     labels : Labels
         Names of the values. Each label or region becomes a segment, also without voxels.
     """
-    layered = labels.has_regions or labels.background != 0 or min(labels.values) < 0  # in Slicer, 0 is the background
+    layered = needs_layers(labels)
     if layered:
         layers = np.stack([np.isin(label_map, values) for values in labels.segments.values()], axis=-1)
         label_map = layers.astype(np.uint8)

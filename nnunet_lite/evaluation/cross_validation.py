@@ -106,10 +106,11 @@ def validate_cases(
         What summary.json notes about how the cases are predicted.
     """
     cases = _cases(dataset, case_ids)
-    record = PredictionRecord(out, {"began": now_as_text(), "versions": versions_in_use()})
-    _, failed = predict_cases(model, cases, out, skip_existing=True, stage_classes=stage_classes,
-                              accept_geometry=dataset.accept_geometry,
-                              report=partial(record.add, how=describe_predictor(model)))  # fmt: skip
+    run = {"date": now_as_text(), "versions": versions_in_use(), **describe_predictor(model)}
+    with PredictionRecord(out) as record:
+        _, failed = predict_cases(model, cases, out, skip_existing=True, stage_classes=stage_classes,
+                                  accept_geometry=dataset.accept_geometry,
+                                  report=partial(record.add, run=run))  # fmt: skip
     if failed:
         case_id, why = next(iter(failed.items()))
         raise UserError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import io
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from nnunet_lite.data.discovery import cases_by_name, files_below
 from nnunet_lite.data.geometry import ACCEPTABLE, Geometry
 from nnunet_lite.data.images import read_label
 from nnunet_lite.data.labels import Labels
-from nnunet_lite.data.names import stem
+from nnunet_lite.data.names import case_of, stem
 from nnunet_lite.data.problems import align, few, html_table, plural
 from nnunet_lite.errors import UserError, no_such_file
 from nnunet_lite.evaluation.metrics import COARSE, METRICS, Metric, MetricValues, is_coarse, score_case
@@ -343,7 +343,7 @@ def score_files(
     at_once = pairs_at_once(len(pairs), workers)
     threads = max(1, cpus() if workers is None else workers) // at_once
     with ThreadPoolExecutor(at_once) as pool:
-        looked, described = _described_labels(prediction, reference)
+        looked, described = described_labels(prediction, reference)
         labels = labels or described
         if labels is None:
             files = [path for pair in pairs.values() for path in pair]
@@ -386,11 +386,11 @@ def _match(prediction: Path, reference: Path) -> tuple[dict[str, tuple[Path, Pat
         raise UserError(f"one of this and {reference} is a folder", prediction, "Give two folders, or two files.")
     if reference.is_file():
         return {stem(reference): (prediction, reference)}, []
-    predicted, found = _by_stem(prediction), {}
+    predicted, found = _by_name(prediction, case_of), {}
     if not image_files(reference) and folders_in(reference):  # as `nnlite init` reads it, such as one for each patient
         cases = cases_by_name(files_below(reference)).cases
         found = {case.id: case.label for case in cases if case.label}
-    references = found or _by_stem(reference)
+    references = found or _by_name(reference, stem)
     images = {label_base(name) for name in references if label_base(name) != name}  # x beside x_mask
     references = {name: path for name, path in references.items() if name not in images}
     maps = {case: [path] for case, path in found.items() if case in predicted}
@@ -415,19 +415,29 @@ def _match(prediction: Path, reference: Path) -> tuple[dict[str, tuple[Path, Pat
     return pairs, [note for note in notes if note]
 
 
-def _by_stem(folder: Path) -> dict[str, Path]:
+def _by_name(folder: Path, name_of: Callable[[Path], str]) -> dict[str, Path]:
     files: dict[str, Path] = {}
     for path in image_files(folder):
-        if stem(path) in files:
-            raise UserError(f"{files[stem(path)].name} and {path.name} are the same case", folder, "Remove one.")
-        files[stem(path)] = path
+        if (other := files.setdefault(name_of(path), path)) != path:
+            raise UserError(f"{other.name} and {path.name} are the same case", folder, "Remove one.")
     if not files:
         raise UserError(f"contains no label map of a supported format{unsupported_files(folder)}", folder)
     return files
 
 
-def _described_labels(prediction: Path, reference: Path) -> tuple[str, Labels | None]:
-    """Return where labels may be described, and those of the nearest dataset.json or of the record of predictions."""
+def described_labels(prediction: Path, reference: Path) -> tuple[str, Labels | None]:
+    """Return where labels may be described, and those of the nearest dataset.json or of the record of predictions.
+
+    Parameters
+    ----------
+    prediction, reference : Path
+        Label maps, or folders of them.
+
+    Raises
+    ------
+    UserError
+        The description is broken.
+    """
     ours, theirs = (path if path.is_dir() else path.parent for path in (prediction.absolute(), reference.absolute()))
     places = [folder / "dataset.json" for folder in dict.fromkeys((theirs, theirs.parent, ours))] + [ours / _RECORD]
     table = next((file for file in places if file.is_file()), None)

@@ -17,16 +17,17 @@ import numpy as np
 from nnunet_lite import log
 from nnunet_lite.data.cases import Case
 from nnunet_lite.data.geometry import Geometry
-from nnunet_lite.data.images import read_images, write_label
-from nnunet_lite.data.names import Format, case_of
+from nnunet_lite.data.images import read_images, read_label, write_label
+from nnunet_lite.data.names import Format, case_of, format_of
 from nnunet_lite.data.nifti import write_nifti
 from nnunet_lite.data.problems import few, plural
+from nnunet_lite.data.slicer import needs_layers
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.files import allocate, atomic, lacks_space, no_space, sweep
 from nnunet_lite.inference.cases import file_name, identify, names_file, output_file, read_case_image
 from nnunet_lite.inference.outputs import STEPS, ExtraMaps
 from nnunet_lite.inference.predictor import Predictor, PreparedImage, prepare_image, segment
-from nnunet_lite.inference.record import CaseResult, read_statistics
+from nnunet_lite.inference.record import KEPT, CaseResult, read_statistics
 from nnunet_lite.inference.results import SEGMENTATIONS, label_file, measure_labels, write_segmentation
 from nnunet_lite.system import cases_in_flight, cpus
 
@@ -35,6 +36,7 @@ Postprocess = Callable[[np.ndarray, tuple[float, float, float]], np.ndarray]
 
 _MOST_READERS = 4  # images that are read, cropped, normalised and resampled at once while a GPU computes
 _READING = 4  # times the size of a preprocessed image: what reading and preprocessing one takes
+_MEASURING = 1  # the same for the image that is read again for its statistics
 _MOST_WRITING = 2  # label maps that wait to be written
 _NAME_BYTES = 255
 
@@ -75,7 +77,8 @@ def predict_cases(
     report : callable
         Takes each case before its label map is written; in the end those that failed.
     skip_existing : bool
-        Keep cases whose files exist already.
+        Keep label maps that exist already, unless `maps` of the case are missing. Statistics and files of labels that
+        are missing are made from them.
     stage_classes : callable, optional
         Returns the classes that the first stage predicts of a case, by its id, on the grid of its preprocessed array;
         for the second stage of a cascade that was loaded without the first.
@@ -100,27 +103,35 @@ def predict_cases(
     """
     labels, channels = predictor.plan.labels, [channel.name for channel in predictor.plan.channels]
     targets = {case.id: output_file(case, out, format) for case in cases}
-    extra = {
-        case.id: [_map_file(targets[case.id], name) for name in maps.names]
-        + [label_file(targets[case.id], label, case.images[0]) for label in labels.segments if per_label]
+    maps_of = {case.id: [_map_file(targets[case.id], name) for name in maps.names] for case in cases}
+    masks_of = {
+        case.id: {label: label_file(targets[case.id], label, case.images[0]) for label in labels.segments if per_label}
         for case in cases
     }
-    _check_targets(cases, targets, extra)
+    _check_targets(cases, targets, {name: [*files, *masks_of[name].values()] for name, files in maps_of.items()})
     out = out.parent if names_file(out) else out
     out.mkdir(parents=True, exist_ok=True)
     for folder in (out / "probabilities", out / "uncertainty", *out.glob(f"{SEGMENTATIONS}/*")):
         sweep(folder)  # of a killed run; this one may write nothing there
-    measured = read_statistics(out) if statistics else {}
+    measured = read_statistics(out) if statistics and skip_existing else {}
+
+    readable = (None, "nifti") if needs_layers(labels) else (None, "nifti", "seg.nrrd")  # as values of the dataset
 
     def is_complete(case: Case) -> bool:
-        needed = [targets[case.id], *extra[case.id]]
-        return all(path.is_file() for path in needed) and (not statistics or case_of(targets[case.id]) in measured)
+        has_masks = all(path.is_file() for path in masks_of[case.id].values())
+        return has_masks and (not statistics or case_of(targets[case.id]) in measured)
 
-    kept = {case.id for case in cases if skip_existing and is_complete(case)}
-    files = [targets[name] for name in kept]
-    todo = [case for case in cases if case.id not in kept]
-    if not skip_existing and (old := [case for case in todo if targets[case.id].is_file()]):
-        log.info(f"{out}: {plural(len(old), 'label map')} will be replaced; --continue keeps them")
+    def is_kept(case: Case) -> bool:
+        has_files = all(path.is_file() for path in (targets[case.id], *maps_of[case.id]))
+        return has_files and (is_complete(case) or format_of(targets[case.id]) in readable)
+
+    kept = [case for case in cases if skip_existing and is_kept(case)]
+    files = [targets[case.id] for case in kept]
+    kept_ids = {case.id for case in kept}
+    todo = [case for case in cases if case.id not in kept_ids]
+    if old := [case for case in todo if targets[case.id].is_file()]:
+        why = "files that are made with them are missing" if skip_existing else "--continue keeps them"
+        log.info(f"{out}: {plural(len(old), 'label map')} will be replaced; {why}")
     failed: dict[str, str] = {}
     turned: dict[str, list[str]] = defaultdict(list)
 
@@ -131,14 +142,14 @@ def predict_cases(
         case: Case, geometry: Geometry, label_map: np.ndarray, arrays: dict[str, np.ndarray], seconds: float
     ) -> None:
         target = targets[case.id]
+        target.unlink(missing_ok=True)  # an older one beside new files would be taken for theirs
         for name, array in arrays.items():
             with atomic(_map_file(target, name)) as temporary:
                 write_nifti(temporary, array, geometry, 1 / STEPS, case.images[0])
         if postprocess is not None:
             label_map = postprocess(label_map, geometry.spacing)
-        for label, values in labels.segments.items() if per_label else ():
-            file = label_file(target, label, case.images[0])
-            write_label(file, np.isin(label_map, values), geometry, like=case.images[0])
+        for label, file in masks_of[case.id].items():
+            write_label(file, np.isin(label_map, labels.segments[label]), geometry, like=case.images[0])
         sizes = None
         if statistics:
             image = read_images(case.images, len(channels), accept_geometry).array
@@ -146,6 +157,17 @@ def predict_cases(
         report(CaseResult(target, case, "written", round(seconds, 2), sizes))
         # the label map is the last file: if it exists, the case is complete
         write_segmentation(target, label_map, geometry, labels, case.images[0])
+
+    def complete(case: Case) -> None:
+        image = read_case_image(predictor.plan, case, accept_geometry)
+        label_map = read_label(targets[case.id], image.geometry)[0]
+        if label_map.shape != image.geometry.shape:
+            raise UserError("is the label map of another image", targets[case.id], "Choose another --output.")
+        for label, file in masks_of[case.id].items():
+            write_label(file, np.isin(label_map, labels.segments[label]), image.geometry, like=case.images[0])
+        if statistics:
+            sizes = measure_labels(label_map, image.array, image.geometry, labels, channels)
+            report(CaseResult(targets[case.id], case, KEPT, None, sizes))
 
     def fail(case: Case, error: Exception) -> None:
         if lacks_space(error):  # then no other case can be written either
@@ -160,9 +182,16 @@ def predict_cases(
         except Exception as error:  # whatever is wrong with one case, the others are predicted
             fail(case, error)
 
+    incomplete = [case for case in kept if not is_complete(case)]
+    for case in log.progress(incomplete, len(incomplete), "complete") if incomplete else ():
+        try:
+            complete(case)
+        except Exception as error:  # as above
+            fail(case, error)
     n_readers = 1 if predictor.device.type == "cpu" else min(cpus(), _MOST_READERS)  # a CPU computes at the same time
     with ThreadPoolExecutor(n_readers) as reader, ThreadPoolExecutor(1) as writer:
-        sources, queue = _read_ahead(reader, read, todo, n_readers), deque[tuple[Case, Future[None]]]()
+        size = _READING + _MEASURING * statistics
+        sources, queue = _read_ahead(reader, read, todo, n_readers, size), deque[tuple[Case, Future[None]]]()
         for case, source in zip(log.progress(todo, len(todo), "predict"), sources, strict=True):
             try:
                 prepared = source.result()
@@ -202,10 +231,9 @@ def _check_targets(cases: Sequence[Case], targets: Mapping[str, Path], extra: Ma
     if too_long := next((path for path in written if len(path.name.encode()) > _NAME_BYTES), None):
         what = f"has a longer name than file systems allow ({_NAME_BYTES} bytes)"
         raise UserError(what, too_long, f"Rename the image{', or leave out its maps' if further else ''}.")
-    if twice := [path for path, n in Counter(written).items() if n > 1]:
-        raise UserError(
-            "would be the file of two labels, whose names differ only in signs", twice[0], "Rename a label."
-        )
+    times = Counter(str(path).lower() for path in written)  # some systems take both letter cases for the same
+    if twice := next((path for path in written if times[str(path).lower()] > 1), None):
+        raise UserError("would be written twice, for two cases or labels", twice, "Rename one.")
 
 
 def _map_file(target: Path, name: str) -> Path:
@@ -215,9 +243,16 @@ def _map_file(target: Path, name: str) -> Path:
 
 
 def _read_ahead(
-    reader: ThreadPoolExecutor, read: Callable[[Case], PreparedImage], cases: Iterable[Case], most: int
+    reader: ThreadPoolExecutor,
+    read: Callable[[Case], PreparedImage],
+    cases: Iterable[Case],
+    most: int,
+    size: int = _READING,
 ) -> Iterator[Future[PreparedImage]]:
-    """Yield the image of each case, in order, while the next ones are read: one, or as many as fit into memory."""
+    """Yield the image of each case, in order, while the next ones are read: one, or as many as fit into memory.
+
+    `size` is what one takes, in sizes of a preprocessed image.
+    """
     waiting: deque[Future[PreparedImage]] = deque()
     n_ahead = 1
     for case in cases:
@@ -227,7 +262,7 @@ def _read_ahead(
         source = waiting.popleft()
         yield source
         if source.exception() is None:
-            n_ahead = cases_in_flight(_READING * source.result().nbytes, most)
+            n_ahead = cases_in_flight(size * source.result().nbytes, most)
         del source
     while waiting:
         yield waiting.popleft()

@@ -1,15 +1,16 @@
 """What a folder of predictions says about itself: predictions.json, and with --statistics the sizes of the labels.
 
-A case is added to both before its label map is written. So every label map has an entry, whatever ends the process.
+A case is added to both before its label map is written. In large folders, where this takes long, cases wait for each
+other for some seconds, and a process that is killed loses the entries of these.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import time
 from collections.abc import Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,16 @@ import torch
 
 from nnunet_lite.data.cases import Case
 from nnunet_lite.data.names import case_of
+from nnunet_lite.errors import UserError
 from nnunet_lite.files import locked, must_be_known, read_json, understood, write_json, write_text
 from nnunet_lite.inference.predictor import Predictor
 
 FORMAT = "nnlite-predictions-1"
 RECORD, STATISTICS, TABLE = "predictions.json", "statistics.json", "statistics.csv"
-_FIX = "Move it elsewhere, or choose another --output."
+_FIX = "Move it elsewhere."
+KEPT = "kept"  # the result of a case whose label map existed
+_LONG = 0.1  # seconds to write the files, from which on they are not written for each case
+_PAUSE = 20  # times that, until they are written again
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class CaseResult:
     case : Case
         The case.
     result : str
-        "written", or the reason why it failed.
+        "written", `KEPT`, or the reason why it failed.
     seconds : float, optional
         From the preprocessed image to the label map.
     statistics : dict, optional
@@ -50,18 +55,18 @@ class CaseResult:
     statistics: dict[str, dict[str, Any]] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class PredictionRecord:
-    """The record of a folder, which one call of `predict` extends.
+    """The record of a folder, which one call of `predict` extends; a context, whose end writes what waits.
 
     Parameters
     ----------
     folder : Path
         The folder of the label maps.
-    run : dict
-        What the call was given, and when.
-    shared : bool
-        Whether other calls write into the same folder at the same time.
+    statistics : bool
+        Whether cases are added with statistics.
+    begins : bool
+        Whether to begin a record in a folder that has none of ours.
 
     Raises
     ------
@@ -70,37 +75,68 @@ class PredictionRecord:
     """
 
     folder: Path
-    run: Mapping[str, Any]
-    shared: bool = False
+    statistics: bool = False
+    begins: bool = True
+    _waiting: list[tuple[CaseResult, Mapping[str, Any]]] = field(default_factory=list, init=False)
+    _due: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
-        self._read()
-        read_statistics(self.folder)
+        try:
+            self.begins |= bool(self._read()["runs"])
+        except UserError:  # of another program
+            if self.begins:
+                raise
+        if self.statistics:
+            read_statistics(self.folder)
 
-    def add(self, result: CaseResult, how: Mapping[str, Any]) -> None:
-        """Add a case to the files, which are replaced as a whole.
+    def __enter__(self) -> PredictionRecord:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._write()
+
+    def add(self, result: CaseResult, run: Mapping[str, Any]) -> None:
+        """Add a case. The files are replaced as a whole: at once, or if that takes long, every few seconds.
 
         Parameters
         ----------
         result : CaseResult
             The case.
-        how : mapping
-            What predicted it, from `describe_predictor`.
+        run : mapping
+            What the call was given, when, and what predicted the case, from `describe_predictor`.
         """
-        with locked(self.folder, f"writing {RECORD}") if self.shared else nullcontext():
-            content, run = self._read(), {**self.run, **how}
-            if run not in content["runs"]:
-                content["runs"].append(run)
-            content["predictions"][result.file.name] = {
-                "run": content["runs"].index(run), "case": result.case.id,
-                "images": [str(path.absolute()) for path in result.case.images],
-                "result": result.result, "seconds": result.seconds,
-            }  # fmt: skip
-            write_json(self.folder / RECORD, content)
-            if result.statistics is not None:
-                statistics = {**read_statistics(self.folder), case_of(result.file): result.statistics}
+        self._waiting.append((result, run))
+        if (began := time.monotonic()) >= self._due:
+            self._write()
+            took = time.monotonic() - began
+            self._due = time.monotonic() + _PAUSE * took if took > _LONG else 0.0
+
+    def _write(self) -> None:
+        if not self._waiting:
+            return
+        with locked(self.folder, f"writing {RECORD}", leave=False):
+            content, statistics = self._read() if self.begins else {}, self._read_statistics()
+            before = dict(statistics)
+            for result, run in self._waiting:
+                if self.begins and result.result != KEPT:
+                    _add_entry(content, result, run)
+                statistics.pop(case_of(result.file), None)  # those of an older label map
+                if result.statistics is not None:
+                    statistics[case_of(result.file)] = result.statistics
+            if self.begins:
+                write_json(self.folder / RECORD, content)
+            if statistics != before:
                 write_json(self.folder / STATISTICS, statistics)
                 write_text(self.folder / TABLE, _as_csv(statistics))
+            self._waiting.clear()
+
+    def _read_statistics(self) -> dict[str, dict[str, dict[str, Any]]]:
+        try:
+            return read_statistics(self.folder)
+        except UserError:  # of another program
+            if self.statistics:
+                raise
+            return {}
 
     def _read(self) -> dict[str, Any]:
         file = self.folder / RECORD
@@ -110,6 +146,16 @@ class PredictionRecord:
             content = dict(read_json(file))
             must_be_known(content["format"], FORMAT, file)
             return {**content, "runs": list(content["runs"]), "predictions": dict(content["predictions"])}
+
+
+def _add_entry(content: dict[str, Any], result: CaseResult, run: Mapping[str, Any]) -> None:
+    if run not in content["runs"]:
+        content["runs"].append(run)
+    content["predictions"][result.file.name] = {
+        "run": content["runs"].index(run), "case": result.case.id,
+        "images": [str(path.absolute()) for path in result.case.images],
+        "result": result.result, "seconds": result.seconds,
+    }  # fmt: skip
 
 
 def read_statistics(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:

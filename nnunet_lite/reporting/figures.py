@@ -114,7 +114,8 @@ def _cell(value: Value, column: Column) -> Cell:
     if isinstance(value, tuple):
         return Cell(value[0], order=value[1])
     bar = min(max(float(value), 0.0), 1.0) if column.bar else None
-    return Cell(f"{value:{column.number_format}}{column.unit}", float(value), bar=bar)
+    exact = int(value) if float(value).is_integer() else float(value)
+    return Cell(f"{value:{column.number_format}}{column.unit}", exact, bar=bar)
 
 
 def share_column(name: str) -> Column:

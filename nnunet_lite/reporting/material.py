@@ -27,7 +27,7 @@ from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.evaluation.scores import CaseScore, Scores, read_summaries
 from nnunet_lite.evaluation.selection import Selection, changed_models, read_selection
-from nnunet_lite.files import read_json
+from nnunet_lite.files import read_json, understood
 from nnunet_lite.inference.record import RECORD
 from nnunet_lite.models.folder import MODEL, VALIDATION, model_folders, read_weights_header
 from nnunet_lite.models.lookup import read_model
@@ -332,18 +332,23 @@ def read_results(folder: Path, notes: list[str], labels: Labels | None = None) -
     """
     plan, run = read_model(folder)
     plan.configuration(run["configuration"])
-    folds = tuple(_read_fold(path) for path in sorted(folder.glob("fold_*")) if path.is_dir())
+    folds = tuple(_read_fold(path, notes) for path in sorted(folder.glob("fold_*")) if path.is_dir())
     return ModelResults(folder, folder.name, run, plan, folds, *_read_scores(folder, labels or plan.labels, notes))
 
 
-def _read_fold(folder: Path) -> FoldHistory:
+def _read_fold(folder: Path, notes: list[str]) -> FoldHistory:
     state = read_weights_header(folder / MODEL) if (folder / MODEL).is_file() else {}
     file = folder / METRICS
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
     rows = tuple(json.loads(line) for line in lines if line.endswith("\n"))  # the last may be half written
     record = folder / VALIDATION / RECORD
-    predictions = read_json(record)["predictions"].values() if record.is_file() else ()
-    seconds = tuple(one["seconds"] for one in predictions if one["seconds"] is not None)
+    seconds: tuple[float, ...] = ()
+    try:
+        with understood(record):
+            predictions = read_json(record)["predictions"].values() if record.is_file() else ()
+            seconds = tuple(float(one["seconds"]) for one in predictions if one["seconds"] is not None)
+    except UserError as error:
+        notes.append(f"the times of predictions are left out: {error}")
     return FoldHistory(folder.name.removeprefix("fold_"), rows, state, seconds)
 
 

@@ -31,6 +31,7 @@ from nnunet_lite.evaluation.selection import Candidate
 from nnunet_lite.evaluation.statistics import Margin, Statistic
 from nnunet_lite.files import write_text
 from nnunet_lite.models.folder import first_training
+from nnunet_lite.planning.schema import Plan
 from nnunet_lite.planning.show import length_unit, plan_head, plan_reasons, plan_rows, plan_title
 from nnunet_lite.reporting import figures
 from nnunet_lite.reporting.figures import Chart, Column, Curve, Table, Value, share_column
@@ -269,7 +270,14 @@ def _overview_section(material: Material) -> dict[str, Any]:
     ]
     finished = {model.name: sum(bool(fold.state) for fold in model.folds) for model in material.trained}
     if finished:
-        folds = ", ".join(f"{name}: {n}" for name, n in finished.items())
+        n_folds = len(load_splits(material.paths.splits)) if material.paths.splits.is_file() else 0
+        begun = {model.name: sum(bool(fold.rows) for fold in model.folds) for model in material.trained}
+        folds = "; ".join(
+            f"{name}: {n}"
+            + (f" of {n_folds}" if n_folds else "")
+            + (f", {begun[name] - n} not finished" if begun[name] > n else "")
+            for name, n in finished.items()
+        )
         seconds = sum(fold.seconds for model in material.models for fold in model.folds)
         cards.append(("Folds trained", str(sum(finished.values())), folds))
         cards.append(("Training time", log.duration(seconds), "all folds and models"))
@@ -285,8 +293,8 @@ def _overview_section(material: Material) -> dict[str, Any]:
         )
     following = "nnlite select" if material.selection is None and len(material.scored) > 1 else ""
     if not any(finished.values()):
-        following = first_training(material.paths)
-    return {"cards": cards, "next": following, "notes": material.notes}
+        following = first_training(material.paths).removesuffix(material.paths.option)
+    return {"cards": cards, "next": following and following + material.paths.where, "notes": material.notes}
 
 
 # ------------------------------------------------------------------------------------------------------------ the data
@@ -494,10 +502,12 @@ def training_charts(folds: Sequence[tuple[str, int, FoldHistory]]) -> list[Chart
 
 def _label_curves(folds: list[FoldHistory]) -> Chart | None:
     """Draw the Dice of held-out patches of each label, a mean over the folds; of many labels, those that end lowest."""
+    folds = [fold for fold in folds if fold.state] or folds
+    common = set.intersection(*({row["epoch"] for row in fold.rows} for fold in folds))  # a mean of the same folds
     values: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in (row for fold in folds for row in fold.rows):
         for name, dice in row.get("dice", {}).items():
-            if dice is not None:
+            if dice is not None and row["epoch"] in common:
                 values[name][row["epoch"]].append(dice)
     points = {
         name: [(epoch, float(np.mean(dice))) for epoch, dice in sorted(of.items())] for name, of in values.items()
@@ -507,7 +517,7 @@ def _label_curves(folds: list[FoldHistory]) -> Chart | None:
     names = sorted(points, key=lambda name: points[name][-1][1])[:_PALETTE]
     names = [name for name in points if name in names]  # in the order of the labels
     curves = [Curve(name, points[name], i) for i, name in enumerate(names)]
-    notes = ["mean of the folds"] if len(folds) > 1 else []
+    notes = [f"mean of {len(folds)} folds"] if len(folds) > 1 else []
     notes += [f"the {len(names)} lowest of {len(points)} labels"] if len(names) < len(points) else []
     return figures.plot_curves("Dice by label", curves, "epoch", "", (0, 1), ", ".join(notes), names)
 
@@ -613,7 +623,7 @@ def _view_command(material: Material, case: str, model: ModelResults) -> str:
     """Return the command that shows a case with the prediction of a model, which may be one of another dataset."""
     command, root = shlex.join(["nnlite", "view", case, "-m", model.folder.name]), model.folder.parents[1]
     if root == material.paths.root:
-        return command + material.paths.option
+        return command + material.paths.where
     return f"{command} {shlex.join(['-d', root.name, '-w', str(root.parent)])}"
 
 
@@ -754,15 +764,21 @@ def _methods_section(material: Material) -> dict[str, Any]:
     units, described = material.units, []
     for model in models:
         assert model.plan is not None  # an ensemble has none
-        lengths = sorted(fold.rows[-1]["epoch"] for fold in model.folds if fold.rows)
+        trained = [fold for fold in model.folds if fold.rows]
+        lengths = sorted(fold.rows[-1]["epoch"] for fold in [f for f in trained if f.state] or trained)
         more = f"{lengths[0]} to " if lengths[0] < lengths[-1] else ""
         planned = model.plan.configuration(model.run["configuration"])
         described.append({
             "name": model.name, "plan": model.plan, "configuration": planned,
             "settings": Settings.model_validate(model.run["settings"]), "versions": model.run.get("versions", {}),
-            "unit": length_unit(model.plan), "epochs": more + plural(lengths[-1], "epoch"),
+            "unit": length_unit(model.plan), "is_resampled": not _has_spacing(material, planned.spacing),
+            "normalizations": _normalizations(model.plan), "epochs": more + plural(lengths[-1], "epoch"),
         })  # fmt: skip
-    return {"models": described, "scores": result and {
+    splits = load_splits(material.paths.splits) if material.paths.splits.is_file() else []
+    folds = set(result.fold_of.values()) if result else set()
+    scored = [split for split in splits if split.name in folds]
+    return {"models": described, "n_folds": len(splits), "scores": result and {
+        "n_training": sorted({len(split.training) for split in scored}),
         "folds": sorted(set(result.fold_of.values())),
         "label": result.label,
         "n_cases": len(result.scores.rows),
@@ -773,6 +789,21 @@ def _methods_section(material: Material) -> dict[str, Any]:
         ],
         "postprocessing": selection.postprocessing if selection else {},
     }}  # fmt: skip
+
+
+def _has_spacing(material: Material, spacing: Sequence[float]) -> bool:
+    """Return whether all images have a spacing, so that none was resampled."""
+    found = material.fingerprint.spacings if material.fingerprint else ()
+    return bool(found) and all(np.allclose(one[-len(spacing) :], spacing) for one in found)
+
+
+def _normalizations(plan: Plan) -> list[tuple[list[str], Any]]:
+    """Group the channels that are normalised in the same way: (names, one of them)."""
+    groups: dict[tuple[Any, ...], list[Any]] = defaultdict(list)
+    for channel in plan.channels:
+        clip = tuple(channel.clip_percentiles or ())
+        groups[(channel.normalization, channel.use_mask, clip)].append(channel)
+    return [([channel.name for channel in group], group[0]) for group in groups.values()]
 
 
 def _settings_section(material: Material) -> tuple[Table, dict[str, dict[str, Any]]]:

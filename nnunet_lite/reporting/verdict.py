@@ -17,7 +17,9 @@ from nnunet_lite.workspace import Paths
 
 _LEAST_EPOCHS = 6  # from which a trend can be seen
 _PART = 5  # means over a fifth of the epochs are compared
+_LEAST_PART = 3  # epochs, the shortest part over which a loss is compared
 _FALLS = 0.05  # of the range of a loss: by how much its last mean is below the one before
+_LEVEL = 0.005  # of that range: falls up to this are noise
 _RISES = 0.1  # of the range of the held-out loss: by how much its last mean is above its lowest one
 
 
@@ -62,8 +64,11 @@ def judge_training(model: ModelResults, paths: Paths, folds: Sequence[str]) -> V
             groups[_judge_fold(fold, Settings.model_validate(model.run["settings"]).training)].append(fold.name)
     text = "; ".join(f"{'fold' if len(names) == 1 else 'folds'} {', '.join(names)}: {verdict.text}"
                      for verdict, names in groups.items())  # fmt: skip
-    command = _next_command(model, paths, folds, {verdict.continued_by: names for verdict, names in groups.items()})
-    return Verdict(model.name, text, command and command + paths.option)
+    todo: dict[str, list[str]] = defaultdict(list)
+    for verdict, names in groups.items():
+        todo[verdict.continued_by] += names
+    command = _next_command(model, paths, folds, todo)
+    return Verdict(model.name, text, command and command + paths.where)
 
 
 def _next_command(model: ModelResults, paths: Paths, folds: Sequence[str], todo: dict[str, list[str]]) -> str:
@@ -105,9 +110,14 @@ def _judge_fold(fold: FoldHistory, training: TrainingSettings) -> _FoldVerdict:
             f"overfits, {length}: since epoch {lowest + 1} the held-out loss rises and the training loss falls; "
             "more cases, more augmentation or a shorter run may help"
         )
-    if loss[-1 - max(2, done // _PART)] - loss[-1] > _FALLS * np.ptp(loss):
-        return _FoldVerdict(f"finished, {length}: the {name} loss still falls", "longer")
-    return _FoldVerdict(f"finished, {length}: the {name} loss no longer falls")
+    last = max(_LEAST_PART, done // _PART)
+    fall, is_best_past = loss[-1 - last] - loss[-1], loss.argmin() < done - last
+    by = f"by {fall:.2g} over the last {last} epochs"
+    if fall > _FALLS * np.ptp(loss):
+        return _FoldVerdict(f"finished, {length}: the {name} loss still falls, {by}", "longer")
+    if is_best_past or fall <= _LEVEL * np.ptp(loss):
+        return _FoldVerdict(f"finished, {length}: the {name} loss no longer falls")
+    return _FoldVerdict(f"finished, {length}: the {name} loss falls slowly, {by}")
 
 
 def _means(values: Sequence[float | None]) -> np.ndarray:

@@ -34,9 +34,10 @@ from nnunet_lite.data.dataset import Dataset, map_labels
 from nnunet_lite.data.geometry import ACCEPTABLE, Geometry
 from nnunet_lite.data.images import Image, read_image, read_images, read_label
 from nnunet_lite.data.labels import BACKGROUND, IGNORE, Colour, Labels, label_colours
-from nnunet_lite.data.names import stem
+from nnunet_lite.data.names import case_of, stem
 from nnunet_lite.data.nifti import nifti_bytes, ras_affine
-from nnunet_lite.errors import UserError
+from nnunet_lite.errors import UserError, describe
+from nnunet_lite.evaluation.scores import described_labels
 from nnunet_lite.planning.schema import Channel
 from nnunet_lite.reporting.pictures import ERROR_COLOURS, fullest_slices, grey_levels, planes_of
 
@@ -65,7 +66,8 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
-_TIMEOUT_SECONDS = 30  # of a client that sends nothing
+_TIMEOUT_SECONDS = 30  # of a client that sends nothing, or that does not receive a piece
+_PIECE = 1 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -237,14 +239,14 @@ def read_file_scene(
     UserError
         A file cannot be read, or contains values that are not in `labels`.
     """
-    image, names = read_image(file), [path.name for path in segmentations]
+    image, names = read_image(file), [file.name, *(path.name for path in segmentations)]
     maps: list[LabelMap] = []
     for path in segmentations:
         name = path.name if names.count(path.name) == 1 else f"{path.parent.name}/{path.name}"
         maps.append((name, *read_label(path, image.geometry)[:2]))
     maps += [(name, np.asarray(model(image)), image.geometry) for name, model in models]
     layers = _image_layers(image, [f"channel {i}" for i in range(image.array.shape[0])])
-    labels = labels or _numbered_labels([values for _, values, _ in maps])
+    labels = labels or _described_labels(segmentations, maps) or _numbered_labels([values for _, values, _ in maps])
     return _make_scene(file.name, image, layers, maps, labels, segmentations, has_reference=len(maps) > 1)
 
 
@@ -301,8 +303,8 @@ def _on_grid(name: str, classes: np.ndarray, geometry: Geometry, grid: Geometry)
 
 def _saved_maps(file: Path, grid: Geometry) -> list[SceneLayer]:
     """Return the maps that `nnlite predict` saved with a label map, and the uncertainty that follows from them."""
-    name, folder = stem(file), file.parent
-    longer = tuple(f"{stem(path)}_" for path in folder.iterdir() if stem(path).startswith(f"{name}_"))  # other cases
+    name, folder = case_of(file), file.parent
+    longer = tuple(f"{other}_" for other in map(case_of, folder.iterdir()) if other.startswith(f"{name}_"))
 
     def layers(kind: str, title: str) -> list[SceneLayer]:
         files = sorted((folder / kind).glob(f"{glob.escape(name)}_*.nii.gz"))
@@ -357,6 +359,16 @@ def _label_names(labels: Labels) -> list[str]:
     regions = list(zip(labels.region_names, labels.region_values, strict=True))
     names = [" + ".join(name for name, values in regions if value in values) for value in labels.values[1:]]
     return names if labels.ignore is None else [*names, IGNORE]
+
+
+def _described_labels(files: Sequence[Path], maps: Sequence[LabelMap]) -> Labels | None:
+    """Return the labels that a dataset.json or predictions.json beside the first file names, if they fit all maps."""
+    try:
+        labels = described_labels(files[0], files[0])[1] if files else None
+    except UserError:
+        return None
+    known = labels and {*labels.values, labels.ignore}
+    return labels if known and all(known.issuperset(np.unique(values).tolist()) for _, values, _ in maps) else None
 
 
 def _numbered_labels(maps: Sequence[np.ndarray]) -> Labels:
@@ -459,9 +471,9 @@ def serve(read: Callable[[str], Scene], cases: Mapping[str, float | None], first
                 scene = scene_of(numbers[number])
             page = scene.pages().get(part)
             return page and page()
-        except UserError as error:
-            log.warn(str(error))
-            return json.dumps({"problem": str(error)}).encode() if part == "scene.json" else None
+        except (UserError, OSError, MemoryError) as error:
+            log.warn(describe(error))
+            return json.dumps({"problem": describe(error)}).encode() if part == "scene.json" else None
 
     redirects: dict[str, str] = {}
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, find, redirects))
@@ -525,7 +537,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(body)
+            for i in range(0, len(body), _PIECE):  # the timeout is of each piece
+                self.wfile.write(body[i : i + _PIECE])
 
     def end_headers(self) -> None:
         for name, value in _HEADERS.items():

@@ -174,7 +174,7 @@ export class Planes {
     const count = this.scene.shape[plane.normal];
     const axis = 2 - this.scene.order[plane.normal];
     const name = width < NARROW * ratio ? "" : plane.name; // the letters say it too
-    if (count > 1) write(`${name} ${this.stored(this.at)[axis]} / ${count - 1}`, edge, line, "left");
+    if (count > 1) write(`${name} ${this.stored(this.at)[axis] + 1} of ${count}`, edge, line, "left");
   }
 
   // ------------------------------------------------------------------------------------------------ the pointer

@@ -3,7 +3,8 @@ import { Planes } from "./planes.js";
 import { paintErrors, paintImage, paintValues, readVolume, valueAt, valuesOf } from "./slices.js";
 
 const NARROW = "(max-width: 700px)"; // as in viewer.css; phones load the full resolution on request
-const ERROR_OPACITY = 0.85;
+const ERROR_STRENGTH = 1.9; // errors are more opaque than fills, which they dim
+const DIM = 0.3;
 const element = (id) => document.getElementById(id);
 const css = ([r, g, b]) => `rgb(${r} ${g} ${b})`;
 const packed = ([r, g, b], alpha = 255) => ((alpha << 24) | (b << 16) | (g << 8) | r) >>> 0;
@@ -71,6 +72,9 @@ async function read(layer, coarse) {
   layer.read[name] ??= readVolume(`${layer.url}${name}.nii`, steps).then((volume) => {
     if (layer.kind === "segmentation") layer.values = [...(layer.values ?? []), ...valuesOf(volume)];
     return volume;
+  }).catch((error) => {
+    delete layer.read[name]; // the next choice tries again
+    throw error;
   });
   const volume = await layer.read[name];
   if (!name || !layer.volume) layer.volume = volume;
@@ -87,6 +91,7 @@ async function readShown() {
     page.reading = true;
     await Promise.all(wanted.map((layer) => read(layer, coarse)));
     if (of !== scene) return; // another case was opened in the meantime
+    if (scene.number === page.number) element("problem").hidden = true;
     page.reading = coarse !== passes.at(-1);
     listLabels();
     refresh();
@@ -127,12 +132,13 @@ function drawings() {
       paint: (plane, at) => paintImage(layer.volume, plane, at, page.window),
     })),
     ...shown("map").map((layer) => values(layer, HEAT, 1, true)),
-    ...shown("segmentation").filter((layer) => !layer.outlined).map((layer) => values(layer, labels, page.opacity, false)),
+    ...shown("segmentation").filter((layer) => !layer.outlined)
+      .map((layer) => values(layer, labels, page.opacity * (shown("errors").length ? DIM : 1), false)),
     ...shown("errors").flatMap((layer) => {
       const [reference, prediction] = layer.of.map((one) => one.volume);
       if (!reference || reference.steps !== prediction?.steps) return []; // still being read
       const paint = (plane, at) => paintErrors(reference, prediction, plane, at, kind, errors);
-      return { name: layer.name, volume: prediction, stamp, opacity: ERROR_OPACITY, smooth: false, paint };
+      return { name: layer.name, volume: prediction, stamp, opacity: Math.min(1, ERROR_STRENGTH * page.opacity), smooth: false, paint };
     }),
     ...shown("segmentation").filter((layer) => layer.outlined)
       .map((layer) => ({ name: `${layer.name} outlined`, volume: layer.volume, stamp: "", colours, width: layer.width })),
@@ -209,11 +215,13 @@ function showKey() {
   const entries = [];
   for (const layer of scene.layers.filter((layer) => layer.shown)) {
     if (layer.kind === "segmentation") entries.push([swatch(one, layer), `${layer.name} (${styleOf(layer)})`]);
-    if (layer.kind === "map") entries.push([make("b", { className: "scale" }, "0", make("i"), "1"), layer.name]);
+    if (layer.kind === "map") entries.push([make("b", { className: "scale" }, "0", make("i"), "1"), layer.name + meaning(layer)]);
     if (layer.kind === "errors") for (const entry of errorKinds()) entries.push([swatch(css(entry.colour)), entry.name]);
   }
   element("key").replaceChildren(...entries.map((entry) => make("li", {}, ...entry)));
 }
+
+const meaning = ({ name }) => (name.includes("entropy") ? ": 0 sure, 1 all labels equal" : "");
 
 // With one label, no voxel can have another one.
 const errorKinds = () => (scene.legend.length > 1 ? scene.errors : scene.errors.slice(0, 2));
@@ -282,6 +290,8 @@ function listSegmentations() {
     name();
     return make("div", { className: "layer" }, line, style);
   });
+  if (scene.compared && layersOf("segmentation").length === 1)
+    rows.push(make("p", { className: "line" }, "no prediction: no finished fold holds this case out"));
   const slider = make("input", { type: "range", min: 0, max: 1, step: 0.05, value: page.opacity });
   slider.addEventListener("input", () => {
     page.opacity = Number(slider.value);
@@ -407,7 +417,7 @@ async function openCase(number) {
     fail(next.problem);
     return;
   }
-  scene = next;
+  scene = { ...next, number };
   document.title = element("title").textContent = scene.title;
   addLayers();
   if (!page.adjusted) resetWindow();
