@@ -209,7 +209,9 @@ REFUSED = {
         lambda f: two_models(f), "Dataset004", "2 models", "Dataset004/a__b__3d", command="import Dataset004 -o new"
     ),
     "a folder of two models": theirs(
-        lambda f: two_models(f), "Dataset004", "2 models", "Dataset004/a__b__2d", command=f"{FOLDER[:-5]}Dataset004"
+        lambda f: two_models(f),
+        *("Dataset004", "2 models", "Dataset004/a__b__2d"),
+        command="predict -i scan.nii.gz -o out -m Dataset004",
     ),
     "a configuration that no model has": theirs(
         lambda f: two_models(f),

@@ -347,8 +347,8 @@ FOLDS: dict[str, tuple[Any, str]] = {
     "of numbers": ([{"train": [1], "val": [2]}], "must be a list of"),
     "in an object": ({"train": []}, "must be a list of"),
 }
-SEVERAL = (TRAIN, "train 3d_fullres all-folds", "preprocess", "predict -i raw/imagesTr -o out", "select", "report",
-           "export model.zip")  # fmt: skip
+SEVERAL = (TRAIN, "train 3d_fullres all-folds", "preprocess", "predict -i raw/imagesTr -o out", "select",
+           "select --no-ensembles", "export model.zip")  # fmt: skip
 BAD = (
     PLANS
     | WORKSPACE

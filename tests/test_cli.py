@@ -175,7 +175,8 @@ def test_mistakes_in_arguments_are_reported_before_torch_is_imported(tiny_worksp
         "train": "3d_fullres ",
     }
     code = "import sys; from nnunet_lite import cli; sys.argv[0] = 'nnlite'\nfor line in sys.stdin:\n"
-    code += " sys.argv[1:] = line.split()\n try: cli.main()\n except SystemExit: print('torch' in sys.modules, '~')"
+    code += " sys.argv[1:] = line.split()\n try: cli.main()\n"
+    code += " except SystemExit: print('torch' in sys.modules, '~', flush=True)"
     place = {**os.environ, "NNLITE_WORKSPACE": str(tiny_workspace)}
     started = subprocess.run(
         [sys.executable, "-c", code], input="\n".join(mistakes), cwd=tmp_path, check=True, env=place,

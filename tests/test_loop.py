@@ -146,15 +146,15 @@ def test_the_duration_of_a_fold_is_announced_within_the_first_epoch(
 
 
 def test_the_time_left_is_that_of_steps_held_out_patches_and_windows(job: MakeJob) -> None:
-    """Each kind as it was measured; before that, the forward pass takes a third of a step."""
+    """Each kind as it was measured; before that, the forward pass takes a quarter of a step."""
     run = job(training__epochs=3, training__iterations=10, training__validation_iterations=2)
     run = replace(run, passes={0.5: 12})
     batch = run.planned.batch_size
     state = State(compute=ComputeFormat(), epoch=1, iteration=4, pace=6.0)
-    assert _seconds_left(run, state) == pytest.approx(16 * 6 + 2 * 2 * 2 + 12 * 2 / batch)
+    assert _seconds_left(run, state) == pytest.approx(16 * 6 + 2 * 2 * 1.5 + 12 * 1.5 / batch)
     state = state.model_copy(update={"pseudo_seconds": 5.0, "pass_seconds": 0.1})
     assert _seconds_left(run, state) == pytest.approx(16 * 6 + 2 * 5 + 12 * 0.1)
-    assert _seconds_left(run, state.model_copy(update={"pass_seconds": 9.0})) == pytest.approx(106 + 12 * 2 / batch)
+    assert _seconds_left(run, state.model_copy(update={"pass_seconds": 9.0})) == pytest.approx(106 + 12 * 1.5 / batch)
     assert [_pace(n, 9.0, 5.0) for n in (0, 1, 3)] == [0.0, 9.0, 2.0]  # the first of several steps does not count
     assert _describe_progress(run, state) == "step 4/10, 1:47 min left"
 

@@ -39,7 +39,8 @@ def test_several_models_are_one(tiny_model: Path, other: Path, scans: list[Path]
 def test_models_of_other_labels_or_axes_cannot_vote(tiny_model: Path, other: Path) -> None:
     labels = read_model(other)[0].labels.model_dump(mode="json")
     for change, what in (
-        (setting(labels=labels | {"names": {"background": 0, "left": 1, "right": 2}}), "labels"),
+        (setting(labels=labels | {"names": {"background": 0, "left": 1, "right": 3}}), "labels"),
+        (setting(labels=labels | {"names": {"background": 0, "left": 1, "right": 2}}, dataset="Other"), "labels"),
         (setting(labels=labels, axis_order=[1, 0, 2]), "axis order"),
     ):
         edit(other / "plans.json", change)

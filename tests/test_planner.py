@@ -132,7 +132,10 @@ def test_lowres_and_cascade_come_with_images_much_larger_than_a_patch() -> None:
 def test_default_batch_is_capped_at_a_twentieth_of_the_data() -> None:
     default, residual = (simple((40, 40, 40), (1, 1, 1), n=60, preset=preset) for preset in ("default", "resenc_m"))
     assert default.configurations["3d_fullres"].batch_size == 3
-    assert any("capped at 3 of" in reason for reason in default.configurations["3d_fullres"].reasons)
+    assert any(
+        reason.startswith("batch 3: ") and "at most 5 %" in reason
+        for reason in default.configurations["3d_fullres"].reasons
+    )
     assert residual.configurations["3d_fullres"].batch_size > 3
 
 

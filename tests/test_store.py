@@ -142,7 +142,7 @@ def test_killed_at_any_point_it_continues_to_the_same_files(copy_dataset: Copy, 
             time.sleep(whole * share)
             process.send_signal(signal.SIGKILL)
         left.append(len(list((tmp_path / "killed").glob("cases/*-*"))))
-    assert left == sorted(left)
+    assert min(left) < 24
     preprocess_dataset(dataset, plan, BOTH, tmp_path / "killed", 2)
     assert contents(tmp_path / "killed") == contents(tmp_path / "undisturbed")
 

@@ -340,10 +340,15 @@ def _find_first_stage(folder: Path, second: _Trained) -> Path:
 
 
 def _check_vote(plan: Plan, other: Plan, path: Path, other_path: Path) -> None:
-    """Refuse models that cannot vote together."""
+    """Refuse models that cannot vote together. Within a dataset labels may have been renamed."""
     fix = "Models vote together on the same labels and channels, such as configurations of one plan."
+    renamed = plan.dataset == other.dataset
     one, another = (
-        {"labels": p.labels.meaning, "axis order": p.axis_order, "channels": [channel.name for channel in p.channels]}
+        {
+            "labels": p.labels.meaning if renamed else p.labels,
+            "axis order": p.axis_order,
+            "channels": [channel.name for channel in p.channels],
+        }
         for p in (plan, other)
     )
     if differing := [what for what in one if one[what] != another[what]]:
