@@ -19,6 +19,7 @@ import nnunet_lite
 from nnunet_lite.data.cases import Case
 from nnunet_lite.data.images import read_image, read_label
 from nnunet_lite.errors import UserError
+from nnunet_lite.files import locked
 from nnunet_lite.inference.predictor import Predictor, load
 from nnunet_lite.inference.record import CaseResult, PredictionRecord, describe_predictor
 
@@ -68,7 +69,8 @@ def test_a_file_among_those_of_others_begins_no_record(predict: Any, scans: list
     (tmp_path / "statistics.json").write_text("mine")
     predict(scans[0], tmp_path / "seg.nii.gz")
     (tmp_path / "new").mkdir()
-    predict(scans[0], tmp_path / "new" / "seg.nii.gz")
+    with locked(tmp_path / "new", "working", leave=False):  # as `nnlite evaluate -m` does
+        predict(scans[0], tmp_path / "new" / "seg.nii.gz")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["seg.nii.gz"]
     assert {(tmp_path / f"{name}.json").read_text() for name in ("predictions", "statistics")} == {"mine"}
 

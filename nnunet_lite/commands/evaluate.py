@@ -94,9 +94,7 @@ def evaluate(
         if model is not None:
             if not expected.exists():  # predicting may take long
                 raise no_such_file(expected)
-            folder = stack.enter_context(scratch(Path(gettempdir()))) / "predictions"  # `scratch` has locked its own
-            folder.mkdir()
-            predicted = folder / expected.name
+            predicted = stack.enter_context(scratch(Path(gettempdir()))) / expected.name
             made = nnunet_lite.predict(
                 prediction, predicted, model=model, device=device, workspace=workspace, accept_geometry=accept_geometry
             )

@@ -31,11 +31,11 @@ from nnunet_lite.evaluation.metrics import COARSE, METRICS, Metric, MetricValues
 from nnunet_lite.evaluation.statistics import Statistic, summarize
 from nnunet_lite.files import read_json
 from nnunet_lite.log import progress
+from nnunet_lite.models.folder import RECORD
 from nnunet_lite.system import cpus, pairs_at_once
 
 _NO_SPACING = "no spacing is known, 1 mm taken for a pixel"
 _CASES_SHOWN, _WORST_SHOWN = 10, 5  # with this number of cases or fewer, each is shown
-_RECORD = "predictions.json"  # beside label maps, see inference/record.py, which imports torch
 _MOST_LABELS = 1000  # more different values than this are an image, not a label map
 
 
@@ -439,10 +439,10 @@ def described_labels(prediction: Path, reference: Path) -> tuple[str, Labels | N
         The description is broken.
     """
     ours, theirs = (path if path.is_dir() else path.parent for path in (prediction.absolute(), reference.absolute()))
-    places = [folder / "dataset.json" for folder in dict.fromkeys((theirs, theirs.parent, ours))] + [ours / _RECORD]
+    places = [folder / "dataset.json" for folder in dict.fromkeys((theirs, theirs.parent, ours))] + [ours / RECORD]
     table = next((file for file in places if file.is_file()), None)
     content = None if table is None else read_json(table)
-    if table is not None and table.name == _RECORD:
+    if table is not None and table.name == RECORD:
         content = content["runs"][-1] if isinstance(content, dict) and content.get("runs") else {}
         table = table if "labels" in content else None
     looked = f"dataset.json in {', '.join(str(file.parent) for file in places[:-1])}"

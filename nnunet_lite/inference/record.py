@@ -21,9 +21,10 @@ from nnunet_lite.data.names import case_of
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import locked, must_be_known, read_json, understood, write_json, write_text
 from nnunet_lite.inference.predictor import Predictor
+from nnunet_lite.models.folder import RECORD
 
 FORMAT = "nnlite-predictions-1"
-RECORD, STATISTICS, TABLE = "predictions.json", "statistics.json", "statistics.csv"
+STATISTICS, TABLE = "statistics.json", "statistics.csv"
 _FIX = "Move it elsewhere."
 KEPT = "kept"  # the result of a case whose label map existed
 _LONG = 0.1  # seconds to write the files, from which on they are not written for each case
@@ -112,7 +113,8 @@ class PredictionRecord:
             self._due = time.monotonic() + _PAUSE * took if took > _LONG else 0.0
 
     def _write(self) -> None:
-        if not self._waiting:
+        may_change = self.begins or self.statistics or (self.folder / STATISTICS).is_file()
+        if not self._waiting or not may_change:  # a single label map beside files of others
             return
         with locked(self.folder, f"writing {RECORD}", leave=False):
             content, statistics = self._read() if self.begins else {}, self._read_statistics()

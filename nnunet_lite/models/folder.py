@@ -40,6 +40,7 @@ FORMAT = "nnlite-model-1"
 MODEL = "model.safetensors"  # a fold that has it is finished
 CHECKPOINT = "checkpoint.safetensors"
 VALIDATION = "validation"  # in a fold's folder: its held-out cases, predicted and scored
+RECORD = "predictions.json"  # in a folder of label maps, `VALIDATION` too: what predicted them; inference/record.py
 PREVIEW = "preview.png"  # augmented samples, in a fold's folder
 SUMMARY = "summary.json"  # the scores, in that folder
 _RUN = "run.json"

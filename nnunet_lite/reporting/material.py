@@ -28,8 +28,7 @@ from nnunet_lite.errors import UserError, describe
 from nnunet_lite.evaluation.scores import CaseScore, Scores, read_summaries
 from nnunet_lite.evaluation.selection import Selection, changed_models, read_selection
 from nnunet_lite.files import read_json, understood
-from nnunet_lite.inference.record import RECORD
-from nnunet_lite.models.folder import MODEL, VALIDATION, model_folders, read_weights_header
+from nnunet_lite.models.folder import MODEL, RECORD, VALIDATION, model_folders, read_weights_header
 from nnunet_lite.models.lookup import read_model
 from nnunet_lite.planning.fingerprint import Fingerprint
 from nnunet_lite.planning.schema import Plan
