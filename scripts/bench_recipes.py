@@ -113,8 +113,7 @@ def model_name(bench: Bench, row: str) -> str:
 def train_nnlite(bench: Bench, row: str, seed: int) -> Path:
     """The folder of the trained and validated fold."""
     recipe, changes, checkout = parse_row(row)
-    workspace = bench.folder / f"nnlite-{checkout.name}"
-    workspace.mkdir(parents=True, exist_ok=True)
+    (workspace := bench.folder / f"nnlite-{checkout.name}").mkdir(parents=True, exist_ok=True)
     command, environment = [sys.executable, "-P", "-m", "nnunet_lite"], {"PYTHONPATH": str(checkout)}
     name = f"{model_name(bench, row)}_seed_{seed}"
     where = ["-w", workspace, "--dataset", bench.dataset.name]
@@ -157,7 +156,7 @@ def read_result(bench: Bench, fold: Path) -> Result:
     """Score a validated fold, by one evaluator for all rows."""
     references = next(case.label for case in bench.dataset.cases if case.label).parent
     scores = score_files(fold / "validation", references, bench.dataset.labels, surface=False)
-    trained = fold / ("model.safetensors" if (fold / "model.safetensors").is_file() else "checkpoint_final.pth")
+    (trained,) = (*fold.glob("model.safetensors"), *fold.glob("checkpoint_final.pth"))
     seconds = (fold / "validation" / "summary.json").stat().st_mtime - trained.stat().st_mtime
     return Result(scores.values(), tuple(row.case for row in scores.rows), count_steps(bench, fold), seconds)
 
@@ -168,7 +167,7 @@ def count_steps(bench: Bench, fold: Path) -> int:
         return bench.epochs * bench.iterations
     if (fold / "steps.txt").is_file():
         return int((fold / "steps.txt").read_text())
-    epochs = [json.loads(line) for line in (fold / "metrics.jsonl").read_text().splitlines()]
+    epochs = [json.loads(line) for line in (fold / "metrics.jsonl").open()]
     training = read_json(fold.parent / "run.json")["settings"]["training"]
     batch = read_json(fold.parent / "plans.json")["configurations"][bench.configuration]["batch_size"]
     last = epochs[-1]["samples_per_second"] * epochs[-1]["seconds"] / batch / training["accumulate"]
@@ -214,11 +213,10 @@ def main() -> None:
     parser.add_argument("-w", "--workspace", type=Path, default=Path("bench_recipes"))
     parser.add_argument("--output", type=Path, help="write the table here too, after each seed")
     o = parser.parse_args()
-    root = o.data / SETS[o.set] if o.set in SETS else Path(o.set)
-    if o.set == "phantoms":
-        root = o.workspace / "data" / root.name
-        if not (root / "dataset.json").is_file():
-            make_dataset(root, read_anatomy(LABEL_MAP))
+    where = o.workspace / "data" if o.set == "phantoms" else o.data
+    root = where / SETS[o.set] if o.set in SETS else Path(o.set)
+    if o.set == "phantoms" and not (root / "dataset.json").is_file():
+        make_dataset(root, read_anatomy(LABEL_MAP))
     dataset = read_dataset(root)
     configuration = o.configuration or ("2d" if dataset.file_ending in PICTURES else "3d_fullres")
     epochs = -(-o.steps // EPOCH) if o.steps else 1
