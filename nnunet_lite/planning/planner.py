@@ -133,11 +133,12 @@ def make_plan(
         raise UserError("the fingerprint has no case", fix="Plan a dataset with at least one training case.")
     task = _Task(PRESETS[preset], gigabytes, n_cases or len(spacings), len(channels), labels)
     target, reasons = target_spacing(spacings, shapes, spacing)
-    order = axis_order(target)
     median = np.median(np.rint(spacings / target * shapes), axis=0)
     if median.min() < 1:
         raise UserError(f"a spacing of {join_by_x(target)} mm leaves no voxel along {_AXIS[int(np.argmin(median))]}",
                         fix="Give a smaller one.")  # fmt: skip
+    # Single slices come first; nnU-Net's rule takes the coarsest axis, which theirs may not be.
+    order = axis_order(target if spacing is None else np.where(median == 1, np.inf, target))
     if order != (0, 1, 2):
         reasons.append(f"axes are taken in the order {', '.join(_AXIS[a] for a in order)}: the coarsest comes first")
     return Plan(
@@ -227,7 +228,6 @@ def target_spacing(
             what = f"a spacing of {len(given)} numbers for images with {sampled.sum()} axes"
             raise UserError(what, fix="Give one length in mm, or one for each axis: z y x.")
         target[sampled] = np.asarray(given)[sampled] if len(given) == 3 else given
-        target[~sampled] = np.maximum(target[~sampled], target[sampled].max() + 1e-5)  # slices stay the coarsest axis
         return target, [f"spacing {join_by_x(target[sampled])} was set by hand"]
     coarse = int(np.argmax(target))
     others = [axis for axis in range(3) if axis != coarse]
