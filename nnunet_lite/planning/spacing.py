@@ -17,7 +17,7 @@ from nnunet_lite.data.problems import few
 from nnunet_lite.planning.schema import Plan
 
 _FINEST = 0.5  # of the data's spacing
-_SMALLEST = 4  # voxels: resampling may lose a smaller component, depending on where it lies between the voxels
+_SMALLEST = 4  # voxels: resampling may lose a smaller component, depending on its place between the voxels
 _CASES = 10  # whose label maps are read
 
 
