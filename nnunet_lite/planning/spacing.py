@@ -45,9 +45,7 @@ def warn_of_spacing(plan: Plan, spacing: Sequence[float], dataset: Dataset) -> N
     sizes = median_components(files, plan.labels, dataset.value_map)
     small = [f"{name} {size / voxel:.2g}" for name, size in sizes.items() if size < _SMALLEST * voxel]
     if small:
-        log.warn(
-            f"the spacing is too coarse for small labels, of whose median component it leaves few voxels: {few(small)}"
-        )
+        log.warn(f"the spacing may lose labels; voxels that their median component would have: {few(small)}")
 
 
 def median_components(files: Sequence[Path], labels: Labels, value_map: dict[int, int] | None) -> dict[str, float]:
