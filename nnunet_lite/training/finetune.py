@@ -248,9 +248,9 @@ def adopt_weights(network: nn.Module, state: Mapping[str, Tensor], inputs: Names
             adapted = _select_inputs(value, columns, *inputs)
         elif name.startswith(_HEADS):
             adapted = _select_outputs(own[name], value, rows)
-        if adapted.shape == own[name].shape:
-            new[name] = adapted
-            n_equal += adapted is value
+        if (fitted := fit_tensor(adapted, own[name])) is not None:
+            new[name] = fitted
+            n_equal += fitted is value
     network.load_state_dict({**own, **new})
     if not n_equal:
         return {}
@@ -271,6 +271,19 @@ def adopt_weights(network: nn.Module, state: Mapping[str, Tensor], inputs: Names
         if left := [name for name in tensors if name not in new]:
             report[what] = f"{len(left)} tensors: {', '.join(left[:_SHOWN])}{', ...' * (len(left) > _SHOWN)}"
     return report
+
+
+def fit_tensor(value: Tensor, own: Tensor) -> Tensor | None:
+    """Return a tensor of the model in the shape of the network's own, or None if that one stays random.
+
+    Parameters
+    ----------
+    value : Tensor
+        Of the model, with the inputs or outputs of this network already.
+    own : Tensor
+        Of the network, of any shape.
+    """
+    return value if value.shape == own.shape else None
 
 
 def _match_names(source: Sequence[str], target: Sequence[str]) -> list[int | None]:
