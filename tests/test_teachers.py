@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from samples import FAST, TINY
 
 import nnunet_lite
+from nnunet_lite.commands.inventory import clean
 from nnunet_lite.data.dataset import Dataset, stored_dataset
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json, write_json
@@ -20,7 +21,7 @@ from nnunet_lite.inference.predictor import load
 from nnunet_lite.inference.teachers import find_teachers, predict_teachers
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.preprocessing.pipeline import predicted_part
-from nnunet_lite.preprocessing.store import open_case
+from nnunet_lite.preprocessing.store import open_case, prune
 from nnunet_lite.preprocessing.stored_case import open_array
 from nnunet_lite.training.splits import Split, read_split
 from nnunet_lite.workspace import Paths
@@ -87,6 +88,19 @@ def test_targets_are_the_probabilities_that_predict_writes(paths: Paths, dataset
     assert predict() == file and file.stat().st_mtime_ns == before
     change_weights(paths.models / "other", 1.1)
     assert predict().parent != file.parent
+
+
+def test_what_teachers_predict_is_deleted_with_the_cases(paths: Paths, dataset: Dataset, tmp_path: Path) -> None:
+    plan, case = Plan.read(paths.plans), dataset.cases[1]
+    file = predict_teachers(paths, dataset, plan, CONFIGURATION, ["tiny"], Split("all", (case.id,), (case.id,)), "cpu")[
+        case.id
+    ]
+    assert str(paths.teachers) in clean(workspace=paths.root.parent).values["files"]
+    store = Path(shutil.copytree(paths.preprocessed, tmp_path / "preprocessed"))
+    kept = store / file.relative_to(paths.preprocessed)
+    shutil.copy(kept, kept.with_name("of_another_grid-5f.b2nd"))
+    assert prune(store, plan)[0] == 1
+    assert kept.is_file() and not kept.with_name("of_another_grid-5f.b2nd").exists()
 
 
 def test_a_fold_learns_from_the_same_fold_alone(paths: Paths, find: Find) -> None:

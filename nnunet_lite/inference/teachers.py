@@ -124,7 +124,7 @@ def predict_teachers(
     if not models:
         return {}
     recipe = [[model_fingerprint(path, folds), read_run(path)["settings"]] for path, folds in models.items()]
-    folder = paths.preprocessed / "teachers" / hash_of([_VERSION, recipe])
+    folder = paths.teachers / hash_of([_VERSION, recipe])
     open_stored = partial(open_case, paths.preprocessed, plan, configuration)
     files = {case_id: folder / f"{open_stored(case_id).key}.b2nd" for case_id in split.training}
     with locked(folder, "predicting"):
