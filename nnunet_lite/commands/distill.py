@@ -19,10 +19,11 @@ from nnunet_lite.workspace import select_dataset
 
 
 def distill(
-    models: Annotated[str | Sequence[str], typer.Argument(metavar="MODEL...", help="Trained models of the dataset.")],
+    models: Annotated[str | Sequence[str], typer.Argument(metavar="MODEL", help="Trained models of the dataset.")],
     *,
     configuration: Annotated[
-        str | None, options.model("-c", "--configuration", help="Of the new network.", show_default="the first model's")
+        str | None,
+        options.model("-c", "--configuration", help="2d, 3d_fullres, ... to train.", show_default="the first model's"),
     ] = None,
     fold: Annotated[
         int | str | Sequence[int | str],
