@@ -32,7 +32,8 @@ from nnunet_lite.inference.predictor import load
 from nnunet_lite.models.checkpoint import load_weights
 from nnunet_lite.models.lookup import read_model
 from nnunet_lite.models.nnunet import export_nnunet, import_nnunet, read_checkpoint, read_nnunet_fold
-from nnunet_lite.networks.unet import build_network, set_deep_supervision
+from nnunet_lite.networks.build import build_network
+from nnunet_lite.networks.unet import set_deep_supervision
 
 CHECKPOINT = "fold_0/checkpoint_final.pth"
 BOTH = pytest.mark.parametrize("name", ["plain_3d", "residual_2d"])

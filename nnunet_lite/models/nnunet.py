@@ -39,7 +39,8 @@ from nnunet_lite.models.folder import (
     write_description,
 )
 from nnunet_lite.models.lookup import read_model
-from nnunet_lite.networks.unet import UNet, build_network
+from nnunet_lite.networks.build import build_network
+from nnunet_lite.networks.unet import UNet
 from nnunet_lite.planning.nnunet import plan_from_nnunet, plan_to_nnunet
 from nnunet_lite.planning.schema import Network, Plan, inherited
 from nnunet_lite.planning.swaps import swap_of
