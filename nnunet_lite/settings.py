@@ -166,6 +166,9 @@ class TrainingSettings(_Section):
     freeze: Literal["encoder", "all-but-head"] | None = Field(
         None, description="weights that are not trained; all-but-head: only the output layers are; none: all are"
     )
+    teachers: tuple[str, ...] = Field(
+        (), description="models of the dataset whose mean probabilities the network learns too; see `nnlite distill`"
+    )
     logger: Logger = Field(
         "none", description="program that gets the metrics of each epoch too; needs the extra of that name"
     )
@@ -222,6 +225,10 @@ class LossSettings(_Section):
     )
     class_weights: Weights | None = Field(
         None, description="weight of each class in all terms, background first, or of each region; none: all equal"
+    )
+
+    distillation: float = Field(
+        0.5, ge=0, le=1, description="with training.teachers: share of the loss that compares with their probabilities"
     )
 
     @model_validator(mode="after")
@@ -372,6 +379,14 @@ class Settings(_Section):
         rate, least = self.optimizer.lr, self.schedule.min_lr
         if self.schedule.name == "plateau" and rate < least:
             raise ValueError(f"optimizer.lr = {rate:g} is below schedule.min_lr = {least:g}, where plateau ends a run")
+        return self
+
+    @model_validator(mode="after")
+    def _probabilities_can_follow(self) -> Settings:
+        changes = self.augmentation
+        if self.training.teachers and (changes.pipeline != "native" or changes.extra or changes.mirror_swap):
+            what = "augmentation.pipeline = native, and no augmentation.extra or augmentation.mirror_swap"
+            raise ValueError(f"training.teachers needs {what}")
         return self
 
 

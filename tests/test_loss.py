@@ -24,6 +24,7 @@ from nnunet_lite.training.loss import (
     class_sums,
     deep_supervision_loss,
     deep_supervision_weights,
+    distillation_loss,
     downsample_classes,
     nearest_components,
     pseudo_dice_counts,
@@ -111,6 +112,38 @@ def test_regions_equal_a_plain_reference(batch_dice: bool) -> None:
     expected = bce.movedim(1, -1)[w.bool()].sum(-1).mean() - dice_of(logits.sigmoid(), target, w, batch_dice)
     found = segmentation_loss(logits, classes, BOTH, batch_dice=batch_dice, ignore_class=4, regions=REGIONS)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_a_network_that_predicts_as_its_teacher_stays_as_it_is(regions: bool) -> None:
+    logits, _ = example(3)
+    teacher = logits.sigmoid() if regions else logits.softmax(1)[:, 1:]
+    logits.requires_grad_()
+    loss = distillation_loss(logits, teacher, regions)
+    loss.backward()
+    assert logits.grad is not None
+    assert float(loss.detach()) == pytest.approx(0, abs=1e-6)
+    assert float(logits.grad.abs().max()) < 1e-7
+    assert float(distillation_loss(logits.detach() + torch.eye(3)[0].view(1, 3, 1, 1, 1), teacher, regions)) > 0.01
+
+
+def test_a_certain_teacher_is_a_label(tiny_plan: Plan) -> None:
+    """Then the divergence is the cross-entropy, of classes and of regions, at each output of a network."""
+    logits, classes = example(4)
+    certain = F.one_hot(classes, 4).movedim(-1, 1).float()
+    expected = segmentation_loss(logits, classes, CE, batch_dice=False)
+    torch.testing.assert_close(distillation_loss(logits, certain[:, 1:]), expected)
+    of_regions = torch.stack([sum((classes == c).float() for c in region) for region in REGIONS], 1)  # type: ignore[misc]
+    expected = segmentation_loss(logits[:, 1:], classes, CE, batch_dice=False, regions=REGIONS)
+    torch.testing.assert_close(distillation_loss(logits[:, 1:], of_regions, regions=True), expected)
+
+    classes = torch.randint(0, 3, (2, 8, 8, 8), generator=torch.Generator().manual_seed(0))
+    outputs, teacher = [torch.randn(2, 3, n, n, n) for n in (8, 4)], F.one_hot(classes, 3).movedim(-1, 1)[:, 1:].float()
+    plain = deep_supervision_loss(outputs, classes, tiny_plan, "3d_fullres", CE)
+    for share in (0.0, 0.5, 1.0):
+        settings = LossSettings(dice=0, distillation=share)
+        found = deep_supervision_loss(outputs, classes, tiny_plan, "3d_fullres", settings, teacher)
+        torch.testing.assert_close(found, plain)
 
 
 @pytest.mark.parametrize(("n", "weights"), [(1, [1]), (2, [2 / 3, 1 / 3]), (3, [4 / 7, 2 / 7, 1 / 7])])

@@ -55,6 +55,10 @@ def test_every_recipe_loads_and_is_what_its_file_says(name: str) -> None:
 
 # Some values of each recipe.
 DISTINGUISHING: dict[str, dict[str, Any]] = {
+    "distill": {
+        "network.features_base": 8, "training.patch_voxels": 90_000, "training.time_limit": 30.0,
+        "augmentation.mirror_axes": [], "loss.distillation": 0.5, "training.teachers": [],
+    },
     "default": {
         "optimizer.name": "sgd", "optimizer.lr": 0.01, "optimizer.momentum": 0.99, "optimizer.weight_decay": 3e-5,
         "schedule.name": "poly", "training.epochs": 1000, "training.iterations": 250, "training.gradient_clip": 12.0,

@@ -32,7 +32,8 @@ from nnunet_lite.data.dataset import stored_dataset
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.cross_validation import validate_fold
 from nnunet_lite.evaluation.scores import Scores, four_digits, read_summaries
-from nnunet_lite.inference.first_stage import predict_first_stage, read_stage_map
+from nnunet_lite.inference.first_stage import predict_first_stage
+from nnunet_lite.inference.teachers import predict_teachers
 from nnunet_lite.inference.windows import window_starts
 from nnunet_lite.models import folder as models
 from nnunet_lite.networks.devices import release_memory
@@ -40,6 +41,7 @@ from nnunet_lite.planning.schema import Plan, configuration_changes
 from nnunet_lite.planning.spacing import warn_of_spacing
 from nnunet_lite.planning.topology import join_by_x
 from nnunet_lite.preprocessing.store import open_case, preprocess_dataset
+from nnunet_lite.preprocessing.stored_case import open_array
 from nnunet_lite.settings import Settings, load_settings, time_text
 from nnunet_lite.system import process_age
 from nnunet_lite.training.cache import load_cases
@@ -433,11 +435,16 @@ def _preprocess_and_train(
     split, training = run.split, run.settings.training
     store = run.paths.preprocessed
     preprocess_dataset(run.dataset, run.plan, [run.configuration], store, training.workers)
-    stage_maps = _predict_first_stage(run, sorted({*split.training, *split.validation}), device)
+    stage_maps = _predict_first_stage(run, sorted({*split.training, *split.validation}), device) or {}
+    taught = predict_teachers(
+        run.paths, run.dataset, run.plan, run.configuration, training.teachers, split, str(device)
+    )
+    release_memory(device)  # of the networks that predicted
 
     def open_stored(case_id: str) -> Any:
         case = open_case(store, run.plan, run.configuration, case_id)
-        return case if stage_maps is None else replace(case, previous=read_stage_map(stage_maps[case_id]))
+        files = {"previous": stage_maps.get(case_id), "teacher": taught.get(case_id)}
+        return replace(case, **{name: open_array(file) for name, file in files.items() if file is not None})
 
     def load(ids: Sequence[str]) -> Sequence[Any]:
         reserve = run.plan.configuration(run.configuration).memory_gb or 0.0

@@ -19,6 +19,7 @@ from nnunet_lite.commands.steps import Step
 from nnunet_lite.data.dataset import Dataset, stored_dataset
 from nnunet_lite.errors import UserError
 from nnunet_lite.inference.first_stage import FirstStage, find_first_stage
+from nnunet_lite.inference.teachers import find_teachers
 from nnunet_lite.models import folder as models
 from nnunet_lite.networks.build import build_network
 from nnunet_lite.networks.devices import pick_device
@@ -208,12 +209,15 @@ def _check_trainable(run: TrainingRun) -> None:
     Raises
     ------
     UserError
-        The logger's package is not installed, class weights or swaps of other labels, no such transform, a network
-        that cannot be built, or one that normalizes each process's part of a batch alone.
+        The logger's package is not installed, there is no such teacher, class weights or swaps of other labels, no such
+        transform, a network that cannot be built, or one that normalizes each process's part of a batch alone.
     """
     settings, cpu = run.settings, torch.device("cpu")
     require_logger(settings.training.logger)
     check_weights(settings.loss, run.plan.labels)
+    if not models.is_finished(run.fold_folder):
+        names = settings.training.teachers
+        find_teachers(run.paths, run.dataset, run.plan, run.configuration, names, run.split)
     check_augmentation(Job(run.plan, run.configuration, settings, 0, run.fold_folder, cpu, [], []))
     on_cpus = current_ranks().world > 1 and pick_device(run.device).type != "cuda"
     factory = settings.network.factory
@@ -268,7 +272,7 @@ def _starting_plan(
         return plan
     try:
         fold = fold_folder.name.removeprefix("fold_")
-        with open_source(init, paths.root.parent, dataset, fold, configuration) as found:
+        with open_source(init, paths.root.parent, plan, fold, configuration) as found:
             source = found
     except UserError:
         if restart or not models.is_begun(fold_folder):

@@ -67,6 +67,7 @@ def deep_supervision_loss(
     plan: Plan,
     configuration: str,
     settings: LossSettings,
+    teacher: Tensor | None = None,
     reduce: Reduce = alone,
 ) -> Tensor:
     """Return the weighted sum of the losses of all outputs of a network.
@@ -81,6 +82,8 @@ def deep_supervision_loss(
         Labels and batch Dice.
     settings : LossSettings
         Weights of the terms.
+    teacher : Tensor, shape (batch, foreground channels, *patch), optional
+        Probabilities that other models predict, of each class but the background, or of each region.
     reduce : callable
         Sums over ranks, see the module.
     """
@@ -88,7 +91,7 @@ def deep_supervision_loss(
     labels = plan.labels
     total = outputs[0].new_zeros((), dtype=torch.float32)
     for output, weight in zip(outputs, deep_supervision_weights(len(outputs)), strict=True):
-        total = total + weight * segmentation_loss(
+        loss = segmentation_loss(
             output,
             downsample_classes(classes, output.shape[2:]),
             settings,
@@ -97,6 +100,11 @@ def deep_supervision_loss(
             regions=labels.region_classes if labels.has_regions else None,
             reduce=reduce,
         )
+        if teacher is not None:
+            flat = downsample_classes(teacher.flatten(0, 1), output.shape[2:])
+            divergence = distillation_loss(output, flat.unflatten(0, teacher.shape[:2]), labels.has_regions, reduce)
+            loss = (1 - settings.distillation) * loss + settings.distillation * divergence
+        total = total + weight * loss
     return total
 
 
@@ -181,6 +189,34 @@ def segmentation_loss(
         p = p if valid is None else p * valid[:, None]
         loss = loss - settings.component_dice * _component_dice(p, y.to(p.dtype), weights, reduce)
     return loss
+
+
+def distillation_loss(logits: Tensor, teacher: Tensor, regions: bool = False, reduce: Reduce = alone) -> Tensor:
+    """Return the mean Kullback-Leibler divergence of a network's probabilities from those of other models.
+
+    Source: Hinton, Vinyals and Dean 2015 (arXiv:1503.02531), at a temperature of 1. Every voxel counts, those that are
+    not annotated too: there the teacher is the annotator.
+
+    Parameters
+    ----------
+    logits : Tensor, shape (batch, channels, *patch)
+        Output of the network.
+    teacher : Tensor, shape (batch, foreground channels, *patch)
+        Probabilities of each class but the background, or of each region.
+    regions : bool
+        Whether channels are regions, each of which is a binary problem; the mean over them counts.
+    reduce : callable
+        Sums over ranks, see the module.
+    """
+    logits = logits.float()
+    if regions:
+        log_probabilities = torch.cat([F.logsigmoid(logits), F.logsigmoid(-logits)], 1)
+        target = torch.cat([teacher, 1 - teacher], 1)
+    else:
+        log_probabilities = logits.log_softmax(1)
+        target = torch.cat([(1 - teacher.sum(1, keepdim=True)).clamp_min(0), teacher], 1)
+    divergence = F.kl_div(log_probabilities, target, reduction="none").sum(1) / (logits.shape[1] if regions else 1)
+    return _ratio(divergence, torch.ones_like(divergence), reduce)
 
 
 def _over_positions(weights: Tensor, logits: Tensor) -> Tensor:
