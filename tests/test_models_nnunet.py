@@ -208,7 +208,7 @@ def test_damaged_checkpoints_are_refused(theirs: Copy, tmp_path: Path) -> None:
     file.write_bytes(whole)
     for key in ("network_weights", "trainer_name"):
         change(file.parents[1], lambda checkpoint, key=key: checkpoint.pop(key))  # type: ignore[misc]
-        with pytest.raises(UserError, match=rf"is no checkpoint of nnU-Net v2 \(lacks '{key}'\)"):
+        with pytest.raises(UserError, match=rf"is no checkpoint of nnU-Net v2 \(lacks '{key}', contains "):
             read_nnunet_fold(file)
         file.write_bytes(whole)
 

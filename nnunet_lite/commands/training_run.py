@@ -263,7 +263,7 @@ def _starting_plan(
         return plan
     try:
         fold = fold_folder.name.removeprefix("fold_")
-        with open_source(init, paths.root.parent, dataset, fold, configuration) as found:
+        with open_source(init, paths.root.parent, plan, fold, configuration) as found:
             source = found
     except UserError:
         if restart or not models.is_begun(fold_folder):
