@@ -131,7 +131,7 @@ def plan(
         Preset | None, options.setting(help="Kind of U-Net.", show_default="as planned before, otherwise default")
     ] = None,
     memory: Annotated[
-        float | None, options.setting(help="GPU memory budget in GB.", show_default="the preset's: 8, 8, 24, 40")
+        float | None, options.setting(help="GPU memory budget in GB.", show_default="the preset's")
     ] = None,
     plans: Annotated[str | Path | None, options.setting(help="Adopt this plans.json, ours or nnU-Net's.")] = None,
     patch_size: Annotated[
@@ -182,7 +182,7 @@ def plan(
     ----------
     data : str or Path, optional
         Folder of the raw data, or its name; without it, give `from_fingerprint`.
-    preset : {"default", "resenc_m", "resenc_l", "resenc_xl"}, optional
+    preset : {"default", "resenc_m", "resenc_l", "resenc_xl", "mednext_s", "mednext_b", "mednext_m", "mednext_l"}
         Kind of U-Net; default: as planned before.
     memory : float, optional
         GPU memory budget in GB; default: the preset's.

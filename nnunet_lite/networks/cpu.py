@@ -70,8 +70,8 @@ class FastConv3d(nn.Conv3d):
         if is_winograd_faster(self, x):
             return convolve_winograd(x, self.weight, self.bias)
         if _is_pointwise(self, x):
-            picked = x[(..., *(slice(None, None, step) for step in self.stride))]
-            return _mix_channels(picked, self.weight.flatten(1), self.bias)
+            a, b, c = self.stride
+            return _mix_channels(x[..., ::a, ::b, ::c], self.weight.flatten(1), self.bias)
         if _is_depthwise(self, x) and max(self.stride) == 1:
             return _convolve_depthwise(x, self.weight, self.bias)
         return _convolve_onednn(self, x) if _avoids_onednn(self, x) else super().forward(x)
@@ -149,9 +149,9 @@ def _spread(x: Tensor, stride: Sequence[int]) -> Tensor:
     """Put zeros between the voxels of x, so that they are a stride apart."""
     batch, channels, *shape = x.shape
     size = [(n - 1) * step + 1 for n, step in zip(shape, stride, strict=True)]
-    y = x.new_zeros((batch, *size, channels)).movedim(-1, 1)
-    y[(..., *(slice(None, None, step) for step in stride))] = x
-    return y
+    out = x.new_zeros((batch, *size, channels)).movedim(-1, 1)
+    out[..., :: stride[0], :: stride[1], :: stride[2]] = x
+    return out
 
 
 class _Depthwise(torch.autograd.Function):

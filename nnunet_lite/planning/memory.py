@@ -56,7 +56,7 @@ class NetworkLayer:
     normalized : bool
         A normalisation with two parameters per feature follows.
     groups : int
-        Channels are mixed within so many groups only; a depthwise convolution has as many as channels.
+        Of channels, among which it mixes; a depthwise convolution has one for each channel.
     smooth : bool
         A GELU follows, which keeps its input too.
     """
@@ -201,11 +201,7 @@ def training_memory(
     if network.kind not in EXPANSION:
         heads = heads[1:] or heads  # the coarsest one is not trained
     # Going back, the widest point is the gradient of a convolution's output together with that of its input.
-    widest = max(
-        layer.values + max(layer.inputs * layer.voxels, layer.values * layer.smooth)
-        for layer in layers
-        if not layer.pools
-    )
+    widest = max(layer.values + layer.inputs * layer.voxels for layer in layers if not layer.pools)
     at_heads = LOSS_GRADIENT_BYTES * sum(h.values for h in heads) + SINGLE * heads[-1].inputs * voxels
     ready = BATCHES * (SINGLE * inputs + 1)  # float32 images, uint8 classes
     maps = 2 if previous else 1
