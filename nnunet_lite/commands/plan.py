@@ -129,7 +129,12 @@ def plan(
     data: Annotated[str | Path | None, typer.Argument(help="Folder of the raw data, or its name.")] = None,
     *,
     preset: Annotated[
-        Preset | None, options.setting(help="Kind of U-Net.", show_default="as planned before, otherwise default")
+        Preset | None,
+        options.setting(
+            metavar="PRESET",
+            help="U-Net: default; resenc_m, _l or _xl; mednext_s, _b, _m or _l.",
+            show_default="as planned before, otherwise default",
+        ),
     ] = None,
     memory: Annotated[
         float | None, options.setting(help="GPU memory budget in GB.", show_default="the preset's")
