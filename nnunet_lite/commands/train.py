@@ -38,6 +38,8 @@ from nnunet_lite.inference.windows import window_starts
 from nnunet_lite.models import folder as models
 from nnunet_lite.networks.devices import release_memory
 from nnunet_lite.planning.schema import Plan, configuration_changes
+from nnunet_lite.planning.spacing import warn_of_spacing
+from nnunet_lite.planning.topology import join_by_x
 from nnunet_lite.preprocessing.store import open_case, preprocess_dataset
 from nnunet_lite.preprocessing.stored_case import open_array
 from nnunet_lite.settings import Settings, load_settings, time_text
@@ -473,8 +475,12 @@ def _preprocess_and_train(
 def _announce(run: TrainingRun) -> None:
     """Log how the network differs from the plan, and which folds are not used."""
     name, settings = run.configuration, run.settings
-    if settings.plan.preset is not None or settings.plan.memory is not None:
-        log.info(f"planned for the recipe: {run.plan.preset}, {run.plan.memory_gb:g} GB")
+    chosen = settings.plan
+    if (chosen.preset, chosen.memory, chosen.spacing) != (None, None, None):
+        spacing = run.plan.configuration(name).spacing
+        log.info(f"planned for the recipe: {run.plan.preset}, {run.plan.memory_gb:g} GB, {join_by_x(spacing)} mm")
+        if chosen.spacing is not None:
+            warn_of_spacing(run.plan, spacing, run.dataset)
     planned = Plan.read(run.paths.plans).configurations.get(name)
     changes = [] if planned is None else configuration_changes(planned, run.plan.configuration(name))
     changes = [change for change in changes if change.split()[0] not in _FROM_THE_PATCH] or changes

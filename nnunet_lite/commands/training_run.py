@@ -245,16 +245,21 @@ def check_earlier_runs(runs: Sequence[TrainingRun]) -> None:
 
 
 def plan_for_settings(paths: Paths, settings: Settings) -> Plan:
-    """Return the plan of a dataset, or the one that a recipe's preset makes from its fingerprint.
+    """Return the plan of a dataset, or the one that a recipe's preset or spacing makes from its fingerprint.
 
     What was changed by hand about the channels (normalization, clipping) and the storage stays.
     """
-    plan, preset = Plan.read(paths.plans), settings.plan.preset
-    if preset in (None, plan.preset) and settings.plan.memory in (None, plan.memory_gb):
-        return plan
+    plan, memory = Plan.read(paths.plans), settings.plan.memory
+    planned = None if plan.options is None else plan.options.spacing
+    spacing = settings.plan.spacing or planned
+    if settings.plan.preset in (None, plan.preset):
+        if memory in (None, plan.memory_gb) and spacing == planned:
+            return plan
+        memory = memory or plan.memory_gb
     channels = tuple(channel.name for channel in plan.channels)
     fingerprint = Fingerprint.read(paths.fingerprint)
-    new = make_plan(fingerprint, plan.dataset, channels, plan.labels, preset or plan.preset, settings.plan.memory)
+    preset = settings.plan.preset or plan.preset
+    new = make_plan(fingerprint, plan.dataset, channels, plan.labels, preset, memory, spacing=spacing)
     return new.model_copy(update={"channels": plan.channels, "stored_as": plan.stored_as})
 
 
