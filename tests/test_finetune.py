@@ -284,7 +284,7 @@ def test_a_fold_of_nnunet_to_start_from(tmp_path: Path) -> None:
         shutil.rmtree(theirs / fold)
     assert source_of(theirs, name, "0").file == best, "where no fold has a final checkpoint"
     best.rename(best.with_name("checkpoint_latest.pth"))
-    with pytest.raises(UserError, match=r"has no trained fold to start from\. Give the file of another checkpoint"):
+    with pytest.raises(UserError, match=r"no fold has a checkpoint_best\.pth \(fold 1 lacks it\)"):
         source_of(theirs, name, "0")
     (tmp_path / "none.pth").write_bytes(b"none")
     with pytest.raises(UserError, match=r"none\.pth: is no checkpoint"):
