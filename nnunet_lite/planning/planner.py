@@ -507,8 +507,8 @@ def limit_sizes(
     changed = override_sizes(plan, configuration, patch, batch)
     if patch == c.patch_size or c.batch_dice or prod(patch) / prod(c.median_shape) >= LOWRES_BELOW:
         return changed
-    smaller = _with_reason(changed.configuration(configuration), _BATCH_DICE, batch_dice=True)
-    return changed.model_copy(update={"configurations": {**changed.configurations, configuration: smaller}})
+    shortened = _with_reason(changed.configuration(configuration), _BATCH_DICE, batch_dice=True)
+    return changed.model_copy(update={"configurations": {**changed.configurations, configuration: shortened}})
 
 
 def _with_patch(configuration: Configuration, patch: tuple[int, ...]) -> Configuration:
