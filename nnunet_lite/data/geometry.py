@@ -373,12 +373,12 @@ def slices(box: Box) -> tuple[slice, slice, slice]:
     return slice(*box[0]), slice(*box[1]), slice(*box[2])
 
 
-def nonzero_box(array: np.ndarray) -> Box:
+def nonzero_box(channels: Sequence[np.ndarray] | np.ndarray) -> Box:
     """Return the box of the voxels that are not zero in every channel.
 
     Parameters
     ----------
-    array : ndarray, shape (channels, z, y, x)
+    channels : sequence of ndarray, shape (z, y, x)
         Intensities of one case.
 
     Returns
@@ -386,7 +386,7 @@ def nonzero_box(array: np.ndarray) -> Box:
     Box
         Half-open ranges (z, y, x).
     """
-    return bounding_box(_any_nonzero(array))
+    return bounding_box(_any_nonzero(channels))
 
 
 def nonzero_mask(array: np.ndarray) -> np.ndarray:
@@ -415,9 +415,9 @@ def nonzero_mask(array: np.ndarray) -> np.ndarray:
     return mask
 
 
-def _any_nonzero(array: np.ndarray) -> np.ndarray:
-    mask = array[0] != 0
-    for channel in array[1:]:
+def _any_nonzero(channels: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
+    mask = channels[0] != 0
+    for channel in channels[1:]:
         if mask.all():
             break
         np.logical_or(mask, channel != 0, out=mask)
