@@ -307,7 +307,7 @@ class RandomBlocks:
             while len(self._counts) <= block:
                 numbers = self._ahead.result() if self._ahead else self.numbers(0)
                 self._ahead = self._pool.submit(self.numbers, len(self._counts) + 1)
-                counts = np.bincount(numbers & np.uint32((1 << _BITS) - 1), minlength=1 << _BITS)
+                counts = np.bincount(numbers.astype(np.uint16), minlength=1 << _BITS)  # keeps the low bits
                 self._counts.append(counts.astype(np.uint8))
         return self._counts[block].reshape(-1, 1 << bits).sum(axis=0, dtype=np.uint32)
 
