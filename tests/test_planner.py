@@ -17,7 +17,7 @@ from nnunet_lite.planning.nnunet import plan_to_nnunet
 from nnunet_lite.planning.planner import limit_sizes, make_plan, override_sizes
 from nnunet_lite.planning.schema import Configuration, Plan, Statistics
 from nnunet_lite.planning.show import patch_share, plan_table
-from nnunet_lite.planning.topology import topology_of
+from nnunet_lite.planning.topology import resize_kernels, topology_of
 
 FIXTURES = json.loads((Path(__file__).parent / "data" / "plan_fixtures.json").read_text())
 STATISTICS = Statistics(mean=1, median=1, std=1, min=0, max=2, percentile_00_5=0, percentile_99_5=2)
@@ -46,11 +46,11 @@ def fingerprint_of(
 
 
 def simple(
-    shape: tuple[int, int, int], spacing: tuple[float, float, float], n: int = 20, crop: float = 1.0, **options: Any
+    shape: tuple[int, int, int], voxel: tuple[float, float, float], n: int = 20, crop: float = 1.0, **options: Any
 ) -> Plan:
     """A plan of n equal cases with one channel."""
     channels = options.pop("channels", ("T1",))
-    fingerprint = fingerprint_of((spacing,) * n, (shape,) * n, crop, len(channels))
+    fingerprint = fingerprint_of((voxel,) * n, (shape,) * n, crop, len(channels))
     return make_plan(fingerprint, "Test", channels, LABELS, **options)
 
 
@@ -113,6 +113,48 @@ def test_a_coarse_axis_comes_first_and_takes_the_10th_percentile(lengths: tuple[
     assert f"spacing along x {words}" in full.reasons[0] and "order x, z, y" in full.reasons[1]
 
 
+@pytest.mark.parametrize("fixture", FIXTURES, ids=lambda f: f"{f['kind']}-{f['preset']}")
+def test_the_spacing_of_the_plan_given_by_hand_gives_the_same_plan(fixture: dict[str, Any]) -> None:
+    planned = plan_of(fixture)
+    target = planned.configurations.get("3d_fullres", planned.configurations["2d"]).spacing
+    by_axis = sorted(zip(planned.axis_order[-len(target) :], target, strict=True))
+    again = reference_plan(fixture, fixture["preset"], fixture["gpu_memory_gb"], tuple(mm for _, mm in by_axis))
+    assert again.trains_as(planned)
+
+
+def test_a_coarser_spacing_by_hand_decides_axes_patch_and_configurations() -> None:
+    own, isotropic = simple((400, 400, 400), (1, 1, 1)), simple((400, 400, 400), (1, 1, 1), spacing=[2.5])
+    full = isotropic.configurations["3d_fullres"]
+    assert full.spacing == (2.5, 2.5, 2.5) and full.median_shape == (160, 160, 160)
+    assert full.reasons[0] == "spacing 2.5x2.5x2.5 was set by hand"
+    assert "3d_lowres" in own.configurations and "3d_lowres" not in isotropic.configurations
+    turned = simple((400, 400, 400), (1, 1, 1), spacing=(2, 1, 5))
+    assert turned.axis_order == (2, 0, 1) and turned.configurations["3d_fullres"].spacing == (5, 2, 1)
+    assert turned.configurations["2d"].median_shape == (200, 400) and turned.median_spacing == (1, 1, 1)
+
+
+@pytest.mark.parametrize("axis", [0, 2])
+@pytest.mark.parametrize("distance", [999.0, 1.0])
+@pytest.mark.parametrize("given", [(4,), (2, 4), (4, 4)])
+def test_single_slices_stay_the_first_axis_whatever_their_spacing(
+    axis: int, distance: float, given: tuple[float, ...]
+) -> None:
+    shape, spacing = [500, 400], [0.5, 0.5]
+    shape.insert(axis, 1)
+    spacing.insert(axis, distance)
+    plan = simple(tuple(shape), tuple(spacing), spacing=given)  # type: ignore[arg-type]
+    assert plan.axis_order[0] == axis and list(plan.configurations) == ["2d"]
+    two = given if len(given) == 2 else given * 2
+    assert plan.configurations["2d"].spacing == two
+    assert plan.configurations["2d"].median_shape == (round(250 / two[0]), round(200 / two[1]))
+
+
+def test_images_too_small_to_pool_are_planned() -> None:
+    for shape, spacing in (((4, 4, 4), None), ((40, 40, 40), (10,)), ((1, 4, 4), None)):
+        flat = simple(shape, (1, 1, 1), spacing=spacing).configurations["2d"]
+        assert flat.patch_size == (4, 4) and "cannot be trained" in " ".join(flat.reasons)
+
+
 def test_one_slice_gets_2d_only() -> None:
     plan = simple((1, 500, 400), (999.0, 1.0, 1.0))
     assert list(plan.configurations) == ["2d"]
@@ -156,6 +198,8 @@ def test_more_memory_gives_a_larger_patch_and_more_predicted_memory() -> None:
         ({"memory_gb": 0}, "a memory budget of 0 GB is not positive"),
         ({"memory_gb": 1e-6}, "1e-06 GB are too few for this dataset"),
         ({"channels": ("T1", "T2")}, "has 2 channels, its fingerprint 1"),
+        ({"spacing": (1, 2)}, "a spacing of 2 numbers for images with 3 axes. Give one length in mm, or one for each"),
+        ({"spacing": (1, 1, 900)}, "a spacing of 1x1x900 mm leaves no voxel along x. Give a smaller one"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(options: dict[str, Any], message: str) -> None:
@@ -223,3 +267,30 @@ def test_another_patch_gets_its_topology_and_keeps_the_widths_of_the_stages_that
 def test_impossible_sizes_are_refused(patch: tuple[int, ...] | None, batch: int | None, message: str) -> None:
     with pytest.raises(UserError, match=message):
         override_sizes(simple((200, 200, 200), (1, 1, 1)), "3d_fullres", patch, batch)
+
+
+@pytest.mark.parametrize("preset", ["mednext_s", "mednext_b", "mednext_m", "mednext_l"])
+@pytest.mark.parametrize(("shape", "spacing"), [((200, 512, 512), (2.5, 0.8, 0.8)), ((10, 256, 216), (10, 1.56, 1.56))])
+def test_mednext_fills_its_budget_with_patches_that_can_be_halved_four_times(
+    shape: tuple[int, int, int], spacing: tuple[float, float, float], preset: str
+) -> None:
+    plan = simple(shape, spacing, n=100, preset=preset)
+    assert {c.network.kind for c in plan.configurations.values()} == {preset}
+    for c in plan.configurations.values():
+        assert 0.8 * plan.memory_gb < (c.memory_gb or 0) < 1.02 * plan.memory_gb
+        assert c.network.divisor[-2:] == (16, 16) and len(c.network.features) == 5
+    with pytest.raises(UserError, match=f"a network that nnU-Net lacks: {preset} with gelu"):
+        plan_to_nnunet(plan, {})
+    smaller = limit_sizes(plan, "3d_fullres", patch_voxels=100_000).configuration("3d_fullres")
+    assert prod(smaller.patch_size) <= 100_000 and smaller.network.kind == preset
+
+
+def test_another_patch_keeps_the_size_of_the_kernels() -> None:
+    plan = simple((128, 128, 128), (1, 1, 1), preset="mednext_s")
+    c = plan.configuration("3d_fullres")
+    wide = c.network.model_copy(update={"kernels": resize_kernels(c.network.kernels, 5)})
+    configurations = {**plan.configurations, "3d_fullres": c.model_copy(update={"network": wide})}
+    changed = override_sizes(plan.model_copy(update={"configurations": configurations}), "3d_fullres", (64, 64, 64))
+    assert set(changed.configuration("3d_fullres").network.kernels) == {(5, 5, 5)}
+    with pytest.raises(UserError, match=r"must be a multiple of 16x16x16.*nearest are 64x64x64 and 80x64x64"):
+        override_sizes(plan, "3d_fullres", (72, 64, 64))

@@ -34,10 +34,11 @@ from nnunet_lite.models.checkpoint import load_weights
 from nnunet_lite.models.folder import MODEL, Checkpoint, is_finished, is_nnunet, other_folds, stage_path, trained_folds
 from nnunet_lite.models.lookup import model_fingerprint, read_model
 from nnunet_lite.models.nnunet import nnunet_checkpoints, read_nnunet
+from nnunet_lite.networks.build import build_network
 from nnunet_lite.networks.cpu import speed_up_on_cpu
 from nnunet_lite.networks.devices import computes_bf16, has_bf16, pick_device, use_allowed_cpus
 from nnunet_lite.networks.precision import ComputeFormat, apply_format, list_formats, pick_fastest
-from nnunet_lite.networks.unet import build_network, set_deep_supervision
+from nnunet_lite.networks.unet import set_deep_supervision
 from nnunet_lite.planning.schema import Configuration, Plan
 from nnunet_lite.planning.swaps import swap_channels, swap_of
 from nnunet_lite.preprocessing.pipeline import Placement, Preprocessed, preprocess_image
@@ -211,7 +212,7 @@ def load(
     trusted = (lambda _: True) if trust_code else partial(is_model_of, root)
     predictors = [_load_model(path, folds, device, settings or {}, checkpoint, trusted, first_stage) for path in paths]
     for path, other in zip(paths[1:], predictors[1:], strict=True):
-        _check_vote(predictors[0].plan, other.plan, paths[0], path)
+        check_vote(predictors[0].plan, other.plan, paths[0], path)
     return replace(predictors[0], partners=tuple(predictors[1:]))
 
 
@@ -339,7 +340,7 @@ def _find_first_stage(folder: Path, second: _Trained) -> Path:
     return first
 
 
-def _check_vote(plan: Plan, other: Plan, path: Path, other_path: Path) -> None:
+def check_vote(plan: Plan, other: Plan, path: Path, other_path: Path) -> None:
     """Refuse models that cannot vote together. Within a dataset labels may have been renamed."""
     fix = "Models vote together on the same labels and channels, such as configurations of one plan."
     renamed = plan.dataset == other.dataset

@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 from nnunet_lite.inference.windows import Flip, LabelSwap, Place, Span, gaussian_weight, mirrorings, schedule, tile
 from nnunet_lite.networks.precision import DTYPES, ComputeFormat
-from nnunet_lite.networks.unet import UNet, one_hot
+from nnunet_lite.networks.unet import EncoderDecoder, one_hot
 from nnunet_lite.networks.winograd import thread_pool
 from nnunet_lite.planning.schema import Configuration
+from nnunet_lite.planning.topology import EXPANSION
 from nnunet_lite.preprocessing.resampling import Block
 
 _FEATURE_TENSORS = 5  # of the size of its first stage, that a U-Net has in memory at once: in its last norm
@@ -93,14 +94,14 @@ class SlidingWindow:
         Channels are the features of all folds, those of swapped copies (with `swap`), and the weight, which the bias
         multiplies. Features of a copy with swapped labels give other logits: those of the label on the other side.
         """
-        unets = [network for network in self.networks if isinstance(network, UNet)]
+        planned = [network for network in self.networks if isinstance(network, EncoderDecoder)]
         swapped = 0.0
         if self.swap is not None:
             swapped = sum(self.swap.axis in flip for flip in self.flips) / len(self.flips)
-        n_features = sum(network.spec.features[0] for network in unets)
-        if len(unets) < len(self.networks) or (2 if swapped else 1) * n_features + 1 >= self.n_logits:
+        n_features = sum(network.spec.features[0] for network in planned)
+        if len(planned) < len(self.networks) or (2 if swapped else 1) * n_features + 1 >= self.n_logits:
             return None
-        layers = [network.heads[-1].state_dict() for network in unets]
+        layers = [network.heads[-1].state_dict() for network in planned]
         weight = torch.cat([layer["weight"].flatten(1) for layer in layers], 1).cpu().numpy() / len(layers)
         bias = torch.stack([layer["bias"] for layer in layers]).mean(0).cpu().numpy()[:, None]
         if swapped and self.swap is not None:
@@ -144,8 +145,11 @@ class SlidingWindow:
     @property
     def window_bytes(self) -> int:
         """Memory that the activations of a network need for a window, or for a slice of one."""
-        item = DTYPES[self.arithmetic.precision].itemsize
-        return _FEATURE_TENSORS * self.configuration.network.features[0] * prod(self.patch) * item
+        item, network = DTYPES[self.arithmetic.precision].itemsize, self.configuration.network
+        tensors = _FEATURE_TENSORS
+        if network.kind in EXPANSION:  # before and after the GELU of the last upsampling, which has twice the channels
+            tensors = 4 * EXPANSION[network.kind][0] + 2
+        return tensors * network.features[0] * prod(self.patch) * item
 
     @property
     def at_once(self) -> int:

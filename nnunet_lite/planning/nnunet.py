@@ -97,10 +97,15 @@ def plan_to_nnunet(plan: Plan, dataset_json: Mapping[str, Any]) -> Json:
     Raises
     ------
     UserError
-        The plan clips images to percentiles, which nnU-Net cannot do.
+        The plan clips images to percentiles, or its network is none of nnU-Net's.
     """
     if any(channel.clip_percentiles is not None for channel in plan.channels):
         raise UserError(f"the plan of {plan.dataset} clips images to percentiles, which nnU-Net cannot do")
+    for name, configuration in plan.configurations.items():
+        network = configuration.network
+        if network.kind not in _KINDS or network.activation not in _ACTIVATIONS:
+            what = f"{name} of {plan.dataset} is a network that nnU-Net lacks: {network.kind} with {network.activation}"
+            raise UserError(what, fix="Its own are the presets default, resenc_m, resenc_l and resenc_xl.")
     planner, plans_name = _PLANNERS.get(plan.preset, _PLANNERS["default"])
     configurations: Json = {}
     for name, configuration in plan.configurations.items():
@@ -279,7 +284,7 @@ def _configuration_from_nnunet(c: Json) -> Configuration:
         median_shape=c["median_image_size_in_voxels"],
         patch_size=c["patch_size"],
         batch_size=c["batch_size"],
-        network=_network_from_nnunet(c),
+        network=read_network(c),
         batch_dice=c["batch_dice"],
         resampling=_resampling_from_nnunet(c),
         previous_stage=c.get("previous_stage"),
@@ -323,8 +328,19 @@ def _channels_from_nnunet(
     ]
 
 
-def _network_from_nnunet(c: Json) -> Network:
-    """The network of a configuration; ValueError for one that nnlite does not build, KeyError for a missing entry."""
+def read_network(c: Mapping[str, Any]) -> Network:
+    """Return the network of a configuration of nnU-Net's plan.
+
+    Parameters
+    ----------
+    c : mapping
+        The configuration, of which `patch_size` and the network are read.
+
+    Raises
+    ------
+    KeyError, ValueError
+        An entry is missing; or the network is none that nnlite builds.
+    """
     if "architecture" in c:
         name, kwargs = c["architecture"]["network_class_name"], c["architecture"]["arch_kwargs"]
         kind = _our_name(_KINDS, "network class", name)

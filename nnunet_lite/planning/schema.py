@@ -19,7 +19,7 @@ from nnunet_lite.data.problems import html_table
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import first_problem, must_be, read_json
 from nnunet_lite.planning.show import plan_head, plan_reasons, plan_rows, plan_table, plan_title
-from nnunet_lite.settings import flatten
+from nnunet_lite.settings import Millimetres, flatten
 
 Positive = Annotated[int, Field(gt=0)]
 KernelSize = Annotated[int, Field(gt=0), must_be("odd, or the kernel would have no centre", lambda size: size % 2)]
@@ -33,6 +33,7 @@ Percent = Annotated[float, Field(ge=0, le=100)]
 Percentiles = Annotated[tuple[Percent, Percent], must_be("two numbers, the lower first", lambda p: p[0] < p[1])]
 Scheme = Literal["ct", "zscore", "none", "rescale_0_1", "rgb_0_1"]
 Precision = Literal["float16", "float32"]
+Kind = Literal["plain", "residual", "mednext_s", "mednext_b", "mednext_m", "mednext_l"]
 
 
 class Normalization(NamedTuple):
@@ -111,14 +112,16 @@ def exact_storage(channels: Iterable[Channel]) -> Precision:
 class Network(_Model):
     """A U-Net, from the finest stage to the bottleneck. Kernels and strides are per stage and axis (z, y, x)."""
 
-    kind: Literal["plain", "residual"] = Field("plain", description="blocks of the encoder")
+    kind: Kind = Field("plain", description="blocks: of the encoder, or of all stages of a MedNeXt and its size")
     features: tuple[Positive, ...] = Field(min_length=1, description="channels of each stage")
     strides: tuple[tuple[Positive, ...], ...] = Field(description="step from the stage before; the first one's is 1")
     kernels: tuple[tuple[KernelSize, ...], ...] = Field(description="size of the convolutions of each stage, odd")
-    blocks: tuple[Positive, ...] = Field(description="convolutions (plain) or residual blocks per encoder stage")
-    decoder_convolutions: tuple[Positive, ...] = Field(description="convolutions per decoder stage, finest last")
+    blocks: tuple[Positive, ...] = Field(description="convolutions (plain) or blocks per encoder stage")
+    decoder_convolutions: tuple[Positive, ...] = Field(
+        description="convolutions, or MedNeXt blocks, per decoder stage, finest last"
+    )
     norm: Literal["instance", "batch", "none"] = Field("instance", description="normalisation after each convolution")
-    activation: Literal["leaky_relu", "relu"] = Field("leaky_relu", description="activation function")
+    activation: Literal["leaky_relu", "relu", "gelu"] = Field("leaky_relu", description="activation function")
 
     @model_validator(mode="after")
     def _same_length(self) -> Network:
@@ -204,6 +207,7 @@ class Options(_Model):
 
     preset: str | None = Field(None, description="of `--preset`")
     memory_gb: Length | None = Field(None, description="of `--memory`")
+    spacing: Millimetres | None = Field(None, description="of `--spacing`: mm along all axes, or (z, y, x)")
     adopted: str | None = Field(None, description="the plans.json that was adopted instead of planning")
     sizes: dict[str, Sizes] = Field({}, description="by configuration")
     clip_percentiles: Percentiles | None = Field(None, description="of `--clip-percentiles`")
@@ -230,7 +234,7 @@ class Plan(_Model):
     format: Literal["nnlite-plan-1"] = Field("nnlite-plan-1", description="version of this contract")
     dataset: str = Field(description="name of the dataset")
     options: Options | None = Field(None, description="it was made with these, and is planned again with them")
-    preset: str = Field("default", description="which U-Net was planned: default, resenc_m, resenc_l, resenc_xl")
+    preset: str = Field("default", description="the U-Net that was planned, such as default, resenc_m or mednext_s")
     memory_gb: float = Field(8, gt=0, description="GPU memory budget in GB")
     orientation: Orientation | None = Field(None, description='where x, y, z point after reading, such as "LAS"')
     axis_order: AxisOrder = Field((0, 1, 2), description="transposition applied to (z, y, x)")
@@ -286,7 +290,10 @@ class Plan(_Model):
 
     def as_dict(self) -> dict[str, Any]:
         """Return the content of plans.json, without options where there are none, as in a model folder."""
-        return self.model_dump(mode="json", exclude={"options"} if self.options is None else None)
+        content = self.model_dump(mode="json", exclude={"options"} if self.options is None else None)
+        if self.options is not None and self.options.spacing is None:
+            del content["options"]["spacing"]  # an older nnlite reads plans that do without it
+        return content
 
     def trains_as(self, other: Plan) -> bool:
         """Whether both plans give the same arrays and networks."""

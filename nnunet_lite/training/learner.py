@@ -23,10 +23,11 @@ from torch.nn.parallel import DistributedDataParallel
 from nnunet_lite import log
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.files import read_json, write_json
+from nnunet_lite.networks.build import build_network
 from nnunet_lite.networks.cpu import parallelize_samples, speed_up_on_cpu
 from nnunet_lite.networks.devices import computes_bf16, describe_wrong_bf16, is_out_of_memory, release_memory
 from nnunet_lite.networks.precision import ComputeFormat, apply_format, list_formats, pick_fastest
-from nnunet_lite.networks.unet import UNet, build_network, set_deep_supervision
+from nnunet_lite.networks.unet import EncoderDecoder, set_deep_supervision
 from nnunet_lite.training.dataloader import Batch, make_batch
 from nnunet_lite.training.distributed import ALONE, from_first, sum_over_ranks
 from nnunet_lite.training.finetune import freeze
@@ -79,9 +80,9 @@ def make_network(job: Job) -> nn.Module:
         speed_up_on_cpu(network)
     deep = job.settings.training.deep_supervision
     set_deep_supervision(network, deep)
-    if isinstance(network, UNet):  # data-parallel training waits for the gradients of all weights that have some
-        n_heads = len(network.heads)
-        network.heads[: min(1, n_heads - 1) if deep else n_heads - 1].requires_grad_(False)
+    if isinstance(network, EncoderDecoder):  # data-parallel training waits for every weight that has a gradient
+        last = len(network.heads) - 1
+        network.heads[: min(network.idle_heads, last) if deep else last].requires_grad_(False)
     return network
 
 
@@ -145,12 +146,14 @@ def parallelize(job: Job, learner: Learner) -> Learner:
 def compute_loss(job: Job, learner: Learner, batch: Batch) -> tuple[Tensor, Any]:
     """Return the loss of a batch over all processes, and the network's output."""
     images, classes, _ = batch
+    n_inputs = job.plan.n_inputs(job.configuration)
+    teacher = images[:, n_inputs:] if images.shape[1] > n_inputs else None
     with learner.compute.autocast(job.device):
-        outputs = learner.forward(learner.compute.arrange(images))
+        outputs = learner.forward(learner.compute.arrange(images[:, :n_inputs]))
     if job.settings.network.factory is not None and isinstance(outputs, list) and len(outputs) > 1:
         outputs = outputs[:-1]  # as in nnU-Net, the coarsest one has no part in the loss
     reduce = sum_over_ranks if job.ranks.world > 1 else alone
-    loss = deep_supervision_loss(outputs, classes, job.plan, job.configuration, job.settings.loss, reduce=reduce)
+    loss = deep_supervision_loss(outputs, classes, job.plan, job.configuration, job.settings.loss, teacher, reduce)
     return loss, outputs
 
 
