@@ -65,7 +65,7 @@ def read_nifti(path: Path) -> tuple[np.ndarray, Geometry | None] | None:
         limit = data.size
         if _is_compressed(data[:4].tobytes(), path):
             limit *= DEFLATE_LIMIT
-            data = _decompress(data, limit)
+            data = _decompress(data.tobytes(), limit)
     except OSError:
         return None
     except zlib.error as error:
@@ -76,11 +76,11 @@ def read_nifti(path: Path) -> tuple[np.ndarray, Geometry | None] | None:
     return None if array is None else (array, found and found[0])
 
 
-def _decompress(data: np.ndarray, limit: int) -> np.ndarray:
+def _decompress(data: bytes, limit: int) -> np.ndarray:
     """Decompress the first of several members, to at most as many bytes as the last one states, or `limit`."""
     size = min(int.from_bytes(data[-4:], "little"), limit)
     try:
-        return np.asarray(imagecodecs.gzip_decode(data, out=np.empty(size, np.uint8)))
+        return np.frombuffer(imagecodecs.gzip_decode(data, out=np.empty(size, np.uint8).data), np.uint8)
     except imagecodecs.GzipError:  # the first member is larger than the last, or damaged
         return np.frombuffer(bytearray(zlib.decompress(data, 31, size or 1)), np.uint8)
 
