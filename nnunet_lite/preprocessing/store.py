@@ -53,7 +53,7 @@ Spread = Callable[[Callable[[Any], Any], Sequence[Any], str], Iterable[tuple[Any
 _VERSION = 1  # of how the arrays are made: raising it makes every case again
 _COMPRESSED = 0.5  # of the size in memory, for the estimate; 0.2 was measured for skull-stripped MR, 0.6 for CT
 _ID_BYTES = 200  # of a case id in the name of its folder: file systems allow 255 for all of it
-_SMALL = 1 << 18  # values of a case below which threads cost more than they save
+_SMALL = 1 << 18  # values of a case below which threads mostly wait for Python's lock: two of them overlap files and work
 _SHOWN = 5  # failures that an error names
 
 
@@ -331,7 +331,7 @@ def _make_here(
     if needed > free:
         log.warn(f"the largest case needs about {system.in_units(needed)}, {system.in_units(free)} are free")
     if workers is None and prod(missing[0].raw.shape) * channels < _SMALL:
-        workers = 0
+        workers = 2
     at_once = 0 if workers == 0 else system.cases_in_flight(needed, workers)
     threads = max(1, system.cpus() // at_once) if at_once else 1  # of ours, for each case
 
