@@ -145,6 +145,7 @@ class _Winograd(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         n, _, depth, height, width = x.shape
         filters, source = _filters(weight), _slices(x)
+        ctx.filters = filters
         # not a view of another tensor, so that an activation may overwrite it
         result = torch.empty((n, len(weight), depth, height, width), memory_format=torch.channels_last_3d)
         out = _slices(result)
@@ -165,7 +166,7 @@ class _Winograd(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
         x, weight = ctx.saved_tensors
         n, _, depth, height, width = x.shape
-        filters, source = _filters(weight), _slices(x)
+        filters, source = ctx.filters, _slices(x)
         upstream = _slices(grad.contiguous(memory_format=torch.channels_last_3d))
         needs_x, grad_x = ctx.needs_input_grad[0], torch.empty_like(source)
 
