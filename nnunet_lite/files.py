@@ -293,19 +293,19 @@ def read_json(path: Path) -> Any:
 
 
 @contextmanager
-def understood(path: Path, fix: str = "") -> Iterator[None]:
-    """Report an error of the block, which interprets a file that nnlite wrote, as one line that names the file.
+def understood(path: Path, fix: str = "", writer: str = "nnlite") -> Iterator[None]:
+    """Report an error of the block, which interprets a file that `writer` wrote, as one line that names the file.
 
     Raises
     ------
     UserError
-        The file lacks something, or has something of another kind than nnlite writes.
+        The file lacks something, or has something of another kind than `writer` writes.
     """
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:  # pydantic's are ValueErrors
         reason = " ".join(str(error).split())
-        raise UserError(f"is not as nnlite writes it ({type(error).__name__}: {reason:.100})", path, fix) from None
+        raise UserError(f"is not as {writer} writes it ({type(error).__name__}: {reason:.100})", path, fix) from None
 
 
 def must_be(what: str, is_legal: Callable[[Any], bool]) -> AfterValidator:

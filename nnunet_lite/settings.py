@@ -218,9 +218,11 @@ class LossSettings(_Section):
 class OptimizerSettings(_Section):
     """How a step changes the weights."""
 
-    name: Literal["sgd", "adam", "adamw"] = Field("sgd", description="algorithm; sgd: with Nesterov momentum")
+    name: Literal["sgd", "adam", "adamw", "muon"] = Field(
+        "sgd", description="algorithm; sgd: with Nesterov momentum; muon: with AdamW for all but the kernels"
+    )
     lr: float = Field(0.01, gt=0, description="initial learning rate, the size of a step")
-    momentum: float = Field(0.99, ge=0, lt=1, description="sgd: share of the last step that the next one keeps")
+    momentum: float = Field(0.99, ge=0, lt=1, description="sgd, muon: share of the last step that the next one keeps")
     weight_decay: float = Field(3e-5, ge=0, description="how much each step shrinks the weights, against overfitting")
     ema: float | None = Field(
         None, gt=0, lt=1, description="decay of the averaged weights, which become the model; none: the last weights do"
@@ -235,6 +237,9 @@ class ScheduleSettings(_Section):
     )
     power: float = Field(0.9, gt=0, description="poly: the rate is lr * (1 - progress) ** power")
     warmup: float = Field(0.0, ge=0, lt=1, description="share of the run in which the rate rises linearly first")
+    cooldown: float = Field(
+        0.0, ge=0, lt=1, description="share of the run at its end in which the rate falls linearly to 0"
+    )
     patience: int = Field(30, ge=1, description="plateau: epochs without improvement after which the rate falls")
     factor: float = Field(0.2, gt=0, lt=1, description="plateau: what the rate is multiplied by when it falls")
     min_lr: float = Field(1e-6, ge=0, description="plateau: the run ends when the rate is lower")

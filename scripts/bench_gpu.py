@@ -141,7 +141,7 @@ def train_ours(sizes: Sizes, device_name: str, work: Path, configuration: str, c
     from torch.utils.flop_counter import FlopCounterMode
 
     from nnunet_lite.data.dataset import stored_dataset
-    from nnunet_lite.networks.unet import build_network
+    from nnunet_lite.networks.build import build_network
     from nnunet_lite.planning.schema import Plan
     from nnunet_lite.preprocessing.store import open_case
     from nnunet_lite.settings import load_settings
@@ -237,7 +237,7 @@ def random_model(
 
     from nnunet_lite.models.checkpoint import save_weights
     from nnunet_lite.models.folder import write_description
-    from nnunet_lite.networks.unet import build_network
+    from nnunet_lite.networks.build import build_network
     from nnunet_lite.planning.schema import Plan
     from nnunet_lite.settings import load_settings
 

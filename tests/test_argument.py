@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 from bad_inputs import edit, setting
-from samples import FAST, NNUNET_MODELS, Command, Counts
+from samples import FAST, NNUNET_MODELS, Command, Counts, sample_plan
 
 import nnunet_lite
 from nnunet_lite.data.dataset import stored_dataset
 from nnunet_lite.data.images import read_label
+from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.comparison import find_members
 from nnunet_lite.files import read_json
@@ -76,13 +77,32 @@ def test_a_model_in_a_zip_of_nnunet_is_unpacked_alone(exported: Path, results: P
     assert not folder.exists()
 
 
+@pytest.mark.parametrize("folder", ["", "models/", "zenodo/7/weights/best of 3/"])
+def test_a_model_at_any_depth_of_a_zip(results: Path, tmp_path: Path, folder: str) -> None:
+    """Of whatever fold, with the nearest licence above it."""
+    model, file = results / NAMES["3d_fullres"], tmp_path / "mine__x__3d_fullres.zip"
+    licences = {"LICENSE": " Apache License\nVersion 2.0", "zenodo/7/LICENCE.md": "CC BY", "other/LICENSE": "none"}
+    with ZipFile(file, "w") as archive:
+        for part in ("plans.json", "dataset.json"):
+            archive.write(model / part, folder + part)
+        archive.write(model / CHECKPOINT, f"{folder}fold_3/checkpoint_best.pth")
+        for name, text in licences.items():
+            archive.writestr(name, text)
+    assert find_model(file, tmp_path) == file / (folder or file.stem)
+    plan = sample_plan(Labels(names={"background": 0, "lung": 1}))
+    with open_source(str(file), tmp_path, plan, "0", "3d_fullres") as source:
+        assert (source.fold, source.file.name) == ("3", "checkpoint_best.pth")
+        assert source.licence == ("CC BY" if "zenodo" in folder else "Apache License Version 2.0")
+        assert source.state["encoder.0.0.0.weight"].shape[:2] == (2, 1)
+
+
 @pytest.mark.parametrize("name", ["../out", "/out", "a/../../out", "C:/out", "a\\..\\out", ".hidden"])
 def test_paths_out_of_a_zip_of_nnunet_are_no_models(exported: Path, name: str, counts: Counts) -> None:
     counts("bad inputs refused in one line")
     with ZipFile(exported.with_name("odd.zip"), "w") as odd, ZipFile(exported) as good:
         for part in ("plans.json", "dataset.json", CHECKPOINT):
             odd.writestr(f"{name}/{part}", good.read(f"{NAMES['2d']}/{part}"))
-    with pytest.raises(UserError, match=r"odd\.zip: is no zip of a model"):
+    with pytest.raises(UserError, match=r"odd\.zip: is no zip of a model.* it contains '"):
         find_model(exported.with_name("odd.zip"), exported.parent)
 
 
@@ -149,11 +169,12 @@ def test_an_import_names_and_registers_all_models(command: Command, exported: Pa
     assert code == 0 and "is used: most folds (1). -m chooses another one" in err, err
     code, _, err = command("predict", "-i", scans[0], "-o", "out", "-c", "3d_fullres", "--device", "cpu", cwd=place)
     assert code == 0 and "3d_fullres-nnunet (fold 0)" in err
-    with open_source("3d_fullres-nnunet", paths.root.parent, "Other", "0", "3d_fullres") as source:
+    plan = read_model(paths.models / "3d_fullres-nnunet")[0].model_copy(update={"dataset": "Other"})
+    with open_source("3d_fullres-nnunet", paths.root.parent, plan, "0", "3d_fullres") as source:
         assert source.file == paths.models / "3d_fullres-nnunet" / "fold_0" / "model.safetensors"
-    with open_source(str(exported), paths.root.parent, "Other", "0", "2d") as source:
+    with open_source(str(exported), paths.root.parent, plan, "0", "2d") as source:
         assert source.configuration == "2d" and source.file.is_file()
-    with open_source(str(exported), paths.root.parent, "Other", "0", "3d_fullres") as source:
+    with open_source(str(exported), paths.root.parent, plan, "0", "3d_fullres") as source:
         assert source.configuration == "3d_fullres"
     assert not source.file.exists()
 

@@ -226,13 +226,14 @@ REFUSED = {
         lambda f: shutil.make_archive(str(f.parent / "model"), "zip", two_models(f)), "model.zip/c", "plans.json",
         command=f"{PREDICT}.zip/c",
     ),
-    "a zip of what is in a model folder": theirs(
-        lambda f: shutil.make_archive(str(f.with_name("model")), "zip", f), "MODEL/plans.json", command=IMPORT
+    "a zip of what is in a fold": theirs(
+        lambda f: shutil.make_archive(str(f.with_name("model")), "zip", f / "fold_0"),
+        "contains 'checkpoint_final.pth'", command=IMPORT,
     ),
     "a zip of nnU-Net without plans": theirs(
         lambda f: ((f / "plans.json").unlink(),
                    shutil.make_archive(str(f.with_name("model")), "zip", f.parent, f.name)),
-        "MODEL/plans.json", command=IMPORT,
+        "no plans.json next to", command=IMPORT,
     ),
     "a zip of nnU-Net with damaged weights": theirs(
         lambda f: (os.truncate(checkpoint_of(f), 5000),

@@ -23,7 +23,7 @@ from nnunet_lite.files import read_json, write_json
 from nnunet_lite.inference.predictor import load
 from nnunet_lite.models import bundle as bundles
 from nnunet_lite.models.argument import unpacked
-from nnunet_lite.models.bundle import MANIFEST, pack, read_manifest, unpack
+from nnunet_lite.models.bundle import MANIFEST, find_licence, pack, read_manifest, unpack
 from nnunet_lite.models.folder import MODEL
 
 WEIGHTS = f"tiny/fold_0/{MODEL}"
@@ -314,3 +314,24 @@ def test_a_model_that_cannot_predict_is_refused(
     run = json.loads(files["tiny/run.json"])
     change(run)
     refused(listed({**files, "tiny/run.json": json.dumps(run).encode()}), words)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, None),
+        ({"dataset.json": '{"license": "CC-BY-SA 4.0"}', "LICENSE": "MIT"}, "CC-BY-SA 4.0"),
+        ({"manifest.json": '{"licence": null}', "LICENCE.txt": "\n  MIT License\n\nCopyright " + "x" * 99},
+         "MIT License Copyright [...]"),
+        ({"dataset.json": "[]", "README.md": "---\ntags: x\nlicense: cc-by-4.0\n---\n# A model"}, "cc-by-4.0"),
+        ({"README.md": "# A model\nlicense: cc-by-4.0"}, None),
+        ({"README.md": "---\ntags: x\n---\nlicense: cc-by-4.0"}, None),
+        ({"LICENSE": ""}, None),
+    ],
+)  # fmt: skip
+def test_the_licence_of_a_model(tmp_path: Path, files: dict[str, str], expected: str | None) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "LICENSES").mkdir()
+    assert find_licence(tmp_path, {}) == expected
+    assert find_licence(tmp_path, {"license": "Apache-2.0"}) == "Apache-2.0"

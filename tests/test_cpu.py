@@ -246,7 +246,7 @@ def test_upsampling_equals_torch(kernel: tuple[int, ...], channels_last: bool) -
     x = torch.randn(2, 6, *positions).contiguous(memory_format=layout).requires_grad_()
     skip = torch.randn(2, 3, *finer).contiguous(memory_format=layout).requires_grad_()
     grad = torch.randn(2, 7, *finer)
-    found, expected = FastUNet.concatenate(up, x, skip), UNet.concatenate(up, x, skip)
+    found, expected = FastUNet.join(up, x, skip), UNet.join(up, x, skip)
     torch.testing.assert_close(found, expected)
     assert is_channels_last(found) == channels_last
     leaves = (x, skip, up.weight, up.bias)
@@ -258,6 +258,6 @@ def test_upsampling_in_low_precision() -> None:
     up = nn.ConvTranspose2d(6, 4, 2, 2)
     x, skip = (torch.randn(1, c, n, n).contiguous(memory_format=FORMATS[2]) for c, n in ((6, 4), (3, 8)))
     with torch.autocast("cpu", torch.bfloat16):
-        y = FastUNet.concatenate(up, x.bfloat16(), skip.bfloat16())
+        y = FastUNet.join(up, x.bfloat16(), skip.bfloat16())
     assert y.dtype == torch.bfloat16
-    torch.testing.assert_close(y.float(), UNet.concatenate(up, x, skip), rtol=0.05, atol=0.05)
+    torch.testing.assert_close(y.float(), UNet.join(up, x, skip), rtol=0.05, atol=0.05)

@@ -29,8 +29,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.inference.sliding_window import average_windows
 from nnunet_lite.inference.windows import LabelSwap, schedule
+from nnunet_lite.networks.build import build_network
 from nnunet_lite.networks.precision import ComputeFormat
-from nnunet_lite.networks.unet import UNet, build_network, set_deep_supervision
+from nnunet_lite.networks.unet import UNet, set_deep_supervision
 from nnunet_lite.planning.memory import BATCHES, training_memory
 from nnunet_lite.planning.schema import Configuration
 from nnunet_lite.preprocessing.resampling import blocks

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from samples import reference_plan
+from samples import reference_plan, sample_plan
 from torch import Tensor, nn
 
 import nnunet_lite
+from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json, write_json
 from nnunet_lite.models.nnunet import import_nnunet
@@ -237,7 +238,8 @@ def test_inputs_of_a_second_stage_have_names(cascade: Plan) -> None:
 
 
 def source_of(model: Path, dataset: str, fold: str) -> Source:
-    with open_source(str(model), Path("nowhere"), dataset, fold, "3d_fullres") as source:
+    plan = sample_plan(Labels(names={"background": 0, "lung": 1}), dataset=dataset)
+    with open_source(str(model), Path("nowhere"), plan, fold, "3d_fullres") as source:
         return source
 
 
@@ -280,6 +282,8 @@ def test_a_fold_of_nnunet_to_start_from(tmp_path: Path) -> None:
         assert source.plan.configuration("3d_fullres").network.features == (2, 4, 6)
     for fold in ("fold_3", "fold_all"):
         shutil.rmtree(theirs / fold)
+    assert source_of(theirs, name, "0").file == best, "where no fold has a final checkpoint"
+    best.rename(best.with_name("checkpoint_latest.pth"))
     with pytest.raises(UserError, match=r"has no trained fold to start from\. Give the file of another checkpoint"):
         source_of(theirs, name, "0")
     (tmp_path / "none.pth").write_bytes(b"none")

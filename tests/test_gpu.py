@@ -27,9 +27,9 @@ from nnunet_lite.inference import memory
 from nnunet_lite.inference.predictor import load
 from nnunet_lite.models.checkpoint import save_weights
 from nnunet_lite.models.folder import CHECKPOINT, MODEL, read_weights_header, write_description
+from nnunet_lite.networks.build import build_network
 from nnunet_lite.networks.devices import computes_bf16, find_wrong_gpus, has_bf16
 from nnunet_lite.networks.precision import ComputeFormat, apply_format
-from nnunet_lite.networks.unet import build_network
 from nnunet_lite.settings import Settings
 
 DEVICE = os.environ.get("NNLITE_TEST_DEVICE") or ("cuda" if torch.cuda.is_available() else "")

@@ -157,7 +157,7 @@ def test_code_of_other_models_is_not_run(
     for arguments in ((*export, "m.zip"), (*export, "theirs", "--format", "nnunet")):
         assert command(*arguments, cwd=tmp_path)[0] == 2
     assert command("info", model, "-w", "w", cwd=tmp_path)[0] == 0
-    with open_source(str(model), tmp_path / "w", "Other", "0", "3d_fullres"):
+    with open_source(str(model), tmp_path / "w", read_model(coded)[0], "0", "3d_fullres"):
         pass
     assert not mark.exists() and not (tmp_path / "out").exists()
     assert command(*predict, "--trust-code", cwd=tmp_path)[0] == 0

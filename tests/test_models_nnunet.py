@@ -32,7 +32,8 @@ from nnunet_lite.inference.predictor import load
 from nnunet_lite.models.checkpoint import load_weights
 from nnunet_lite.models.lookup import read_model
 from nnunet_lite.models.nnunet import export_nnunet, import_nnunet, read_checkpoint, read_nnunet_fold
-from nnunet_lite.networks.unet import build_network, set_deep_supervision
+from nnunet_lite.networks.build import build_network
+from nnunet_lite.networks.unet import set_deep_supervision
 
 CHECKPOINT = "fold_0/checkpoint_final.pth"
 BOTH = pytest.mark.parametrize("name", ["plain_3d", "residual_2d"])
@@ -207,7 +208,7 @@ def test_damaged_checkpoints_are_refused(theirs: Copy, tmp_path: Path) -> None:
     file.write_bytes(whole)
     for key in ("network_weights", "trainer_name"):
         change(file.parents[1], lambda checkpoint, key=key: checkpoint.pop(key))  # type: ignore[misc]
-        with pytest.raises(UserError, match=rf"is no checkpoint of nnU-Net v2 \(lacks '{key}'\)"):
+        with pytest.raises(UserError, match=rf"is no checkpoint of nnU-Net v2 \(lacks '{key}', contains "):
             read_nnunet_fold(file)
         file.write_bytes(whole)
 

@@ -30,7 +30,7 @@ from nnunet_lite.inference import predictor
 from nnunet_lite.inference.onnx import OPSET, export_onnx
 from nnunet_lite.models.checkpoint import save_weights
 from nnunet_lite.models.folder import FORMAT, MODEL
-from nnunet_lite.networks.unet import build_network
+from nnunet_lite.networks.build import build_network
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.preprocessing.pipeline import preprocess_image
 from nnunet_lite.settings import load_settings

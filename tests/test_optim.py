@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -9,10 +10,17 @@ import torch
 from torch import nn
 
 from nnunet_lite.settings import OptimizerSettings, ScheduleSettings
-from nnunet_lite.training.optim import Plateau, learning_rate, make_optimizer, start_average, update_average
+from nnunet_lite.training.optim import (
+    Plateau,
+    learning_rate,
+    make_optimizer,
+    orthogonalize,
+    start_average,
+    update_average,
+)
 
 CPU = torch.device("cpu")
-NAMES = pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+NAMES = pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "muon"])
 
 
 @pytest.mark.parametrize(
@@ -22,6 +30,7 @@ NAMES = pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
         ({"name": "cosine"}, 2.0, (0, 0.5, 1, 1.2), (2, 1, 0, 0)),
         ({"name": "constant"}, 2.0, (0.7,), (2,)),
         ({"name": "plateau"}, 2.0, (0.7,), (2,)),
+        ({"name": "constant", "cooldown": 0.2}, 1.0, (0.5, 0.8, 0.9, 1, 1.1), (1, 1, 0.5, 0, 0)),
         ({"name": "constant", "warmup": 0.1}, 1.0, (0, 0.05, 0.1, 0.9), (0.01, 0.5, 1, 1)),
     ],
 )
@@ -59,7 +68,7 @@ def test_plateau_uses_the_moving_average_and_improvement_restarts_the_count() ->
     assert state.best == state.average
 
 
-@pytest.mark.parametrize(("name", "kind"), [("sgd", "SGD"), ("adam", "Adam"), ("adamw", "AdamW")])
+@pytest.mark.parametrize(("name", "kind"), [("sgd", "SGD"), ("adam", "Adam"), ("adamw", "AdamW"), ("muon", "Muon")])
 def test_optimizers_have_the_settings(name: Any, kind: str) -> None:
     settings = OptimizerSettings(name=name, lr=0.5, weight_decay=0.25, momentum=0.75)
     optimizer = make_optimizer(nn.Linear(2, 2), settings, CPU)
@@ -103,7 +112,7 @@ def test_a_first_step_that_is_skipped_leaves_nothing_behind(name: Any) -> None:
     """As where fp16 overflows at first: the kernel reads it on the device, the host does not."""
 
     def train(bad_steps: int) -> torch.Tensor:
-        network = nn.Linear(64, 64)
+        network = nn.Conv2d(8, 64, 3)
         nn.init.zeros_(network.weight)
         optimizer: Any = make_optimizer(network, OptimizerSettings(name=name, lr=0.1), CPU)
         for bad in [True] * bad_steps + [False] * 2:
@@ -116,6 +125,45 @@ def test_a_first_step_that_is_skipped_leaves_nothing_behind(name: Any) -> None:
     for _ in range(20):  # memory that was used before is not zero
         torch.full((64, 64), 1e9)
     assert torch.equal(train(bad_steps=1), train(bad_steps=0))
+
+
+@pytest.mark.parametrize("shape", [(16, 32 * 27), (64, 8), (40, 400)])
+def test_orthogonalizing_sets_singular_values_to_one_and_keeps_singular_vectors(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)) @ torch.logspace(0, -1, shape[1]).diag()
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    result = orthogonalize(1000 * matrix)
+    assert torch.linalg.svdvals(result).sub(1).abs().max() < 0.05
+    torch.testing.assert_close(result, u @ v, atol=0.05, rtol=0)
+
+
+def test_muon_moves_kernels_by_the_size_of_a_step_of_adamw_and_leaves_the_rest_to_adamw() -> None:
+    torch.manual_seed(0)
+    networks = [nn.Sequential(nn.Conv3d(1, 8, 3), nn.Conv3d(8, 8, 3), nn.ConvTranspose3d(8, 4, 2)) for _ in range(2)]
+    networks[1].load_state_dict(networks[0].state_dict())
+    optimizers = [
+        make_optimizer(network, OptimizerSettings(name=name, lr=0.1, weight_decay=0, momentum=0.9), CPU)
+        for network, name in zip(networks, ("muon", "adamw"), strict=True)
+    ]
+    before = {name: weight.detach().clone() for name, weight in networks[0].named_parameters()}
+    for network, optimizer in zip(networks, optimizers, strict=True):
+        for weight in network.parameters():
+            weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(weight.numel()))
+        optimizer.step()
+    for (name, weight), other in zip(networks[0].named_parameters(), networks[1].parameters(), strict=True):
+        if name in ("1.weight", "2.weight"):
+            assert 0.2 * 0.1 * 0.9 < (weight - before[name]).square().mean().sqrt() < 0.2 * 0.1 * 1.1
+        else:
+            assert torch.equal(weight, other)
+    copy = nn.Sequential(nn.Conv3d(1, 8, 3), nn.Conv3d(8, 8, 3), nn.ConvTranspose3d(8, 4, 2))
+    copy.load_state_dict(networks[0].state_dict())
+    resumed = make_optimizer(copy, OptimizerSettings(name="muon", lr=0.1, weight_decay=0, momentum=0.9), CPU)
+    resumed.load_state_dict(deepcopy(optimizers[0].state_dict()))
+    for network, optimizer in ((networks[0], optimizers[0]), (copy, resumed)):
+        for weight in network.parameters():
+            weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    for weight, other in zip(networks[0].parameters(), copy.parameters(), strict=True):
+        assert torch.equal(weight, other)
 
 
 def test_the_average_starts_fast_then_follows_its_decay() -> None:

@@ -20,8 +20,9 @@ from nnunet_lite.data.dataset import Dataset, stored_dataset
 from nnunet_lite.errors import UserError
 from nnunet_lite.inference.first_stage import FirstStage, find_first_stage
 from nnunet_lite.models import folder as models
+from nnunet_lite.networks.build import build_network
 from nnunet_lite.networks.devices import pick_device
-from nnunet_lite.networks.unet import build_network, mixes_samples
+from nnunet_lite.networks.unet import mixes_samples
 from nnunet_lite.planning.fingerprint import Fingerprint
 from nnunet_lite.planning.planner import make_plan
 from nnunet_lite.planning.schema import Plan
@@ -262,7 +263,7 @@ def _starting_plan(
         return plan
     try:
         fold = fold_folder.name.removeprefix("fold_")
-        with open_source(init, paths.root.parent, dataset, fold, configuration) as found:
+        with open_source(init, paths.root.parent, plan, fold, configuration) as found:
             source = found
     except UserError:
         if restart or not models.is_begun(fold_folder):

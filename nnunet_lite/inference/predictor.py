@@ -34,10 +34,11 @@ from nnunet_lite.models.checkpoint import load_weights
 from nnunet_lite.models.folder import MODEL, Checkpoint, is_finished, is_nnunet, other_folds, stage_path, trained_folds
 from nnunet_lite.models.lookup import model_fingerprint, read_model
 from nnunet_lite.models.nnunet import nnunet_checkpoints, read_nnunet
+from nnunet_lite.networks.build import build_network
 from nnunet_lite.networks.cpu import speed_up_on_cpu
 from nnunet_lite.networks.devices import computes_bf16, has_bf16, pick_device, use_allowed_cpus
 from nnunet_lite.networks.precision import ComputeFormat, apply_format, list_formats, pick_fastest
-from nnunet_lite.networks.unet import build_network, set_deep_supervision
+from nnunet_lite.networks.unet import set_deep_supervision
 from nnunet_lite.planning.schema import Configuration, Plan
 from nnunet_lite.planning.swaps import swap_channels, swap_of
 from nnunet_lite.preprocessing.pipeline import Placement, Preprocessed, preprocess_image

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from nnunet_lite.inference.windows import Flip, LabelSwap, Place, Span, gaussian_weight, mirrorings, schedule, tile
 from nnunet_lite.networks.precision import DTYPES, ComputeFormat
-from nnunet_lite.networks.unet import UNet, one_hot
+from nnunet_lite.networks.unet import EncoderDecoder, one_hot
 from nnunet_lite.networks.winograd import thread_pool
 from nnunet_lite.planning.schema import Configuration
 from nnunet_lite.preprocessing.resampling import Block
@@ -93,14 +93,14 @@ class SlidingWindow:
         Channels are the features of all folds, those of swapped copies (with `swap`), and the weight, which the bias
         multiplies. Features of a copy with swapped labels give other logits: those of the label on the other side.
         """
-        unets = [network for network in self.networks if isinstance(network, UNet)]
+        planned = [network for network in self.networks if isinstance(network, EncoderDecoder)]
         swapped = 0.0
         if self.swap is not None:
             swapped = sum(self.swap.axis in flip for flip in self.flips) / len(self.flips)
-        n_features = sum(network.spec.features[0] for network in unets)
-        if len(unets) < len(self.networks) or (2 if swapped else 1) * n_features + 1 >= self.n_logits:
+        n_features = sum(network.spec.features[0] for network in planned)
+        if len(planned) < len(self.networks) or (2 if swapped else 1) * n_features + 1 >= self.n_logits:
             return None
-        layers = [network.heads[-1].state_dict() for network in unets]
+        layers = [network.heads[-1].state_dict() for network in planned]
         weight = torch.cat([layer["weight"].flatten(1) for layer in layers], 1).cpu().numpy() / len(layers)
         bias = torch.stack([layer["bias"] for layer in layers]).mean(0).cpu().numpy()[:, None]
         if swapped and self.swap is not None:

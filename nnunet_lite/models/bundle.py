@@ -23,12 +23,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
 from pydantic import BaseModel, ConfigDict, Field
 
 import nnunet_lite
+from nnunet_lite.data.problems import few
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import atomic, must_be_known, read_json, understood, write_json
 from nnunet_lite.models.folder import EXPECTED, MODEL, new_model_folder, read_run, stage_path, weight_files
@@ -42,10 +44,12 @@ LIMIT = 32 * 10**9  # bytes of an unpacked model
 _JSON_LIMIT = 16 * 2**20  # bytes of a JSON file; a plan has 10 KB
 _RATIO = 100  # weights shrink by a tenth; a file that grows by more than this factor is meant to fill the disk
 _LONGEST_NAME = 80
+_LICENCE_WIDTH = 80  # of the first words of a licence
 _PART = re.compile(rf"(plans|dataset|run)\.json|fold_(all|\d+)/{re.escape(MODEL)}")  # of a model folder
 _NNUNET_PART = re.compile(  # of a model folder of nnU-Net; no part of its path begins with a dot
-    r"((?:[^/\\:.][^/\\:]*/)*[^/\\:.][^/\\:]*)/((?:plans|dataset)\.json|fold_(?:all|\d+)/checkpoint_(?:final|best)\.pth)"
+    r"((?:[^/\\:.][^/\\:]*/)*)((?:plans|dataset)\.json|fold_(?:all|\d+)/checkpoint_(?:final|best)\.pth)"
 )
+_LICENCE = re.compile(r"((?:[^/\\:.][^/\\:]*/)*)LICEN[CS]E(?:\.\w+)?")  # of what is in the same folder, or further in
 _ABOUT = ("configuration", "recipe", "channels", "labels", "spacing")  # what the manifest says of a model
 # the entries of dataset.json that are packed; nnU-Net's may list the cases and their files
 _PUBLIC = ("name", "description", "reference", "licence", "license", "release", "channel_names", "modality", "labels",
@@ -193,6 +197,8 @@ def is_imported(folder: Path) -> bool:
 def models_in_zip(file: Path) -> list[Path]:
     """Return the paths of the models in a zip: that of the zip if `pack` made it; zip / folder for those of nnU-Net.
 
+    A model of nnU-Net that is not in a folder has the path zip / name of the zip.
+
     Raises
     ------
     UserError
@@ -202,15 +208,16 @@ def models_in_zip(file: Path) -> list[Path]:
         names = archive.namelist()
     parts = [match.groups() for match in map(_NNUNET_PART.fullmatch, names) if match]
     trained = {folder for folder, part in parts if part.endswith(".pth")}
-    found = [file / folder for folder, part in sorted(parts) if part == "plans.json" and folder in trained]
-    if MANIFEST not in names and not found:
-        what = "is no zip of a model (no manifest.json, and no MODEL/plans.json with MODEL/fold_0/checkpoint_final.pth)"
-        raise UserError(what, file, EXPECTED)
-    return [file] if MANIFEST in names else found
+    folders = sorted(folder for folder, part in parts if part == "plans.json" and folder in trained)
+    if MANIFEST not in names and not folders:
+        contained = few([ascii(name) for name in names]) or "nothing"
+        what = "is no zip of a model: no manifest.json, and no plans.json next to fold_0/checkpoint_final.pth"
+        raise UserError(f"{what}; it contains {contained}", file, EXPECTED)
+    return [file] if MANIFEST in names else [file / (folder or file.stem) for folder in folders]
 
 
 def unpack_nnunet(file: Path, model: Path, out: Path) -> Path:
-    """Write what predicting needs of a model in a zip of nnU-Net, and of the first stage if it is a cascade.
+    """Write what predicting needs of a model in a zip of nnU-Net, its licence, and its first stage if it is a cascade.
 
     Parameters
     ----------
@@ -231,17 +238,43 @@ def unpack_nnunet(file: Path, model: Path, out: Path) -> Path:
     UserError
         The zip is damaged, or too large for nnlite or for the disk.
     """
-    folder = model.relative_to(file).as_posix()
-    wanted = {folder, re.sub("__3d_cascade_fullres$", "__3d_lowres", folder)}  # as nnU-Net's planners call them
+    folder = f"{model.relative_to(file).as_posix()}/"
     with _open_zip(file) as archive:
-        matches = [match for match in map(_NNUNET_PART.fullmatch, archive.namelist()) if match and match[1] in wanted]
-        _check_size({match[0]: archive.getinfo(match[0]).file_size for match in matches}, file, out)
-        for match in matches:
-            target = out / Path(match[1]).name / match[2]
+        names = archive.namelist()
+        folder = folder if f"{folder}plans.json" in names else ""
+        wanted = {folder, re.sub("__3d_cascade_fullres/$", "__3d_lowres/", folder)}  # as nnU-Net's planners call them
+        parts = [match for match in map(_NNUNET_PART.fullmatch, names) if match and match[1] in wanted]
+        targets = {match[0]: out / (Path(match[1]).name or model.name) / match[2] for match in parts}
+        licences = [match for match in map(_LICENCE.fullmatch, names) if match and folder.startswith(match[1])]
+        if licences:
+            targets[max(licences, key=lambda match: len(match[1]))[0]] = out / model.name / "LICENSE"
+        _check_size({name: archive.getinfo(name).file_size for name in targets}, file, out)
+        for name, target in targets.items():
             target.parent.mkdir(parents=True, exist_ok=True)
-            with archive.open(match[0]) as source, target.open("wb") as copy:
+            with archive.open(name) as source, target.open("wb") as copy:
                 shutil.copyfileobj(source, copy)
     return out / model.name
+
+
+def find_licence(folder: Path, checkpoint: Mapping[str, Any]) -> str | None:
+    """Return the first words of the licence of a model; None if none is given.
+
+    Parameters
+    ----------
+    folder : Path
+        The model folder, or the one of a checkpoint. `manifest.json`, `dataset.json`, a file LICENSE and the header of
+        a README.md are read.
+    checkpoint : mapping
+        The content of a checkpoint, which may name it.
+    """
+    jsons = [read_json(file) for name in (MANIFEST, "dataset.json") if (file := folder / name).is_file()]
+    described = [about for about in (checkpoint, *jsons) if isinstance(about, Mapping)]
+    texts = [about.get(key) for about in described for key in ("licence", "license")]
+    for pattern, words in (("LICEN[CS]E*", r"\s*(.+)"), ("README.md", r"---\s(?:(?!^---).)*?^license: *(.+?)$")):
+        for file in filter(Path.is_file, sorted(folder.glob(pattern))):
+            found = re.match(words, file.read_text(encoding="utf-8", errors="replace"), re.DOTALL | re.MULTILINE)
+            texts.append(found and found[1])
+    return next((shorten(str(text), _LICENCE_WIDTH) for text in texts if text), None)
 
 
 def read_manifest(file: Path) -> Manifest:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from nnunet_lite import log
 from nnunet_lite.data.labels import BACKGROUND, Labels
+from nnunet_lite.data.problems import few
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json, understood, write_json
 from nnunet_lite.models.checkpoint import load_weights, save_weights
@@ -38,7 +39,8 @@ from nnunet_lite.models.folder import (
     write_description,
 )
 from nnunet_lite.models.lookup import read_model
-from nnunet_lite.networks.unet import UNet, build_network
+from nnunet_lite.networks.build import build_network
+from nnunet_lite.networks.unet import UNet
 from nnunet_lite.planning.nnunet import plan_from_nnunet, plan_to_nnunet
 from nnunet_lite.planning.schema import Network, Plan, inherited
 from nnunet_lite.planning.swaps import swap_of
@@ -46,7 +48,10 @@ from nnunet_lite.settings import AugmentationSettings, InferenceSettings, Settin
 
 Json = dict[str, Any]
 
-_WEIGHTS = "network_weights"
+WEIGHTS = "network_weights"
+_CHECKPOINTS = (
+    f"One has {WEIGHTS}, init_args and trainer_name; --init also takes {WEIGHTS} with nnssl_adaptation_plan, of nnssl."
+)
 _TRAINER = "nnUNetTrainer"
 
 
@@ -143,7 +148,7 @@ def read_nnunet(files: Iterable[Path]) -> Iterator[NnunetFold]:
         yield fold
 
 
-def read_nnunet_fold(file: Path) -> NnunetFold:
+def read_nnunet_fold(file: Path, checkpoint: Json | None = None) -> NnunetFold:
     """Read a checkpoint of nnU-Net without running code in it.
 
     plans.json and dataset.json are read from the model folder. A checkpoint outside of one contains copies of them.
@@ -152,18 +157,20 @@ def read_nnunet_fold(file: Path) -> NnunetFold:
     ----------
     file : Path
         Such as fold_0/checkpoint_final.pth.
+    checkpoint : dict, optional
+        Its content, if it was read before.
 
     Raises
     ------
     UserError
         The checkpoint is damaged or contains code, or nnlite lacks its network or its preprocessing.
     """
-    checkpoint = read_checkpoint(file)
+    checkpoint = checkpoint or read_checkpoint(file)
     trainer, configuration, axes = _origin(checkpoint, file)
     source, plans, dataset = _read_descriptions(file, checkpoint)
     plan = _plan(source, plans, dataset, configuration)
     planned = plan.configuration(configuration)
-    spec = planned.network.model_copy(update={"norm": _norm_of(checkpoint[_WEIGHTS])})
+    spec = planned.network.model_copy(update={"norm": _norm_of(checkpoint[WEIGHTS])})
     planned = planned.model_copy(update={"network": spec})
     plan = plan.model_copy(update={"configurations": {**plan.configurations, configuration: planned}})
     settings = Settings(
@@ -180,7 +187,7 @@ def read_nnunet_fold(file: Path) -> NnunetFold:
         dataset=dataset,
         run={**run, "imported_from": "nnU-Net"},
         network=network_from_nnunet(
-            checkpoint[_WEIGHTS], spec, plan.n_inputs(configuration), plan.labels.n_channels, file
+            checkpoint[WEIGHTS], spec, plan.n_inputs(configuration), plan.labels.n_channels, file
         ),
         training=_training(checkpoint),
     )
@@ -238,9 +245,10 @@ def _origin(checkpoint: Json, file: Path) -> tuple[str, str, tuple[int, ...]]:
     try:
         configuration = str(checkpoint["init_args"]["configuration"])
         trainer, axes = str(checkpoint["trainer_name"]), checkpoint.get("inference_allowed_mirroring_axes") or ()
-        checkpoint[_WEIGHTS].items()
+        checkpoint[WEIGHTS].items()
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"is no checkpoint of nnU-Net v2 (lacks {error})", file) from None
+        what = f"is no checkpoint of nnU-Net v2 (lacks {error}, contains {few(list(map(str, checkpoint)))})"
+        raise UserError(what, file, _CHECKPOINTS) from None
     return trainer, configuration, tuple(axes)
 
 
@@ -421,7 +429,7 @@ def export_nnunet(folder: Path, out: Path) -> None:
         for fold, file in files.items():
             about = load_weights(file, network)
             checkpoint = {
-                _WEIGHTS: {
+                WEIGHTS: {
                     theirs: value
                     for name, value in network.state_dict().items()
                     for theirs in nnunet_tensor_names(name, plan.configuration(configuration).network)
@@ -490,6 +498,7 @@ _BLOCKS = (
 )
 _LAYERS = (r"upsample\.(\d+)", r"decoder.transpconvs.\1"), (r"heads\.(\d+)", r"decoder.seg_layers.\1")
 _PARTS = ("conv", "norm")
+_READABLE = "Only the U-Nets of nnU-Net v2's own planners can be read."
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")  # of data-parallel and of compiled networks
 
 
@@ -554,22 +563,49 @@ def network_from_nnunet(weights: Mapping[str, Tensor], spec: Network, inputs: in
         The state dict is of another network; names the first tensor that does not fit.
     """
     network = UNet(spec, inputs, outputs)
-    found, state = {_WRAPPERS.sub("", name): value for name, value in weights.items()}, {}
-    unknown, finest = set(found), f"heads.{len(network.heads) - 1}."
-    fix = "Only the U-Nets of nnU-Net v2's own planners can be read."
-    for name, own in network.state_dict().items():
-        theirs = nnunet_tensor_names(name, spec)
-        unknown -= set(theirs)
-        value = next((found[n] for n in theirs if n in found), None)
-        if value is None and name.startswith("heads.") and not name.startswith(finest):
-            value = torch.zeros_like(own)
-        if value is None:
-            raise UserError(f"lacks {theirs[0]}, which the plan's network has", file, fix)
-        if value.shape != own.shape:
-            shapes = f"{tuple(value.shape)}, in the plan's network {tuple(own.shape)}"
-            raise UserError(f"{theirs[0]} has shape {shapes}", file, fix)
-        state[name] = value
-    if unknown:
-        raise UserError(f"contains {min(unknown)}, which the plan's network lacks", file, fix)
+    own, finest = network.state_dict(), f"heads.{len(network.heads) - 1}."
+    zeros = {
+        name: torch.zeros_like(own[name]) for name in own if name.startswith("heads.") and not name.startswith(finest)
+    }
+    state = zeros | rename_tensors(weights, own, spec, file, optional=zeros)
+    if unknown := state.keys() - own.keys():
+        raise UserError(f"contains {min(unknown)}, which the plan's network lacks", file, _READABLE)
     network.load_state_dict(state)
     return network
+
+
+def rename_tensors(
+    weights: Mapping[str, Tensor], own: Mapping[str, Tensor], spec: Network, file: Path, optional: Container[str] = ()
+) -> dict[str, Tensor]:
+    """Give the tensors of nnU-Net's state dict our names; those that our network lacks keep theirs.
+
+    Parameters
+    ----------
+    weights : mapping of str to Tensor
+        The state dict.
+    own : mapping of str to Tensor
+        Names and shapes of our tensors.
+    spec : Network
+        The planned network.
+    file : Path
+        The checkpoint, which error messages name.
+    optional : container of str
+        Our names that the state dict may lack.
+
+    Raises
+    ------
+    UserError
+        A tensor is missing, or has another shape.
+    """
+    rest, state = {_WRAPPERS.sub("", name): value for name, value in weights.items()}, {}
+    for name, tensor in own.items():
+        theirs = nnunet_tensor_names(name, spec)
+        found = [value for value in (rest.pop(alias, None) for alias in theirs) if value is not None]
+        if found and found[0].shape == tensor.shape:
+            state[name] = found[0]
+        elif found:
+            shapes = f"{tuple(found[0].shape)}, in the plan's network {tuple(tensor.shape)}"
+            raise UserError(f"{theirs[0]} has shape {shapes}", file, _READABLE)
+        elif name not in optional:
+            raise UserError(f"lacks {theirs[0]}, which the plan's network has", file, _READABLE)
+    return state | rest

@@ -23,18 +23,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from nnunet_lite.networks.unet import UNet, mixes_samples
+from nnunet_lite.networks.unet import EncoderDecoder, UNet, mixes_samples
 from nnunet_lite.networks.winograd import convolve_winograd, is_channels_last, is_winograd_faster, thread_pool
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # parameters of mallopt(3)
 
 
 def speed_up_on_cpu(network: nn.Module) -> None:
-    """Replace the layers of a U-Net by fast ones for CPUs, in place; other networks and GPUs are not affected.
+    """Replace the layers of a planned network by fast ones for CPUs, in place; a user's own and GPUs are not affected.
 
     Only the class of a layer changes: weights, their names, hooks and copies stay.
     """
-    if isinstance(network, UNet):
+    if isinstance(network, EncoderDecoder):
         for layer in network.modules():
             layer.__class__ = _FAST.get(type(layer), type(layer))
 
@@ -217,7 +217,7 @@ class _ChannelsLastNorm(torch.autograd.Function):
 
 class FastUNet(UNet):
     @staticmethod
-    def concatenate(up: nn.Module, x: Tensor, skip: Tensor) -> Tensor:
+    def join(up: nn.Module, x: Tensor, skip: Tensor) -> Tensor:
         """Upsample the coarser features and append those of the skip connection.
 
         A transposed convolution whose kernel is as large as its stride spreads every voxel over a block of its own: it
@@ -225,7 +225,7 @@ class FastUNet(UNet):
         rearrangement writes straight into the concatenation.
         """
         if not (x.is_cpu and is_channels_last(x)):
-            return UNet.concatenate(up, x, skip)
+            return UNet.join(up, x, skip)
         weight, bias = up.get_parameter("weight"), up.get_parameter("bias")
         (batch, _, *positions), (_, _, *kernel) = x.shape, weight.shape
         axes, rows = len(kernel), x.movedim(1, -1).flatten(0, -2)
@@ -241,14 +241,14 @@ class FastUNet(UNet):
 
 
 class ParallelSamples(nn.Module):
-    """A U-Net that computes the samples of a training batch at the same time, each with threads of its own.
+    """A network that computes the samples of a training batch at the same time, each with threads of its own.
 
     Threads that share each layer of a small network wait for each other after every layer, forward and backward.
     Outputs and gradients are those of the network. Without gradients, or where samples cannot be divided evenly over
     the threads, it calls the network.
     """
 
-    def __init__(self, network: UNet) -> None:
+    def __init__(self, network: EncoderDecoder) -> None:
         super().__init__()
         self.network = network
 
@@ -263,13 +263,13 @@ class ParallelSamples(nn.Module):
 
 
 def parallelize_samples(network: nn.Module) -> nn.Module:
-    """Return `ParallelSamples` of a U-Net whose samples do not depend on each other, and other networks as they are."""
-    return ParallelSamples(network) if isinstance(network, UNet) and not mixes_samples(network) else network
+    """Return `ParallelSamples` of a planned network whose samples do not depend on each other, others as they are."""
+    return ParallelSamples(network) if isinstance(network, EncoderDecoder) and not mixes_samples(network) else network
 
 
 class _ParallelSamples(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, network: UNet, x: Tensor, workers: int, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, network: EncoderDecoder, x: Tensor, workers: int, *weights: Tensor) -> tuple[Tensor, ...]:
         bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
 
         def compute(part: Tensor) -> list[Tensor]:

@@ -5,27 +5,21 @@ nnU-Net Revisited, MICCAI 2024 (arXiv:2404.09556). Convolutions are padded and h
 of a residual block; the first one of a stage has the stride; upsampling is a transposed convolution; every decoder
 stage has a segmentation head for deep supervision.
 
-`build_network` makes the network of a configuration: `UNet`, whose parts stand above it, or one of the
-user's own (`network.factory`). cpu.py makes a built network faster on CPUs.
+`EncoderDecoder` is what all networks of a plan share, `UNet` has its parts above it. build.py makes the network of a
+configuration, and cpu.py makes a built network faster on CPUs.
 """
 
 from __future__ import annotations
 
-import importlib
 import math
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from importlib.machinery import SourceFileLoader
-from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
-from nnunet_lite.errors import UserError, describe
-from nnunet_lite.planning.schema import Network, Plan
+from nnunet_lite.planning.schema import Network
 
 NEGATIVE_SLOPE = 0.01
 
@@ -89,11 +83,58 @@ def stage(block: Block, spec: Network, n_in: int, n_out: int, kernel: Size, stri
     return nn.Sequential(*blocks)
 
 
-class UNet(nn.Module):
-    """A U-Net as a plan describes it.
+class EncoderDecoder(nn.Module):
+    """An encoder, a decoder with skip connections, and a segmentation head on each decoder stage.
 
     `forward` maps (batch, n_in, *patch) to logits (batch, n_out, *patch). With `deep_supervision` set it returns a list
-    of logits, finest first, each decoder stage at its own resolution, without the coarsest one, which no loss uses.
+    of logits, finest first, each decoder stage at its own resolution, without those of `idle_heads`.
+
+    Parameters
+    ----------
+    spec : Network
+        The network of the plan.
+    """
+
+    idle_heads = 0  # how many of the coarsest heads no loss uses
+    stem: nn.Module
+    encoder: nn.ModuleList
+    upsample: nn.ModuleList
+    decoder: nn.ModuleList
+    heads: nn.ModuleList
+
+    def __init__(self, spec: Network) -> None:
+        super().__init__()
+        self.spec = spec
+        self.deep_supervision = False
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        skips = [self.stem(x)]
+        for encode in self.encoder:
+            skips.append(encode(skips[-1]))
+        x = skips.pop()
+        outputs = []
+        for i, (up, decode, head) in enumerate(zip(self.upsample, self.decoder, self.heads, strict=True)):
+            x = decode(self.join(up, x, skips.pop()))
+            if i == len(self.heads) - 1 or (self.deep_supervision and i >= self.idle_heads):
+                outputs.append(self.logits(head, x))
+        return outputs[::-1] if self.deep_supervision else outputs[0]
+
+    def logits(self, head: nn.Module, x: Tensor) -> Tensor:
+        """Apply a head; training on a GPU does it in float32, because the loss needs more digits than 16 bits have."""
+        if not self.training or x.device.type == "cpu":
+            return head(x)
+        has_autocast = torch.amp.is_autocast_available(x.device.type)  # the device "meta", which counts, has none
+        with torch.autocast(x.device.type, enabled=False) if has_autocast else nullcontext():
+            return head(x.to(next(head.parameters()).dtype))
+
+    @staticmethod
+    def join(up: nn.Module, x: Tensor, skip: Tensor) -> Tensor:
+        """Upsample the coarser features and combine them with those of the skip connection."""
+        raise NotImplementedError
+
+
+class UNet(EncoderDecoder):
+    """A U-Net as a plan describes it, see `EncoderDecoder`; as in nnU-Net no loss uses the coarsest head.
 
     Parameters
     ----------
@@ -105,10 +146,10 @@ class UNet(nn.Module):
         Number of output channels: classes with the background, or regions.
     """
 
+    idle_heads = 1
+
     def __init__(self, spec: Network, n_in: int, n_out: int) -> None:
-        super().__init__()
-        self.spec = spec
-        self.deep_supervision = False
+        super().__init__(spec)
         features, strides, kernels = spec.features, spec.strides, spec.kernels
         ones = (1,) * len(kernels[0])
         residual = spec.kind == "residual"
@@ -134,28 +175,8 @@ class UNet(nn.Module):
             if isinstance(module, ResidualBlock) and spec.norm != "none":
                 nn.init.zeros_(module.second[1].get_parameter("weight"))  # a residual block starts as its skip
 
-    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        skips = [self.stem(x)]
-        for encode in self.encoder:
-            skips.append(encode(skips[-1]))
-        x = skips.pop()
-        outputs = []
-        for i, (up, decode, head) in enumerate(zip(self.upsample, self.decoder, self.heads, strict=True)):
-            x = decode(self.concatenate(up, x, skips.pop()))
-            if i == len(self.heads) - 1 or (self.deep_supervision and i > 0):
-                outputs.append(self.logits(head, x))
-        return outputs[::-1] if self.deep_supervision else outputs[0]
-
-    def logits(self, head: nn.Module, x: Tensor) -> Tensor:
-        """Apply a head; training on a GPU does it in float32, because the loss needs more digits than 16 bits have."""
-        if not self.training or x.device.type == "cpu":
-            return head(x)
-        has_autocast = torch.amp.is_autocast_available(x.device.type)  # the device "meta", which counts, has none
-        with torch.autocast(x.device.type, enabled=False) if has_autocast else nullcontext():
-            return head(x.to(next(head.parameters()).dtype))
-
     @staticmethod
-    def concatenate(up: nn.Module, x: Tensor, skip: Tensor) -> Tensor:
+    def join(up: nn.Module, x: Tensor, skip: Tensor) -> Tensor:
         """Upsample the coarser features and append those of the skip connection."""
         return torch.cat((up(x), skip), 1)
 
@@ -196,101 +217,3 @@ def set_deep_supervision(network: nn.Module, on: bool) -> None:
 def mixes_samples(network: nn.Module) -> bool:
     """Return whether a network normalizes over its batch, so that the output of a sample depends on the others."""
     return any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in network.modules())
-
-
-# ------------------------------------------------------------------------------------------------ from a plan
-
-
-def build_network(plan: Plan, configuration: str, factory: str | None = None, check_heads: bool = False) -> nn.Module:
-    """Build the network of a configuration, in float32 on the CPU.
-
-    Parameters
-    ----------
-    plan : Plan
-        Plan of the dataset.
-    configuration : str
-        Name of the configuration, such as "3d_fullres".
-    factory : str, optional
-        "module:function" or "file.py:function", called with the planned `Network`, the number of input channels and the
-        number of output channels. It returns a module that maps (batch, inputs, *patch) to logits (batch, outputs,
-        *patch) or, if it has an attribute `deep_supervision` and that is true, to a list of logits, finest first.
-    check_heads : bool
-        Whether to check the output under deep supervision too.
-
-    Returns
-    -------
-    nn.Module
-        The network in training mode, with random weights.
-
-    Raises
-    ------
-    UserError
-        There is no such module or function, or its network does not return logits of the right shape.
-    """
-    planned = plan.configuration(configuration)
-    inputs, outputs = plan.n_inputs(configuration), plan.labels.n_channels
-    if factory is None:
-        return UNet(planned.network, inputs, outputs)
-    make = _import_function(factory)
-    try:
-        network = make(planned.network, inputs, outputs)
-    except Exception as error:  # anything can go wrong in the user's code
-        fix = "It is called with (planned network, inputs, outputs)."
-        raise UserError(f"network.factory = {factory!r} fails: {describe(error)}", fix=fix) from error
-    if not isinstance(network, nn.Module):
-        raise UserError(f"network.factory = {factory!r} returned {type(network).__name__}, not a torch.nn.Module")
-    shape = (1, inputs, *planned.patch_size)
-    _check_output(factory, network, shape, outputs, deep=False)
-    if check_heads and hasattr(network, "deep_supervision"):
-        _check_output(factory, network, shape, outputs, deep=True)
-    return network.train()
-
-
-def _import_function(factory: str) -> Callable[[Network, int, int], nn.Module]:
-    """Return the function of "module:function" or "file.py:function"."""
-    source, _, name = factory.rpartition(":")
-    try:
-        function = getattr(_import_module(source), name)
-    except Exception as error:  # anything can go wrong in the user's code
-        fix = 'Give "file.py:function", or "module:function" of a module that can be imported.'
-        raise UserError(f"network.factory = {factory!r}: {describe(error)}", fix=fix) from error
-    if not callable(function):
-        raise UserError(f"network.factory = {factory!r}: {name} is not a function")
-    return function
-
-
-def _import_module(source: str) -> ModuleType:
-    if not source.endswith(".py"):
-        return importlib.import_module(source)
-    local = Path(source).name  # users copy this file together with a model
-    file = next((file for file in (source, local) if Path(file).is_file()), None)
-    if file is None:
-        raise FileNotFoundError(f"there is no file {source}, nor {local} in this folder")
-    loader = SourceFileLoader(f"nnlite_factory_{Path(file).stem}", file)
-    module = sys.modules[loader.name] = ModuleType(loader.name)  # dataclasses look their module up there
-    loader.exec_module(module)
-    return module
-
-
-def _check_output(factory: str, network: nn.Module, shape: tuple[int, ...], outputs: int, deep: bool) -> None:
-    """Run a network on zeros, with or without deep supervision.
-
-    Raises
-    ------
-    UserError
-        It fails, or its (finest) output is not (batch, outputs, *patch).
-    """
-    expected = (shape[0], outputs, *shape[2:])
-    set_deep_supervision(network, deep)
-    case = f"a batch of shape {shape}" + " and deep_supervision = True" * deep
-    try:
-        with torch.inference_mode():
-            output = network.eval()(torch.zeros(shape))
-    except Exception as error:  # anything can go wrong in the user's code
-        raise UserError(f"network.factory = {factory!r} fails on {case}: {error}") from error
-    heads = output if deep and isinstance(output, list) and output else [output]
-    shapes = [tuple(head.shape) if isinstance(head, Tensor) else type(head).__name__ for head in heads]
-    if shapes[0] != expected:
-        returned = f"a list of {', '.join(map(str, shapes))}" if heads is output else shapes[0]
-        required = f"a list that begins with {expected}" if deep else expected
-        raise UserError(f"network.factory = {factory!r} returns {returned} for {case}, not {required}")

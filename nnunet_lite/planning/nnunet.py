@@ -279,7 +279,7 @@ def _configuration_from_nnunet(c: Json) -> Configuration:
         median_shape=c["median_image_size_in_voxels"],
         patch_size=c["patch_size"],
         batch_size=c["batch_size"],
-        network=_network_from_nnunet(c),
+        network=read_network(c),
         batch_dice=c["batch_dice"],
         resampling=_resampling_from_nnunet(c),
         previous_stage=c.get("previous_stage"),
@@ -323,8 +323,19 @@ def _channels_from_nnunet(
     ]
 
 
-def _network_from_nnunet(c: Json) -> Network:
-    """The network of a configuration; ValueError for one that nnlite does not build, KeyError for a missing entry."""
+def read_network(c: Mapping[str, Any]) -> Network:
+    """Return the network of a configuration of nnU-Net's plan.
+
+    Parameters
+    ----------
+    c : mapping
+        The configuration, of which `patch_size` and the network are read.
+
+    Raises
+    ------
+    KeyError, ValueError
+        An entry is missing; or the network is none that nnlite builds.
+    """
     if "architecture" in c:
         name, kwargs = c["architecture"]["network_class_name"], c["architecture"]["arch_kwargs"]
         kind = _our_name(_KINDS, "network class", name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -21,9 +21,11 @@ from nnunet_lite.data.geometry import turn_between
 from nnunet_lite.data.labels import BACKGROUND, Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.models.argument import find_model, unpacked
-from nnunet_lite.models.folder import is_nnunet, read_weights_header, weight_files
+from nnunet_lite.models.bundle import find_licence
+from nnunet_lite.models.folder import is_model, is_nnunet, read_weights_header, weight_files
 from nnunet_lite.models.lookup import read_model
-from nnunet_lite.models.nnunet import read_nnunet_fold
+from nnunet_lite.models.nnssl import ADAPTATION, read_nnssl
+from nnunet_lite.models.nnunet import read_checkpoint, read_nnunet_fold
 from nnunet_lite.planning.memory import with_memory
 from nnunet_lite.planning.schema import Plan, exact_storage
 from nnunet_lite.settings import Settings
@@ -36,6 +38,7 @@ _HEADS = "heads."
 _FIRST = ("stem.0.weight", "encoder.0.0.0.weight")  # first layer of a residual encoder, of a plain one
 _STAGE = "previous stage: "  # starts the names of a cascade's one-hot inputs
 _ADOPTED = ("spacing", "patch_size", "batch_size", "network", "resampling")  # of the model's configuration
+_CHECKPOINTS = (".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".model")  # files, not folders or names
 _SHOWN = 4  # names in a line of the report
 
 
@@ -49,39 +52,46 @@ class Source:
     Parameters
     ----------
     file : Path
-        model.safetensors, or a checkpoint of nnU-Net.
+        model.safetensors, or a checkpoint of nnU-Net or nnssl.
     plan : Plan
         That it was trained with.
     configuration : str
         Of that plan.
+    state : dict of str to Tensor
+        Its weights.
     fold : str
-        Such as "0"; "all" if the weights have seen all cases, or may have.
+        Such as "0"; "all" if the weights have seen all cases, or may have; empty if they have seen no labels.
     mirrored : tuple of int
         Axes of the patch that its training mirrored.
+    licence : str, optional
+        Its first words, if one is given.
     """
 
     file: Path
     plan: Plan
     configuration: str
+    state: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     fold: str = "all"
     mirrored: tuple[int, ...] = ()
+    licence: str | None = None
 
 
 @contextmanager
-def open_source(model: str, workspace: Path, dataset: str, fold: str, configuration: str) -> Iterator[Source]:
+def open_source(model: str, workspace: Path, plan: Plan, fold: str, configuration: str) -> Iterator[Source]:
     """Yield the fold to start from, whose file exists while the block runs: a zip is unpacked.
 
     A model of the same dataset gives the same fold, which was not trained on the held-out cases. A model of another
-    dataset gives the fold that was trained on all cases, otherwise the same fold, otherwise its first one.
+    dataset gives the fold that was trained on all cases, otherwise the same fold, otherwise its first one. nnU-Net's
+    best checkpoints are taken if there is no final one.
 
     Parameters
     ----------
     model : str
-        A model, as for `find_model`, or the file of one of its folds: model.safetensors, or a checkpoint of nnU-Net,
-        which is read without running anything in it.
+        A model, as for `find_model`, or the file of one of its folds: model.safetensors, or a checkpoint of nnU-Net or
+        nnssl, which is read without running anything in it.
     workspace : Path
         Where a model is looked up by name.
-    dataset, fold, configuration : str
+    plan, fold, configuration : Plan, str, str
         What is trained now.
 
     Raises
@@ -90,30 +100,38 @@ def open_source(model: str, workspace: Path, dataset: str, fold: str, configurat
         There is no model, or none of its folds is trained.
     """
     file = Path(model).expanduser()
-    if file.is_file() and file.suffix in (".pth", ".safetensors"):
-        yield _read_source(file)
+    if file.is_file() and file.suffix in _CHECKPOINTS:
+        yield _read_source(file, plan, configuration)
         return
     with unpacked(find_model(model, workspace, configuration=configuration, required=False)) as folder:
-        trained = weight_files(folder)
+        trained = weight_files(folder) or weight_files(folder, "best")
         if not trained:
             fix = "Give the file of another checkpoint." if is_nnunet(folder) else "Train one with `nnlite train`."
             raise UserError("has no trained fold to start from", folder, fix)
-        first = _read_source(next(iter(trained.values())))
-        preferred = (fold, "all") if first.plan.dataset == dataset else ("all", fold)
+        source = _read_source(next(iter(trained.values())), plan, configuration)
+        preferred = (fold, "all") if source.plan.dataset == plan.dataset else ("all", fold)
         chosen = next(name for name in (*preferred, *trained) if name in trained)
-        yield replace(first, file=trained[chosen], fold=chosen)
+        if trained[chosen] != source.file:
+            source = _read_source(trained[chosen], plan, configuration)
+        yield replace(source, fold=chosen)
 
 
-def _read_source(file: Path) -> Source:
-    if file.suffix == ".pth":
-        checkpoint = read_nnunet_fold(file)
-        plan, run, fold = checkpoint.plan, checkpoint.run, checkpoint.name
+def _read_source(file: Path, plan: Plan, configuration: str) -> Source:
+    folder, checkpoint = file.absolute().parents[1], {}
+    state: Mapping[str, Tensor]
+    if file.suffix == ".safetensors":
+        read_weights_header(file)  # refuses a file that is no safetensors file
+        (theirs, run), state, fold = read_model(folder), load_file(file), file.parent.name.removeprefix("fold_")
+    elif ADAPTATION in (checkpoint := read_checkpoint(file)):
+        (theirs, state), fold = read_nnssl(checkpoint, plan, configuration, file), ""
+        run = {"configuration": configuration, "settings": {}}  # any axis may be mirrored
     else:
-        plan, run = read_model(file.absolute().parents[1])
-        fold = file.parent.name.removeprefix("fold_")
-    dimensions = plan.configuration(run["configuration"]).dimensions
+        read = read_nnunet_fold(file, checkpoint)
+        theirs, run, state, fold = read.plan, read.run, read.network.state_dict(), read.name
+    dimensions = theirs.configuration(run["configuration"]).dimensions
     mirrored = Settings.model_validate(run["settings"]).augmentation.mirrored_axes(dimensions)
-    return Source(file, plan, run["configuration"], fold, mirrored)
+    licence = find_licence(folder if is_model(folder) else file.parent, checkpoint)
+    return Source(file, theirs, run["configuration"], state, fold, mirrored, licence)
 
 
 def adopt_plan(plan: Plan, configuration: str, source: Source, settings: Settings) -> Plan:
@@ -183,8 +201,8 @@ def start_from(network: nn.Module, job: Job) -> None:
         return
     fold = job.folder.name.removeprefix("fold_")
     workspace = job.folder.absolute().parents[3]  # WORKSPACE/DATASET/models/MODEL/fold_0
-    with open_source(training.init, workspace, job.plan.dataset, fold, job.configuration) as source:
-        if source.plan.dataset == job.plan.dataset and source.fold != fold != "all":
+    with open_source(training.init, workspace, job.plan, fold, job.configuration) as source:
+        if source.plan.dataset == job.plan.dataset and source.fold not in ("", fold) and fold != "all":
             log.warn(f"{training.init} is of fold {source.fold}, which was trained on cases that fold {fold} holds out")
         mirrored = job.settings.augmentation.mirrored_axes(job.plan.configuration(job.configuration).dimensions)
         if new := ", ".join(str(axis) for axis in mirrored if axis not in source.mirrored):
@@ -192,22 +210,18 @@ def start_from(network: nn.Module, job: Job) -> None:
                 f"{training.init} was trained without mirrored copies along axis {new}, and this run mirrors, also to "
                 f"predict; --set augmentation.mirror_axes={[*source.mirrored]} keeps the axes of the model"
             )
-        if source.file.suffix == ".pth":
-            state = read_nnunet_fold(source.file).network.state_dict()
-        else:
-            read_weights_header(source.file)  # refuses a file that is no safetensors file
-            state = load_file(source.file)
     inputs = input_names(source.plan, source.configuration), input_names(job.plan, job.configuration)
     outputs = _output_names(source.plan.labels), _output_names(job.plan.labels)
-    report = adopt_weights(network, state, inputs, outputs)
+    report = adopt_weights(network, source.state, inputs, outputs)
     if not report:
         raise UserError(f"nothing in it fits the network of {job.configuration}", source.file,
                         "Leave the settings of the network as they were when it was trained.")  # fmt: skip
+    lines = report if source.licence is None else {"licence": source.licence, **report}
     log.info(
         "\n".join(
             [
-                f"starting from fold {source.fold} of {training.init}",
-                *(f"  {what:<16}  {text}" for what, text in report.items()),
+                f"starting from {f'fold {source.fold}' if source.fold else 'the encoder'} of {training.init}",
+                *(f"  {what:<16}  {text}" for what, text in lines.items()),
             ]
         )
     )
@@ -248,9 +262,9 @@ def adopt_weights(network: nn.Module, state: Mapping[str, Tensor], inputs: Names
             adapted = _select_inputs(value, columns, *inputs)
         elif name.startswith(_HEADS):
             adapted = _select_outputs(own[name], value, rows)
-        if adapted.shape == own[name].shape:
-            new[name] = adapted
-            n_equal += adapted is value
+        if (fitted := fit_tensor(adapted, own[name])) is not None:
+            new[name] = fitted
+            n_equal += fitted is value
     network.load_state_dict({**own, **new})
     if not n_equal:
         return {}
@@ -271,6 +285,19 @@ def adopt_weights(network: nn.Module, state: Mapping[str, Tensor], inputs: Names
         if left := [name for name in tensors if name not in new]:
             report[what] = f"{len(left)} tensors: {', '.join(left[:_SHOWN])}{', ...' * (len(left) > _SHOWN)}"
     return report
+
+
+def fit_tensor(value: Tensor, own: Tensor) -> Tensor | None:
+    """Return a tensor of the model in the shape of the network's own, or None if that one stays random.
+
+    Parameters
+    ----------
+    value : Tensor
+        Of the model, with the inputs or outputs of this network already.
+    own : Tensor
+        Of the network, of any shape.
+    """
+    return value if value.shape == own.shape else None
 
 
 def _match_names(source: Sequence[str], target: Sequence[str]) -> list[int | None]:

@@ -23,10 +23,11 @@ from torch.nn.parallel import DistributedDataParallel
 from nnunet_lite import log
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.files import read_json, write_json
+from nnunet_lite.networks.build import build_network
 from nnunet_lite.networks.cpu import parallelize_samples, speed_up_on_cpu
 from nnunet_lite.networks.devices import computes_bf16, describe_wrong_bf16, is_out_of_memory, release_memory
 from nnunet_lite.networks.precision import ComputeFormat, apply_format, list_formats, pick_fastest
-from nnunet_lite.networks.unet import UNet, build_network, set_deep_supervision
+from nnunet_lite.networks.unet import EncoderDecoder, set_deep_supervision
 from nnunet_lite.training.dataloader import Batch, make_batch
 from nnunet_lite.training.distributed import ALONE, from_first, sum_over_ranks
 from nnunet_lite.training.finetune import freeze
@@ -79,9 +80,11 @@ def make_network(job: Job) -> nn.Module:
         speed_up_on_cpu(network)
     deep = job.settings.training.deep_supervision
     set_deep_supervision(network, deep)
-    if isinstance(network, UNet):  # data-parallel training waits for the gradients of all weights that have some
-        n_heads = len(network.heads)
-        network.heads[: min(1, n_heads - 1) if deep else n_heads - 1].requires_grad_(False)
+    if isinstance(
+        network, EncoderDecoder
+    ):  # data-parallel training waits for the gradients of all weights that have some
+        last = len(network.heads) - 1
+        network.heads[: min(network.idle_heads, last) if deep else last].requires_grad_(False)
     return network
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,11 +13,15 @@ from torch import Tensor, nn
 
 from nnunet_lite.settings import OptimizerSettings, ScheduleSettings
 
+_LEAST_INPUTS = 4  # of a kernel that Muon trains
+_ADAM_SIZE = 0.2  # root mean square of a step of AdamW, in learning rates
+_NEWTON_SCHULZ = ((4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037),
+                  (2.8769, -3.1427, 1.2046), (2.8366, -3.0525, 1.2012))  # fmt: skip
 _IMPROVEMENT = 5e-3  # of the average loss, below which an epoch does not count as better
 
 
 def make_optimizer(network: nn.Module, settings: OptimizerSettings, device: torch.device) -> torch.optim.Optimizer:
-    """Return SGD with Nesterov momentum, Adam or AdamW for the weights that are not frozen.
+    """Return SGD with Nesterov momentum, Adam, AdamW or Muon for the weights that are not frozen.
 
     Fused kernels are used where torch has them: they take a third of the time, on a CPU too.
     """
@@ -24,6 +29,7 @@ def make_optimizer(network: nn.Module, settings: OptimizerSettings, device: torc
         "sgd": lambda p, **k: torch.optim.SGD(p, momentum=settings.momentum, nesterov=settings.momentum > 0, **k),
         "adam": torch.optim.Adam,
         "adamw": torch.optim.AdamW,
+        "muon": partial(Muon, momentum=settings.momentum),
     }
     options: dict[str, Any] = {"fused": True} if device.type in ("cuda", "cpu") else {}
     weights = [p for p in network.parameters() if p.requires_grad]
@@ -33,6 +39,74 @@ def make_optimizer(network: nn.Module, settings: OptimizerSettings, device: torc
         for weight in weights:
             optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
     return optimizer
+
+
+class Muon(torch.optim.AdamW):
+    """Muon for the kernels of convolutions, AdamW for all other weights and for the first convolution.
+
+    A step moves a kernel, as a matrix (outputs, inputs x voxels), along its Nesterov momentum with all singular values
+    set to one (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon). It is scaled to the size of a step of
+    AdamW (Liu et al. 2025, arXiv:2502.16982), so that both parts have one learning rate and weight decay.
+
+    Parameters
+    ----------
+    weights : list of Parameter
+        What is trained.
+    momentum : float
+        Share of the last step that the next one keeps.
+    **options
+        Of AdamW.
+    """
+
+    def __init__(self, weights: list[nn.Parameter], momentum: float, **options: Any) -> None:
+        kernels = [w for w in weights if w.ndim > 3 and w[0, 0].numel() > 1 and w.shape[1] >= _LEAST_INPUTS]
+        chosen = set(map(id, kernels))
+        super().__init__([{"params": [w for w in weights if id(w) not in chosen]}], **options)
+        self.add_param_group({"params": kernels, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        groups, self.param_groups = self.param_groups, self.param_groups[:1]
+        try:
+            loss = super().step(closure)
+        finally:
+            self.param_groups = groups
+        kernels, rate, momentum = (groups[1][key] for key in ("params", "lr", "momentum"))
+        skip = getattr(self, "found_inf", None)  # on a GPU: 1 if a gradient is not finite, and the step does nothing
+        done = 1.0 if skip is None else 1.0 - skip
+        for w in kernels:
+            if w.grad is None:
+                continue
+            if w not in self.state:
+                self.state[w] = {
+                    "momentum_buffer": torch.zeros_like(w),
+                    "step": torch.zeros(()),
+                }  # AdamW loads states with a step
+            grad = w.grad if skip is None else torch.where(skip > 0, 0, w.grad)
+            average = self.state[w]["momentum_buffer"].lerp_(grad, (1 - momentum) * done)
+            matrix = grad.lerp(average, momentum).flatten(1)
+            size = rate * _ADAM_SIZE * max(matrix.shape) ** 0.5
+            w.mul_(1 - rate * groups[1]["weight_decay"] * done)
+            w.sub_(orthogonalize(matrix).view_as(w) * (size * done))
+        return loss
+
+
+def orthogonalize(matrix: Tensor) -> Tensor:
+    """Return a matrix with about the same singular vectors, and singular values from 0.98 to 1.03.
+
+    Newton-Schulz iterations X <- (a + b XX' + c (XX')^2) X, whose coefficients differ in each (Jordan et al. 2024; the
+    coefficients by Cesista, You and Jordan 2025). They are computed on XX' alone, which is small: its product with the
+    matrix follows at the end.
+    """
+    if len(matrix) > matrix.shape[1]:
+        return orthogonalize(matrix.t()).t()
+    matrix = matrix.float() / (matrix.norm() + 1e-12)
+    gram = matrix @ matrix.t()
+    identity = factor = torch.eye(len(matrix), device=matrix.device)
+    for a, b, c in _NEWTON_SCHULZ:
+        step = a * identity + b * gram + c * (gram @ gram)
+        factor, gram = step @ factor, step @ gram @ step
+    return factor @ matrix
 
 
 def learning_rate(base: float, settings: ScheduleSettings, progress: float) -> float:
@@ -49,6 +123,8 @@ def learning_rate(base: float, settings: ScheduleSettings, progress: float) -> f
     """
     if progress < settings.warmup:
         return base * max(progress / settings.warmup, 0.01)
+    if settings.cooldown and progress > 1 - settings.cooldown:
+        return base * max(0.0, 1 - progress) / settings.cooldown
     if settings.name == "poly":
         return base * max(0.0, 1 - progress) ** settings.power
     if settings.name == "cosine":
