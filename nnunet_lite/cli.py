@@ -46,6 +46,7 @@ COMMANDS = {
     "report": ("select.report", "Write an HTML page about the dataset, its plan, models and scores."),
     "run": ("run.run", "Check, plan, preprocess, train every fold, select and report."),
     "view": ("evaluate.view", "Look at images with reference and prediction in the browser."),
+    "distill": ("distill.distill", "Train a small network that predicts as trained models do together."),
     "import": ("export.import_model", "Make a model folder of a zip or of a model that nnU-Net wrote."),
     "export": ("export.export_model", "Pack a model into one file, or write it for nnU-Net v2 or onnxruntime."),
     "info": ("info.show_info", "Describe a model, how it was made and how well it scores; or a planned dataset."),
@@ -54,7 +55,7 @@ COMMANDS = {
     "doctor": ("machines.doctor", "Describe this machine: versions, CPUs, memory, GPUs, disk."),
     "cluster": ("machines.cluster", "Start a Dask scheduler and workers."),
 }
-_IMPORT_TORCH = ("train", "run", "predict", "select", "report")  # see commands/early.py
+_IMPORT_TORCH = ("train", "distill", "run", "predict", "select", "report")  # see commands/early.py
 _AS_JSON = Annotated[bool, options.output("--json", help="Print the result as JSON.")]
 _QUIET = Annotated[bool, options.general("-q", "--quiet", help="Print only results, warnings and errors.")]
 _VERBOSE = Annotated[bool, options.general("-v", "--verbose", help="Print times, all warnings and tracebacks.")]

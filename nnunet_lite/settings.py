@@ -40,6 +40,11 @@ def time_text(minutes: float) -> str:
     return next((text for text in texts if _to_minutes(text) == minutes), str(minutes))
 
 
+def _to_tuple(value: Any) -> Any:
+    """Return a single number as a tuple."""
+    return (value,) if isinstance(value, int | float) else value
+
+
 def _to_absolute(factory: str) -> str:
     """Return a factory with the absolute path of its file, so that the model can be read from any folder."""
     where, _, name = factory.rpartition(":")
@@ -59,6 +64,11 @@ Weights = Annotated[
     must_be("numbers of at least 0, not all of them 0", lambda weights: sum(weights) > 0 <= min(weights)),
 ]
 Minutes = Annotated[float, BeforeValidator(_to_minutes)]
+Millimetres = Annotated[
+    tuple[Annotated[float, Field(gt=0)], ...],
+    BeforeValidator(_to_tuple),
+    must_be("one length in mm, or one for each axis", lambda lengths: 1 <= len(lengths) <= 3),
+]
 Preset = Literal["default", "resenc_m", "resenc_l", "resenc_xl"]
 NumberFormat = Literal["auto", "fp32", "bf16", "fp16"]
 Auto = Literal["auto"] | bool
@@ -74,7 +84,7 @@ class _Section(BaseModel):
 
 
 class PlanSettings(_Section):
-    """If a recipe sets another U-Net than the plan has, the plan is made again from the fingerprint."""
+    """If a recipe sets another U-Net or spacing than the plan has, the plan is made again from the fingerprint."""
 
     preset: Preset | None = Field(
         None,
@@ -84,6 +94,9 @@ class PlanSettings(_Section):
         None,
         gt=0,
         description="GB of GPU memory for a training step, which decides patch and batch; none: the preset's",
+    )
+    spacing: Millimetres | None = Field(
+        None, description="mm that 3d_fullres resamples to, one for all axes or (z, y, x); none: as planned"
     )
     adopt: bool = Field(
         True, description="with `training.init`: whether spacing, patch, network and normalisation are the model's"
@@ -153,6 +166,9 @@ class TrainingSettings(_Section):
     freeze: Literal["encoder", "all-but-head"] | None = Field(
         None, description="weights that are not trained; all-but-head: only the output layers are; none: all are"
     )
+    teachers: tuple[str, ...] = Field(
+        (), description="models of the dataset whose mean probabilities the network learns too; see `nnlite distill`"
+    )
     logger: Logger = Field(
         "none", description="program that gets the metrics of each epoch too; needs the extra of that name"
     )
@@ -204,13 +220,20 @@ class LossSettings(_Section):
     top_k: float = Field(0.0, ge=0, description="weight of the cross-entropy of the voxels where it is largest")
     top_k_share: float = Field(0.1, gt=0, le=1, description="top_k: share of all voxels that these are")
     bce: float = Field(0.0, ge=0, description="weight of the binary cross-entropy of each class against the rest")
+    component_dice: float = Field(
+        0.0, ge=0, description="weight of the soft Dice of each connected component among the voxels nearest to it"
+    )
     class_weights: Weights | None = Field(
         None, description="weight of each class in all terms, background first, or of each region; none: all equal"
     )
 
+    distillation: float = Field(
+        0.5, ge=0, le=1, description="with training.teachers: share of the loss that compares with their probabilities"
+    )
+
     @model_validator(mode="after")
     def _has_a_term(self) -> LossSettings:
-        if self.cross_entropy == self.dice == self.top_k == self.bce == 0:
+        if self.cross_entropy == self.dice == self.top_k == self.bce == self.component_dice == 0:
             raise ValueError("one of the weights must be greater than 0")
         return self
 
@@ -356,6 +379,14 @@ class Settings(_Section):
         rate, least = self.optimizer.lr, self.schedule.min_lr
         if self.schedule.name == "plateau" and rate < least:
             raise ValueError(f"optimizer.lr = {rate:g} is below schedule.min_lr = {least:g}, where plateau ends a run")
+        return self
+
+    @model_validator(mode="after")
+    def _probabilities_can_follow(self) -> Settings:
+        changes = self.augmentation
+        if self.training.teachers and (changes.pipeline != "native" or changes.extra or changes.mirror_swap):
+            what = "augmentation.pipeline = native, and no augmentation.extra or augmentation.mirror_swap"
+            raise ValueError(f"training.teachers needs {what}")
         return self
 
 

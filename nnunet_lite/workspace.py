@@ -55,6 +55,7 @@ class Paths:
     splits = _PathOf("splits.json")
     formats = _PathOf("formats.json")
     preprocessed = _PathOf("preprocessed")
+    teachers = _PathOf("preprocessed/teachers")
     models = _PathOf("models")
     ensembles = _PathOf("ensembles")
     inference = _PathOf("inference.json")

@@ -189,11 +189,16 @@ def sample_plan(
     )
 
 
-def reference_plan(fixture: dict[str, Any], preset: str = "default", memory_gb: float | None = None) -> Plan:
+def reference_plan(
+    fixture: dict[str, Any],
+    preset: str = "default",
+    memory_gb: float | None = None,
+    spacing: tuple[float, ...] | None = None,
+) -> Plan:
     """Return our plan of one of the fingerprints in plan_fixtures.json, of which nnU-Net's plan is known."""
     about, fingerprint = fixture["dataset"], Fingerprint.model_validate(fixture["fingerprint"])
     channels, labels, n_cases = channels_of(about, None), labels_of(about, None), about["numTraining"]
-    return make_plan(fingerprint, "Dataset001_Test", channels, labels, preset, memory_gb, n_cases)
+    return make_plan(fingerprint, "Dataset001_Test", channels, labels, preset, memory_gb, n_cases, spacing)
 
 
 def nnunet_plan() -> Plan:

@@ -288,6 +288,31 @@ def test_a_second_stage_sees_the_first_ones_labels_moved_with_its_own(job: MakeJ
         torch.testing.assert_close(images[:, 1:], torch.stack([(classes == c).float() for c in (1, 2)], 1))
 
 
+@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
+def test_what_a_teacher_predicts_moves_with_the_image(job: MakeJob, tiny_cases: list[Any], configuration: str) -> None:
+    """With one array as image and as probability, both stay equal unless intensities change, which only images do."""
+    loaded = [load_case(case) for case in tiny_cases[:4]]
+    cases = [
+        replace(case, image=(case.label > 0)[None].astype(np.float16),
+                teacher=np.stack([255 * (case.label > 0), 51 * (case.label > 0)]).astype(np.uint8))
+        for case in loaded
+    ]  # fmt: skip
+    moved = {"augmentation.p_rotation": 1, "augmentation.p_scaling": 1, "augmentation.p_mirror": 0.5}
+    for place in (cases, [move_case(case, CPU) for case in cases]):
+        run = job(configuration, cases=place, **OFF | moved)
+        images, _, _ = make_batch(run, place, 0, 0, augment=True)
+        assert images.shape[1] == 3 and 0 < float(images[:, 0].mean()) < 1
+        torch.testing.assert_close(images[:, 1], images[:, 0], atol=2e-3, rtol=0)
+        torch.testing.assert_close(images[:, 2], images[:, 0] / 5, atol=2e-3, rtol=0)
+    changed = job(configuration, cases=cases, **ALL)
+    steady = job(configuration, cases=cases, **ALL | dict.fromkeys((f"augmentation.p_{n}" for n in INTENSITY), 0))
+    draw = draw_batch(changed, cases, 0, 0, augment=True)
+    one, other = (
+        build_batch(run, cases, d)[0] for run, d in ((changed, draw), (steady, replace(draw, intensity=None)))
+    )
+    assert torch.equal(one[:, 1:], other[:, 1:]) and not torch.equal(one[:, 0], other[:, 0])
+
+
 @pytest.mark.parametrize("pipeline", ["native", "batchgenerators", "extra"])
 def test_what_was_normalised_in_a_mask_stays_zero_outside(job: MakeJob, tiny_cases: list[Any], pipeline: str) -> None:
     """Of one masked and one unmasked channel; the mask is that of the case, whatever values the channels have."""

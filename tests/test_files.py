@@ -26,7 +26,7 @@ from nnunet_lite.data.nifti import write_nifti
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import append, atomic, cut_short, must_fit, no_space, read_json, scratch, sweep, write_json
 from nnunet_lite.inference.first_stage import write_stage_map
-from nnunet_lite.inference.folder import _array_on_disk
+from nnunet_lite.inference.folder import array_on_disk
 from nnunet_lite.models.checkpoint import load_weights, save_weights
 
 ROOT = Path(__file__).parents[1]
@@ -163,7 +163,7 @@ def test_lines_and_folders_that_do_not_fit(tmp_path: Path, counts: Counts) -> No
         with pytest.raises(OSError, match=r"journal\.jsonl needs about"):
             append(tmp_path / "journal.jsonl", "x" * 200)
         with pytest.raises(OSError, match="each map needs 24 kB") as caught:
-            _array_on_disk(tmp_path, VOLUME.shape)
+            array_on_disk(tmp_path, VOLUME.shape)
         assert caught.value.errno == errno.EFBIG
         with pytest.raises(OSError, match="new needs more than"), scratch(tmp_path) as temporary:  # noqa: SIM117
             with must_fit(tmp_path / "new", temporary):
@@ -252,7 +252,7 @@ def test_a_signal_leaves_nothing_temporary(tmp_path: Path, counts: Counts, numbe
 def test_maps_have_no_name_while_they_are_made(tmp_path: Path, counts: Counts) -> None:
     """So nothing of them can be left, however the process ends."""
     counts("faults survived")
-    array = _array_on_disk(tmp_path, (3, 4, 5))
+    array = array_on_disk(tmp_path, (3, 4, 5))
     assert list(tmp_path.iterdir()) == [] and array.shape == (3, 4, 5) and not array.any()
     array[1] = 7
     assert int(array.sum()) == 7 * 20 and torch.from_numpy(array).sum() == 140

@@ -25,12 +25,13 @@ from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json, write_json
 from nnunet_lite.inference.cases import as_classes
-from nnunet_lite.inference.first_stage import predict_on_grid, read_stage_map, stage_map_file
+from nnunet_lite.inference.first_stage import predict_on_grid, stage_map_file
 from nnunet_lite.inference.predictor import Predictor, load
 from nnunet_lite.models.folder import read_weights_header
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.preprocessing.pipeline import Placement, Preprocessed, preprocess_image, restore_segmentation
 from nnunet_lite.preprocessing.store import open_case
+from nnunet_lite.preprocessing.stored_case import open_array
 from nnunet_lite.settings import load_settings
 from nnunet_lite.training.job import Job, configure_plan
 from nnunet_lite.training.loop import train_fold
@@ -125,7 +126,7 @@ def test_predictions_for_the_second_stage_are_those_of_the_fold(trained: Path, p
     assert first.image.shape[1:] == tuple(round(n / 2) for n in second.label.shape)
     factors = [n / m for n, m in zip(second.label.shape, first.label.shape, strict=True)]
     fine = np.stack([zoom(x.double().numpy(), factors, order=1, mode="nearest", grid_mode=True) for x in logits])
-    stored = read_stage_map(file)
+    stored = open_array(file)
     assert stored.shape == second.label.shape and stored.dtype == np.uint8
     assert (stored[:] != fine.argmax(0)).mean() < 1e-3
     assert len(np.unique(stored[:])) > 1, "or this would say nothing"
@@ -220,7 +221,7 @@ def test_validation_uses_what_the_held_out_fold_predicts(trained: Path, paths: P
     case_id = read_json(paths.splits)[0]["val"][0]
     image = read_image(Path(read_json(paths.dataset)["root"]) / "imagesTr" / f"{case_id}.nii.gz")
     prepared = preprocess_image(image, None, model.plan, model.configuration)
-    logits = predict_preprocessed(model, prepared.image, read_stage_map(maps(trained)[case_id])[:])
+    logits = predict_preprocessed(model, prepared.image, open_array(maps(trained)[case_id])[:])
     expected = restore_segmentation(logits, prepared.placement, model.plan.labels, model.configuration.resampling)
     written = read_image(trained / "tiny" / "fold_0" / "validation" / f"{case_id}.nii.gz").array[0]
     np.testing.assert_array_equal(written, expected)

@@ -24,7 +24,9 @@ from nnunet_lite.training.loss import (
     class_sums,
     deep_supervision_loss,
     deep_supervision_weights,
+    distillation_loss,
     downsample_classes,
+    nearest_components,
     pseudo_dice_counts,
     segmentation_loss,
 )
@@ -78,16 +80,17 @@ def test_a_class_that_is_neither_there_nor_predicted_has_dice_one() -> None:
 def test_ignored_voxels_change_nothing(regions: Any, batch_dice: bool) -> None:
     logits, classes = example(3 if regions else 4)
     classes[torch.rand(classes.shape, generator=torch.Generator().manual_seed(1)) < 0.4] = 4
+    terms = LossSettings(component_dice=1)
     options: dict[str, Any] = {"batch_dice": batch_dice, "ignore_class": 4, "regions": regions}
     first = logits.clone().requires_grad_()
-    loss = segmentation_loss(first, classes, BOTH, **options)
+    loss = segmentation_loss(first, classes, terms, **options)
     loss.backward()
     assert first.grad is not None
     ignored = (classes == 4)[:, None].expand_as(logits)
     assert (first.grad[ignored] == 0).all()
     assert (first.grad[~ignored] != 0).any()
     other = torch.where(ignored, 50 * torch.randn_like(logits), logits)
-    torch.testing.assert_close(segmentation_loss(other, classes, BOTH, **options), loss.detach())
+    torch.testing.assert_close(segmentation_loss(other, classes, terms, **options), loss.detach())
 
 
 def test_a_patch_without_an_annotated_voxel_has_a_finite_loss_without_gradient() -> None:
@@ -109,6 +112,38 @@ def test_regions_equal_a_plain_reference(batch_dice: bool) -> None:
     expected = bce.movedim(1, -1)[w.bool()].sum(-1).mean() - dice_of(logits.sigmoid(), target, w, batch_dice)
     found = segmentation_loss(logits, classes, BOTH, batch_dice=batch_dice, ignore_class=4, regions=REGIONS)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_a_network_that_predicts_as_its_teacher_stays_as_it_is(regions: bool) -> None:
+    logits, _ = example(3)
+    teacher = logits.sigmoid() if regions else logits.softmax(1)[:, 1:]
+    logits.requires_grad_()
+    loss = distillation_loss(logits, teacher, regions)
+    loss.backward()
+    assert logits.grad is not None
+    assert float(loss.detach()) == pytest.approx(0, abs=1e-6)
+    assert float(logits.grad.abs().max()) < 1e-7
+    assert float(distillation_loss(logits.detach() + torch.eye(3)[0].view(1, 3, 1, 1, 1), teacher, regions)) > 0.01
+
+
+def test_a_certain_teacher_is_a_label(tiny_plan: Plan) -> None:
+    """Then the divergence is the cross-entropy, of classes and of regions, at each output of a network."""
+    logits, classes = example(4)
+    certain = F.one_hot(classes, 4).movedim(-1, 1).float()
+    expected = segmentation_loss(logits, classes, CE, batch_dice=False)
+    torch.testing.assert_close(distillation_loss(logits, certain[:, 1:]), expected)
+    of_regions = torch.stack([sum((classes == c).float() for c in region) for region in REGIONS], 1)  # type: ignore[misc]
+    expected = segmentation_loss(logits[:, 1:], classes, CE, batch_dice=False, regions=REGIONS)
+    torch.testing.assert_close(distillation_loss(logits[:, 1:], of_regions, regions=True), expected)
+
+    classes = torch.randint(0, 3, (2, 8, 8, 8), generator=torch.Generator().manual_seed(0))
+    outputs, teacher = [torch.randn(2, 3, n, n, n) for n in (8, 4)], F.one_hot(classes, 3).movedim(-1, 1)[:, 1:].float()
+    plain = deep_supervision_loss(outputs, classes, tiny_plan, "3d_fullres", CE)
+    for share in (0.0, 0.5, 1.0):
+        settings = LossSettings(dice=0, distillation=share)
+        found = deep_supervision_loss(outputs, classes, tiny_plan, "3d_fullres", settings, teacher)
+        torch.testing.assert_close(found, plain)
 
 
 @pytest.mark.parametrize(("n", "weights"), [(1, [1]), (2, [2 / 3, 1 / 3]), (3, [4 / 7, 2 / 7, 1 / 7])])
@@ -209,6 +244,37 @@ def test_binary_cross_entropy_of_classes_equals_torchs_on_one_hot_targets() -> N
     torch.testing.assert_close(segmentation_loss(logits, classes, weighted, batch_dice=False), expected)
 
 
+def test_every_voxel_belongs_to_the_nearest_component() -> None:
+    mask = torch.zeros(4, 9)
+    mask[0, 0] = mask[1, 1] = mask[3, 6] = 1  # the first two touch at a corner
+    nearest, n = nearest_components(mask)
+    assert n == 2 and nearest[0].tolist() == [0] * 5 + [1] * 4
+    assert nearest_components(mask[None])[0].tolist() == nearest[None].tolist(), "3D too"
+
+
+@pytest.mark.parametrize("regions", [None, REGIONS[:1]])
+def test_component_dice_is_the_mean_over_all_lesions_of_the_batch(regions: Any) -> None:
+    """Two lesions of 40 voxels and 1 in one sample, one in another, none in a third."""
+    classes = torch.zeros(3, 10, 12, dtype=torch.long)
+    classes[0, :, :4] = classes[0, 5, 10] = classes[1, 2:4, 2:4] = 1
+    logits = torch.randn(3, 1 if regions else 2, 10, 12, generator=torch.Generator().manual_seed(0))
+    p = (logits.sigmoid() if regions else logits.softmax(1))[:, -1]
+    distant = (torch.arange(10)[:, None] - 5) ** 2 + (torch.arange(12) - 10) ** 2  # from the small one, squared
+    second = distant < (torch.arange(12) - 3).clamp_min(0) ** 2
+    assert not (distant == (torch.arange(12) - 3).clamp_min(0) ** 2).any(), "no voxel is equally near to both"
+    parts = [
+        (p[0], classes[0] * ~second, ~second),
+        (p[0], classes[0] * second, second),
+        (p[1], classes[1], second > -1),
+    ]
+    each = [(2 * (q * y).sum() + 1e-5) / ((q * where).sum() + y.sum() + 1e-5) for q, y, where in parts]
+    only = LossSettings(cross_entropy=0, dice=0, component_dice=2)
+    found = segmentation_loss(logits, classes, only, batch_dice=True, regions=regions)
+    torch.testing.assert_close(found, -2 * torch.stack(each).mean())
+    none = segmentation_loss(logits.requires_grad_(), torch.zeros_like(classes), only, batch_dice=True, regions=regions)
+    assert none == 0
+
+
 def test_class_weights_weigh_voxels_as_torch_does_and_dice_by_class() -> None:
     logits, classes = example()
     weights = (0.1, 1.0, 3.0, 0.5)
@@ -265,7 +331,7 @@ def test_sums_by_class_on_a_gpu_are_those_of_a_scatter() -> None:
 TINY_NET = Network(
     features=(4, 8), strides=((1, 1), (2, 2)), kernels=((3, 3), (3, 3)), blocks=(1, 1), decoder_convolutions=(1,)
 )
-SETTINGS = LossSettings(top_k=1, top_k_share=0.2, bce=0.5, class_weights=(0.5, 1, 2))
+SETTINGS = LossSettings(top_k=1, top_k_share=0.2, bce=0.5, component_dice=0.5, class_weights=(0.5, 1, 2))
 KINDS = list(product([False, True], [False, True], [None, ((1, 2), (2,), (1,))]))  # batch Dice, ignored, regions
 
 

@@ -63,6 +63,8 @@ def translated(line: str) -> str:
         ("run -f 0 1 -c 2d Task04", "Task04 -f 0 -f 1 -c 2d"),
         ("train -c=2d -f=0 -d=4", "2d 0 -d 4"),
         ("plan -d=4", "4"),
+        ("plan -d 4 -overwrite_target_spacing 2.5 1 1", "4 --spacing 2.5 --spacing 1 --spacing 1"),
+        ("plan --spacing 2.5 Task04", "Task04 --spacing 2.5"),
         ("run -c 3d_fullres 3d_hearts", "3d_hearts -c 3d_fullres"),
         ("run -f 0 4 --epochs 3", "4 -f 0 --epochs 3"),
         ("run -f 0 1 4 -c 2d", "4 -f 0 -f 1 -c 2d"),

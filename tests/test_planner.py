@@ -46,11 +46,11 @@ def fingerprint_of(
 
 
 def simple(
-    shape: tuple[int, int, int], spacing: tuple[float, float, float], n: int = 20, crop: float = 1.0, **options: Any
+    shape: tuple[int, int, int], voxel: tuple[float, float, float], n: int = 20, crop: float = 1.0, **options: Any
 ) -> Plan:
     """A plan of n equal cases with one channel."""
     channels = options.pop("channels", ("T1",))
-    fingerprint = fingerprint_of((spacing,) * n, (shape,) * n, crop, len(channels))
+    fingerprint = fingerprint_of((voxel,) * n, (shape,) * n, crop, len(channels))
     return make_plan(fingerprint, "Test", channels, LABELS, **options)
 
 
@@ -113,6 +113,48 @@ def test_a_coarse_axis_comes_first_and_takes_the_10th_percentile(lengths: tuple[
     assert f"spacing along x {words}" in full.reasons[0] and "order x, z, y" in full.reasons[1]
 
 
+@pytest.mark.parametrize("fixture", FIXTURES, ids=lambda f: f"{f['kind']}-{f['preset']}")
+def test_the_spacing_of_the_plan_given_by_hand_gives_the_same_plan(fixture: dict[str, Any]) -> None:
+    planned = plan_of(fixture)
+    target = planned.configurations.get("3d_fullres", planned.configurations["2d"]).spacing
+    by_axis = sorted(zip(planned.axis_order[-len(target) :], target, strict=True))
+    again = reference_plan(fixture, fixture["preset"], fixture["gpu_memory_gb"], tuple(mm for _, mm in by_axis))
+    assert again.trains_as(planned)
+
+
+def test_a_coarser_spacing_by_hand_decides_axes_patch_and_configurations() -> None:
+    own, isotropic = simple((400, 400, 400), (1, 1, 1)), simple((400, 400, 400), (1, 1, 1), spacing=[2.5])
+    full = isotropic.configurations["3d_fullres"]
+    assert full.spacing == (2.5, 2.5, 2.5) and full.median_shape == (160, 160, 160)
+    assert full.reasons[0] == "spacing 2.5x2.5x2.5 was set by hand"
+    assert "3d_lowres" in own.configurations and "3d_lowres" not in isotropic.configurations
+    turned = simple((400, 400, 400), (1, 1, 1), spacing=(2, 1, 5))
+    assert turned.axis_order == (2, 0, 1) and turned.configurations["3d_fullres"].spacing == (5, 2, 1)
+    assert turned.configurations["2d"].median_shape == (200, 400) and turned.median_spacing == (1, 1, 1)
+
+
+@pytest.mark.parametrize("axis", [0, 2])
+@pytest.mark.parametrize("distance", [999.0, 1.0])
+@pytest.mark.parametrize("given", [(4,), (2, 4), (4, 4)])
+def test_single_slices_stay_the_first_axis_whatever_their_spacing(
+    axis: int, distance: float, given: tuple[float, ...]
+) -> None:
+    shape, spacing = [500, 400], [0.5, 0.5]
+    shape.insert(axis, 1)
+    spacing.insert(axis, distance)
+    plan = simple(tuple(shape), tuple(spacing), spacing=given)  # type: ignore[arg-type]
+    assert plan.axis_order[0] == axis and list(plan.configurations) == ["2d"]
+    two = given if len(given) == 2 else given * 2
+    assert plan.configurations["2d"].spacing == two
+    assert plan.configurations["2d"].median_shape == (round(250 / two[0]), round(200 / two[1]))
+
+
+def test_images_too_small_to_pool_are_planned() -> None:
+    for shape, spacing in (((4, 4, 4), None), ((40, 40, 40), (10,)), ((1, 4, 4), None)):
+        flat = simple(shape, (1, 1, 1), spacing=spacing).configurations["2d"]
+        assert flat.patch_size == (4, 4) and "cannot be trained" in " ".join(flat.reasons)
+
+
 def test_one_slice_gets_2d_only() -> None:
     plan = simple((1, 500, 400), (999.0, 1.0, 1.0))
     assert list(plan.configurations) == ["2d"]
@@ -156,6 +198,8 @@ def test_more_memory_gives_a_larger_patch_and_more_predicted_memory() -> None:
         ({"memory_gb": 0}, "a memory budget of 0 GB is not positive"),
         ({"memory_gb": 1e-6}, "1e-06 GB are too few for this dataset"),
         ({"channels": ("T1", "T2")}, "has 2 channels, its fingerprint 1"),
+        ({"spacing": (1, 2)}, "a spacing of 2 numbers for images with 3 axes. Give one length in mm, or one for each"),
+        ({"spacing": (1, 1, 900)}, "a spacing of 1x1x900 mm leaves no voxel along x. Give a smaller one"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(options: dict[str, Any], message: str) -> None:

@@ -79,6 +79,7 @@ MINE = {"inherits_from": "3d_fullres", "batch_size": 3}
 EVERY_OPTION: dict[str, Any] = {
     "preset": "resenc_m",
     "memory": 10,
+    "spacing": (0.99, 0.98, 0.99),
     "patch_size": (32, 48, 32),
     "batch_size": 3,
     "clip_percentiles": (1, 99),
@@ -90,12 +91,13 @@ def test_options_are_used_again_and_one_that_is_given_replaces_only_itself(plann
     first = planned.plan(**EVERY_OPTION)
     assert first.options is not None and first.options.memory_gb == 10
     assert planned.plan() == first == Plan.read(planned.file)
-    assert "planned again with the options of plans.json: preset resenc_m, memory_gb 10.0, sizes {" in planned.said()
+    assert "planned again with the options of plans.json: preset resenc_m, memory_gb 10.0, spacing [" in planned.said()
     again = planned.plan(preset="default", patch_size=(32, 32))
     said = planned.said()
     assert again.preset == "default" and again.memory_gb == 10 and again.stored_as == "float32"
     assert again.configuration("3d_fullres").patch_size == (32, 48, 32)
     assert again.configuration("3d_fullres").network.kind == "plain"
+    assert sorted(again.configuration("3d_fullres").spacing) == [0.98, 0.99, 0.99]
     assert again.configuration("2d").patch_size == (32, 32)
     assert "preset" not in said.partition("planned again")[2].partition("\n")[0]
     assert "the plan differs from the one before: 2d (patch_size [56, 40] -> [32, 32]" in said
@@ -220,6 +222,33 @@ def test_an_adopted_plan_stays_adopted_when_its_file_is_gone(planned: Planned, t
     assert planned.copies == ["plans_1.json"], "the adopted plan is nowhere else"
 
 
+def test_a_spacing_beats_an_adopted_plan_and_edits_and_ends_with_the_option_in_plans_json(
+    planned: Planned, tmp_path: Path
+) -> None:
+    made = planned.plan()
+    (tmp_path / "theirs.json").write_text(made.to_json())
+    planned.plan(plans=tmp_path / "theirs.json")
+    coarse = planned.plan(spacing=2)
+    assert coarse.options is not None and coarse.options.adopted is None
+    assert coarse.configuration("3d_fullres").spacing == (2, 2, 2)
+    planned.set("3d_fullres", batch_size=7)
+    assert planned.plan().configuration("3d_fullres").batch_size == 7, "replanning keeps edits and the spacing"
+    assert planned.plan(spacing=2).configuration("3d_fullres").batch_size != 7
+    planned.edit(lambda content: content["options"].update(spacing=None))
+    assert planned.plan().trains_as(made)
+
+
+def test_a_spacing_for_which_labels_are_too_small_or_images_too_coarse_warns(planned: Planned) -> None:
+    """Each half of these hippocampi has about 1550 mm3."""
+    planned.plan(spacing=2)
+    assert "warning: the spacing" not in planned.said()
+    planned.plan(spacing=(9, 9, 9))
+    said = planned.said()
+    assert "warning: the spacing may lose labels; voxels that their median component would have: Anterior 2." in said
+    planned.plan(spacing=(0.4, 1, 1))
+    assert "warning: the spacing is finer than half of the data's (0.4 mm for 1 mm)" in planned.said()
+
+
 def test_options_that_no_longer_fit_are_refused_with_the_file_that_records_them(planned: Planned) -> None:
     planned.plan()
     planned.edit(lambda content: content["options"].update(sizes={"3d_lowres": {"batch_size": 4}}))
@@ -236,6 +265,11 @@ def test_options_that_no_longer_fit_are_refused_with_the_file_that_records_them(
         ({"patch_size": (0, 8, 8)}, "patch_size"),
         ({"batch_size": 0}, "batch_size"),
         ({"memory": 0}, "not positive"),
+        ({"spacing": 0}, r"spacing.0: Input should be greater than 0 \(found 0\)"),
+        ({"spacing": (1, 2)}, "2 numbers for images with 3 axes"),
+        ({"spacing": (1, 1, 1, 1)}, "spacing: must be one length in mm, or one for each axis"),
+        ({"spacing": 80}, "leaves no voxel along"),
+        ({"spacing": 2, "plans": "x.json"}, "--plans has a spacing of its own"),
     ],
 )
 def test_illegal_options_are_refused_and_nothing_is_written(

@@ -55,6 +55,10 @@ def test_every_recipe_loads_and_is_what_its_file_says(name: str) -> None:
 
 # Some values of each recipe.
 DISTINGUISHING: dict[str, dict[str, Any]] = {
+    "distill": {
+        "network.features_base": 8, "training.patch_voxels": 90_000, "training.time_limit": 30.0,
+        "augmentation.mirror_axes": [], "loss.distillation": 0.5, "training.teachers": [],
+    },
     "default": {
         "optimizer.name": "sgd", "optimizer.lr": 0.01, "optimizer.momentum": 0.99, "optimizer.weight_decay": 3e-5,
         "schedule.name": "poly", "training.epochs": 1000, "training.iterations": 250, "training.gradient_clip": 12.0,
@@ -68,6 +72,8 @@ DISTINGUISHING: dict[str, dict[str, Any]] = {
     },
     "fast": {"optimizer.name": "adamw", "optimizer.ema": 0.999, "schedule.name": "cosine", "training.epochs": 100},
     "cpu": {"optimizer.name": "adamw", "training.time_limit": 4.0, "augmentation.mirror_axes": []},
+    "cpu_body": {"plan.spacing": [2.5, 2.5, 2.5], "optimizer.name": "adamw", "augmentation.mirror_axes": []},
+    "finetune": {"optimizer.name": "sgd", "optimizer.lr": 1e-3, "schedule.warmup": 0.1, "training.epochs": 150},
 }  # fmt: skip
 PRESETS = ("resenc_m", "resenc_l", "resenc_xl")
 # The only keys in which an ablation differs from its base.

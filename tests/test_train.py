@@ -13,7 +13,7 @@ from samples import TINIEST
 import nnunet_lite
 from nnunet_lite.commands import train as commands
 from nnunet_lite.commands.train import fold_names
-from nnunet_lite.commands.training_run import plan_runs
+from nnunet_lite.commands.training_run import plan_for_settings, plan_runs
 from nnunet_lite.errors import Busy, UserError
 from nnunet_lite.evaluation.scores import Scores
 from nnunet_lite.files import read_json, write_json
@@ -164,6 +164,20 @@ def test_what_the_settings_change_of_the_plan_is_reported(workspace: Path, capfd
         "features [2, 4, 4] instead of [32, 64, 128, 256], norm batch instead of instance\n"
     )
     assert changes in capfd.readouterr().err
+
+
+def test_a_spacing_of_the_recipe_plans_again_and_keeps_the_other_options_of_the_plan(workspace: Path) -> None:
+    paths = planned_paths(workspace)
+    content = read_json(paths.plans)
+    content["memory_gb"] = 6
+    write_json(paths.plans, content)
+    (run,) = plan_runs(paths, load_settings("cpu_body"), ["3d_fullres"], ["0"])
+    assert run.folder.name == "3d_fullres-cpu_body" and run.plan.memory_gb == 6
+    assert run.plan.configuration("3d_fullres").spacing == (2.5, 2.5, 2.5)
+    content["options"]["spacing"] = [2, 2, 2]
+    write_json(paths.plans, content)
+    for recipe, spacing in (("resenc_m", 2), ("cpu_body", 2.5)):
+        assert plan_for_settings(paths, load_settings(recipe)).configuration("3d_fullres").spacing == (spacing,) * 3
 
 
 def test_a_run_resumes_where_only_the_explanations_of_the_plan_changed(workspace: Path, models: Path) -> None:

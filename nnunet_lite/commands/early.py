@@ -44,7 +44,7 @@ def answer_early(command: str, given: dict[str, Any]) -> options.About | None:
         There is no such recipe, setting, dataset, configuration, fold, model or image, or nothing is planned.
     """
     place, dataset = workspace_folder(given.get("workspace")), given.get("dataset")
-    if command in ("train", "run"):
+    if command in ("train", "distill", "run"):
         size = given.get("patch_size")
         changed = {f"training__{name}": given.get(name) for name in _OPTIONS}
         changed |= {"training__patch_size": size and options.sizes_of(size, "--patch-size")}
@@ -57,6 +57,9 @@ def answer_early(command: str, given: dict[str, Any]) -> options.About | None:
         return describe_training(paths, given.get("configuration"), given.get("workspace"))
     elif command == "train" and not given["configuration"].isdecimal():  # otherwise the words are in another order
         _check_folds(planned_paths(place, dataset), given)
+    elif command == "distill":
+        for model in given["models"]:
+            find_models(model, place, dataset)
     elif command == "predict":
         _check_prediction(place, dataset, given)
     elif command in ("select", "report"):

@@ -287,5 +287,5 @@ def _removable(paths: Paths) -> list[Path]:
     """Return what can be made again of a dataset."""
     store = paths.preprocessed
     indices = store.glob(f"*-{'[0-9a-f]' * 16}.json")  # see preprocessing/store.py
-    arrays = [path for path in (store / "cases", store / "raw.json", *indices) if path.exists()]
-    return arrays + [path for path in leftovers(paths.root, "**/.tmp*") if store / "cases" not in path.parents]
+    arrays = [path for path in (store / "cases", paths.teachers, store / "raw.json", *indices) if path.exists()]
+    return arrays + [path for path in leftovers(paths.root, "**/.tmp*") if not {*arrays} & {*path.parents}]

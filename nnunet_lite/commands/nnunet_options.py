@@ -19,7 +19,8 @@ from nnunet_lite.errors import UserError
 # an option of nnU-Net: ours that takes the same values
 _OURS = {
     "-device": "--device", "-gpu_memory_target": "--memory", "-np": "--workers", "-npfp": "--workers",
-    "-num_gpus": "--gpus", "-o": "--output", "-pretrained_weights": "--init", "-step_size": "--step-size",
+    "-num_gpus": "--gpus", "-o": "--output", "-overwrite_target_spacing": "--spacing", "-pretrained_weights": "--init",
+    "-step_size": "--step-size",
     "--continue_prediction": "--continue", "--disable_ensembling": "--no-ensembles", "--disable_tta": "--no-mirroring",
     "--save_probabilities": "--save-probabilities",
 }  # fmt: skip
@@ -56,7 +57,6 @@ _ANSWERS = {
            "only these."),
     "-fpe": ("DatasetFingerprintExtractor", _CLASSES),
     "-overwrite_plans_name": ("nnUNetPlans", "A workspace has one plan of a dataset; `-w FOLDER` takes another one."),
-    "-overwrite_target_spacing": ("", "Edit the spacing in plans.json; planning again keeps it."),
     "-p": _PLANS,
     "-pfile": ("", _ORDER),
     "-pl": ("ExperimentPlanner", "Give `nnlite plan DATA --preset {preset}`."),
@@ -70,7 +70,9 @@ _ANSWERS = {
 # arguments of ours that are options of nnU-Net
 _WORDS = {"-c": "configuration", "-d": "data", "-f": "fold"}
 # the values that an option takes after its first one, where the command has arguments too
-_MORE = {"fold": r"\d+|all(-folds)?", "configuration": r"[23]d\w*", "configurations": r"[23]d\w*"}
+_MORE = {
+    "fold": r"\d+|all(-folds)?", "configuration": r"[23]d\w*", "configurations": r"[23]d\w*", "spacing": r"[\d.]+",
+}  # fmt: skip
 _RESENC = re.compile(r"nnUNet(?:Planner)?ResEnc(?:UNet)?(M|L|XL)(?:Plans)?")  # plans and planners of nnU-Net
 _EPOCHS = re.compile(r"nnUNetTrainer_(\d+)epochs?")
 # a command of nnU-Net, without nnUNetv2_: what does it here

@@ -25,6 +25,7 @@ from nnunet_lite.planning.fingerprint import Fingerprint, check_and_fingerprint
 from nnunet_lite.planning.nnunet import plan_to_nnunet
 from nnunet_lite.planning.planner import apply_options, make_plan, memory_budget
 from nnunet_lite.planning.schema import Options, Plan, Precision
+from nnunet_lite.planning.spacing import warn_of_spacing
 from nnunet_lite.preprocessing.store import PreprocessingSummary, preprocess_dataset
 from nnunet_lite.preprocessing.store import prune as prune_store
 from nnunet_lite.settings import Preset
@@ -133,6 +134,12 @@ def plan(
     memory: Annotated[
         float | None, options.setting(help="GPU memory budget in GB.", show_default="the preset's: 8, 8, 24, 40")
     ] = None,
+    spacing: Annotated[
+        float | Sequence[float] | None,
+        options.setting(
+            metavar="MM", help="Target spacing: one length for all axes, or z y x.", show_default="as the data's"
+        ),
+    ] = None,
     plans: Annotated[str | Path | None, options.setting(help="Adopt this plans.json, ours or nnU-Net's.")] = None,
     patch_size: Annotated[
         str | Sequence[int] | None,
@@ -186,6 +193,9 @@ def plan(
         Kind of U-Net; default: as planned before.
     memory : float, optional
         GPU memory budget in GB; default: the preset's.
+    spacing : float or sequence of float, optional
+        mm that 3d_fullres resamples to: one for all axes, (z, y, x), or (y, x) of pictures; default: as planned before,
+        otherwise the data's. Patch, batch and the other configurations follow from it.
     plans : str or Path, optional
         Adopt this plans.json, ours or nnU-Net's.
     patch_size : str or sequence of int, optional
@@ -239,6 +249,7 @@ def plan(
     --------
     nnlite plan Task04_Hippocampus
     nnlite plan /data/Dataset004_Liver --preset resenc_m --memory 16
+    nnlite plan /data/Dataset004_Liver --spacing 2.5
     """
     # A mistake in the options is reported before minutes of reading.
     memory_budget(preset or "default", memory)
@@ -251,11 +262,14 @@ def plan(
     given = Options.check(
         preset=preset,
         memory_gb=memory,
+        spacing=spacing,
         adopted=None if plans is None else str(Path(plans).expanduser().absolute()),
         sizes={} if patch is None and batch_size is None else dict.fromkeys(resized, sizes),
         clip_percentiles=clip_percentiles,
         stored_as=store,
     )
+    if plans is not None and spacing is not None:
+        raise UserError("--plans has a spacing of its own, --spacing plans another", fix="Give one of the two.")
     if output is None and format != "nnlite":
         raise UserError(f"--format {format} is given without a file", fix="Say where to write it: --output FILE.")
     if from_fingerprint is not None:
@@ -310,6 +324,9 @@ def _plan_dataset(dataset: Dataset, paths: Paths, given: Options, rule: FoldRule
     write_stamps(paths.raw, raw)
     if splits is not None:
         write_splits(paths.splits, *splits)
+    if new.plan.options is not None and new.plan.options.spacing is not None:
+        planned = new.planned.configurations
+        warn_of_spacing(new.planned, planned.get("3d_fullres", planned["2d"]).spacing, dataset)
     own = [folder for folder in model_folders(paths) if not is_imported(folder)]
     trained = [folder.name for folder in own if any(map(is_begun, folder.glob("fold_*")))]
     if trained and earlier.plan is not None and not earlier.plan.trains_as(new.plan):
@@ -324,7 +341,8 @@ def _plan_fingerprint(fingerprint: Path, dataset_json: Path, about: dict[str, An
     channels, labels = channels_of(about, dataset_json), labels_of(about, dataset_json)
     name = str(about.get("name", dataset_json.absolute().parent.name))
     preset, n_cases = given.preset or "default", int(about.get("numTraining") or 0) or None
-    made = make_plan(Fingerprint.read(fingerprint), name, channels, labels, preset, given.memory_gb, n_cases)
+    taken = Fingerprint.read(fingerprint)
+    made = make_plan(taken, name, channels, labels, preset, given.memory_gb, n_cases, given.spacing)
     return apply_options(made, given)
 
 

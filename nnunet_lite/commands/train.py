@@ -32,12 +32,16 @@ from nnunet_lite.data.dataset import stored_dataset
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.cross_validation import validate_fold
 from nnunet_lite.evaluation.scores import Scores, four_digits, read_summaries
-from nnunet_lite.inference.first_stage import predict_first_stage, read_stage_map
+from nnunet_lite.inference.first_stage import predict_first_stage
+from nnunet_lite.inference.teachers import predict_teachers
 from nnunet_lite.inference.windows import window_starts
 from nnunet_lite.models import folder as models
 from nnunet_lite.networks.devices import release_memory
 from nnunet_lite.planning.schema import Plan, configuration_changes
+from nnunet_lite.planning.spacing import warn_of_spacing
+from nnunet_lite.planning.topology import join_by_x
 from nnunet_lite.preprocessing.store import open_case, preprocess_dataset
+from nnunet_lite.preprocessing.stored_case import open_array
 from nnunet_lite.settings import Settings, load_settings, time_text
 from nnunet_lite.system import process_age
 from nnunet_lite.training.cache import load_cases
@@ -431,11 +435,16 @@ def _preprocess_and_train(
     split, training = run.split, run.settings.training
     store = run.paths.preprocessed
     preprocess_dataset(run.dataset, run.plan, [run.configuration], store, training.workers)
-    stage_maps = _predict_first_stage(run, sorted({*split.training, *split.validation}), device)
+    stage_maps = _predict_first_stage(run, sorted({*split.training, *split.validation}), device) or {}
+    taught = predict_teachers(
+        run.paths, run.dataset, run.plan, run.configuration, training.teachers, split, str(device)
+    )
+    release_memory(device)  # of the networks that predicted
 
     def open_stored(case_id: str) -> Any:
         case = open_case(store, run.plan, run.configuration, case_id)
-        return case if stage_maps is None else replace(case, previous=read_stage_map(stage_maps[case_id]))
+        files = {"previous": stage_maps.get(case_id), "teacher": taught.get(case_id)}
+        return replace(case, **{name: open_array(file) for name, file in files.items() if file is not None})
 
     def load(ids: Sequence[str]) -> Sequence[Any]:
         reserve = run.plan.configuration(run.configuration).memory_gb or 0.0
@@ -466,8 +475,12 @@ def _preprocess_and_train(
 def _announce(run: TrainingRun) -> None:
     """Log how the network differs from the plan, and which folds are not used."""
     name, settings = run.configuration, run.settings
-    if settings.plan.preset is not None or settings.plan.memory is not None:
-        log.info(f"planned for the recipe: {run.plan.preset}, {run.plan.memory_gb:g} GB")
+    chosen = settings.plan
+    if (chosen.preset, chosen.memory, chosen.spacing) != (None, None, None):
+        spacing = run.plan.configuration(name).spacing
+        log.info(f"planned for the recipe: {run.plan.preset}, {run.plan.memory_gb:g} GB, {join_by_x(spacing)} mm")
+        if chosen.spacing is not None:
+            warn_of_spacing(run.plan, spacing, run.dataset)
     planned = Plan.read(run.paths.plans).configurations.get(name)
     changes = [] if planned is None else configuration_changes(planned, run.plan.configuration(name))
     changes = [change for change in changes if change.split()[0] not in _FROM_THE_PATCH] or changes

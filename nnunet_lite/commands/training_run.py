@@ -19,6 +19,7 @@ from nnunet_lite.commands.steps import Step
 from nnunet_lite.data.dataset import Dataset, stored_dataset
 from nnunet_lite.errors import UserError
 from nnunet_lite.inference.first_stage import FirstStage, find_first_stage
+from nnunet_lite.inference.teachers import find_teachers
 from nnunet_lite.models import folder as models
 from nnunet_lite.networks.build import build_network
 from nnunet_lite.networks.devices import pick_device
@@ -208,12 +209,15 @@ def _check_trainable(run: TrainingRun) -> None:
     Raises
     ------
     UserError
-        The logger's package is not installed, class weights or swaps of other labels, no such transform, a network
-        that cannot be built, or one that normalizes each process's part of a batch alone.
+        The logger's package is not installed, there is no such teacher, class weights or swaps of other labels, no such
+        transform, a network that cannot be built, or one that normalizes each process's part of a batch alone.
     """
     settings, cpu = run.settings, torch.device("cpu")
     require_logger(settings.training.logger)
     check_weights(settings.loss, run.plan.labels)
+    if not models.is_finished(run.fold_folder):
+        names = settings.training.teachers
+        find_teachers(run.paths, run.dataset, run.plan, run.configuration, names, run.split)
     check_augmentation(Job(run.plan, run.configuration, settings, 0, run.fold_folder, cpu, [], []))
     on_cpus = current_ranks().world > 1 and pick_device(run.device).type != "cuda"
     factory = settings.network.factory
@@ -241,16 +245,21 @@ def check_earlier_runs(runs: Sequence[TrainingRun]) -> None:
 
 
 def plan_for_settings(paths: Paths, settings: Settings) -> Plan:
-    """Return the plan of a dataset, or the one that a recipe's preset makes from its fingerprint.
+    """Return the plan of a dataset, or the one that a recipe's preset or spacing makes from its fingerprint.
 
     What was changed by hand about the channels (normalization, clipping) and the storage stays.
     """
-    plan, preset = Plan.read(paths.plans), settings.plan.preset
-    if preset in (None, plan.preset) and settings.plan.memory in (None, plan.memory_gb):
-        return plan
+    plan, memory = Plan.read(paths.plans), settings.plan.memory
+    planned = None if plan.options is None else plan.options.spacing
+    spacing = settings.plan.spacing or planned
+    if settings.plan.preset in (None, plan.preset):
+        if memory in (None, plan.memory_gb) and spacing == planned:
+            return plan
+        memory = memory or plan.memory_gb
     channels = tuple(channel.name for channel in plan.channels)
     fingerprint = Fingerprint.read(paths.fingerprint)
-    new = make_plan(fingerprint, plan.dataset, channels, plan.labels, preset or plan.preset, settings.plan.memory)
+    preset = settings.plan.preset or plan.preset
+    new = make_plan(fingerprint, plan.dataset, channels, plan.labels, preset, memory, spacing=spacing)
     return new.model_copy(update={"channels": plan.channels, "stored_as": plan.stored_as})
 
 

@@ -21,11 +21,11 @@ from nnunet_lite.evaluation.postprocessing import CasePair
 from nnunet_lite.evaluation.scores import CaseScore, Scores, read_summaries
 from nnunet_lite.files import write_json, write_text
 from nnunet_lite.inference.cases import output_file
-from nnunet_lite.inference.first_stage import read_stage_map
 from nnunet_lite.inference.folder import predict_cases
 from nnunet_lite.inference.predictor import Predictor, load
 from nnunet_lite.inference.record import PredictionRecord, describe_predictor
 from nnunet_lite.models.folder import SUMMARY, VALIDATION, now_as_text, versions_in_use
+from nnunet_lite.preprocessing.stored_case import open_array
 from nnunet_lite.system import pairs_at_once
 
 
@@ -75,7 +75,7 @@ def validate_fold(
     model = load(
         folder, [fold], device, changes, first_stage=stage_maps is None, trust_code=trust_code, workspace=workspace
     )
-    stage_classes = None if stage_maps is None else lambda case_id: read_stage_map(stage_maps[case_id])[:]
+    stage_classes = None if stage_maps is None else lambda case_id: open_array(stage_maps[case_id])[:]
     notes = [] if step_size is None else [f"windows {step_size:g} of the patch apart, to keep to the time limit"]
     return validate_cases(model, folder / f"fold_{fold}" / VALIDATION, dataset, case_ids, stage_classes, notes)
 

@@ -1,6 +1,6 @@
 """The first stage of a cascade, as its second stage needs it: which fold predicts which case, and the predictions.
 
-`find_first_stage` -> `predict_first_stage` -> `read_stage_map`. Each case is predicted by a fold that held it out,
+`find_first_stage` -> `predict_first_stage` -> `open_array`. Each case is predicted by a fold that held it out,
 from its preprocessed image. The logits are resampled linearly to the grid of the second stage, slab by slab, and become
 classes there: that is sharper than resampling a label map. Predictions are kept; other weights, settings, images or
 grids make them again.
@@ -32,6 +32,7 @@ from nnunet_lite.models.lookup import read_model
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.preprocessing.pipeline import Preprocessed
 from nnunet_lite.preprocessing.store import open_case, preprocess_dataset
+from nnunet_lite.preprocessing.stored_case import open_array
 from nnunet_lite.training.splits import ALL, Split, load_splits
 from nnunet_lite.workspace import Paths
 
@@ -164,7 +165,7 @@ def predict_first_stage(
     Returns
     -------
     dict of str to Path
-        Case id -> file, for `read_stage_map`.
+        Case id -> file, for `open_array`.
 
     Raises
     ------
@@ -243,13 +244,8 @@ def write_stage_map(file: Path, classes: np.ndarray, like: Any, key: str) -> Non
         stored.vlmeta["key"] = key
 
 
-def read_stage_map(file: Path) -> Any:
-    """Return the classes in a file, memory-mapped: `classes[z0:z1, y0:y1, x0:x1]` reads that box as a numpy array."""
-    return blosc2.open(str(file), mode="r", mmap_mode="r", dparams=blosc2.DParams(nthreads=1))
-
-
 def _stored_key(file: Path) -> str | None:
     if not file.is_file():
         return None
-    stored = read_stage_map(file)  # its metadata is valid as long as it exists
+    stored = open_array(file)  # its metadata is valid as long as it exists
     return str(stored.vlmeta["key"])

@@ -197,7 +197,7 @@ def predict_cases(
                 prepared = source.result()
                 began = time.monotonic()
                 classes = None if stage_classes is None else stage_classes(case.id)
-                label_map, arrays = segment(predictor, prepared, classes, maps, partial(_array_on_disk, out))
+                label_map, arrays = segment(predictor, prepared, classes, maps, partial(array_on_disk, out))
             except Exception as error:  # as above
                 fail(case, error)
                 continue
@@ -268,7 +268,7 @@ def _read_ahead(
         yield waiting.popleft()
 
 
-def _array_on_disk(folder: Path, shape: Sequence[int]) -> np.ndarray:
+def array_on_disk(folder: Path, shape: Sequence[int]) -> np.ndarray:
     """Return zeros (z, y, x), uint8, in a file without a name, which disappears with the array or the process.
 
     Maps may be larger than the memory.

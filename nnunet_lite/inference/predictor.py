@@ -212,7 +212,7 @@ def load(
     trusted = (lambda _: True) if trust_code else partial(is_model_of, root)
     predictors = [_load_model(path, folds, device, settings or {}, checkpoint, trusted, first_stage) for path in paths]
     for path, other in zip(paths[1:], predictors[1:], strict=True):
-        _check_vote(predictors[0].plan, other.plan, paths[0], path)
+        check_vote(predictors[0].plan, other.plan, paths[0], path)
     return replace(predictors[0], partners=tuple(predictors[1:]))
 
 
@@ -340,7 +340,7 @@ def _find_first_stage(folder: Path, second: _Trained) -> Path:
     return first
 
 
-def _check_vote(plan: Plan, other: Plan, path: Path, other_path: Path) -> None:
+def check_vote(plan: Plan, other: Plan, path: Path, other_path: Path) -> None:
     """Refuse models that cannot vote together. Within a dataset labels may have been renamed."""
     fix = "Models vote together on the same labels and channels, such as configurations of one plan."
     renamed = plan.dataset == other.dataset

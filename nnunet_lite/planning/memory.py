@@ -167,7 +167,7 @@ def training_memory(
     heads = heads[1:] or heads  # the coarsest one is not trained
     # Going back, the widest point is the gradient of a convolution's output together with that of its input.
     widest = max(layer.values + layer.inputs * layer.voxels for layer in layers if not layer.pools)
-    at_heads = LOSS_GRADIENT_BYTES * sum(h.values for h in heads) + SINGLE * heads[-1].inputs * voxels
+    at_heads = LOSS_GRADIENT_BYTES * sum(h.values for h in heads) + SINGLE * sum(h.inputs for h in heads[-1:]) * voxels
     ready = BATCHES * (SINGLE * inputs + 1)  # float32 images, uint8 classes
     maps = 2 if previous else 1
     read = SOURCE_SHARE * (HALF * channels + maps)

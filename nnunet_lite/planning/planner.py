@@ -91,6 +91,7 @@ def make_plan(
     preset: str = "default",
     memory_gb: float | None = None,
     n_cases: int | None = None,
+    spacing: Sequence[float] | None = None,
 ) -> Plan:
     """Plan all configurations of a dataset.
 
@@ -111,6 +112,8 @@ def make_plan(
         GPU memory budget in GB; the preset's own by default.
     n_cases : int, optional
         Number of training cases; by default the number of cases in the fingerprint.
+    spacing : sequence of float, optional
+        Target spacing in mm, see `target_spacing`; by default chosen by nnU-Net's rule.
 
     Returns
     -------
@@ -120,7 +123,8 @@ def make_plan(
     Raises
     ------
     UserError
-        The preset is unknown, no patch fits the budget, or the fingerprint has other channels.
+        The preset is unknown, no patch fits the budget, the fingerprint has other channels, or the spacing does not
+        fit the images.
     """
     gigabytes = memory_budget(preset, memory_gb)
     spacings = np.asarray(fingerprint.spacings, np.float64)
@@ -128,9 +132,13 @@ def make_plan(
     if not len(spacings):
         raise UserError("the fingerprint has no case", fix="Plan a dataset with at least one training case.")
     task = _Task(PRESETS[preset], gigabytes, n_cases or len(spacings), len(channels), labels)
-    target, reasons = target_spacing(spacings, shapes)
-    order = axis_order(target)
+    target, reasons = target_spacing(spacings, shapes, spacing)
     median = np.median(np.rint(spacings / target * shapes), axis=0)
+    if median.min() < 1:
+        raise UserError(f"a spacing of {join_by_x(target)} mm leaves no voxel along {_AXIS[int(np.argmin(median))]}",
+                        fix="Give a smaller one.")  # fmt: skip
+    # Single slices come first; nnU-Net's rule takes the coarsest axis, which theirs may not be.
+    order = axis_order(target if spacing is None else np.where(median == 1, np.inf, target))
     if order != (0, 1, 2):
         reasons.append(f"axes are taken in the order {', '.join(_AXIS[a] for a in order)}: the coarsest comes first")
     return Plan(
@@ -183,7 +191,9 @@ def plan_channels(fingerprint: Fingerprint, names: Sequence[str]) -> tuple[Chann
     )
 
 
-def target_spacing(spacings: np.ndarray, shapes: np.ndarray) -> tuple[np.ndarray, list[str]]:
+def target_spacing(
+    spacings: np.ndarray, shapes: np.ndarray, given: Sequence[float] | None = None
+) -> tuple[np.ndarray, list[str]]:
     """Choose the spacing that 3d_fullres resamples to.
 
     It is the median along each axis. Along an axis with voxels over three times as long, and over three times as few,
@@ -196,14 +206,29 @@ def target_spacing(spacings: np.ndarray, shapes: np.ndarray) -> tuple[np.ndarray
         mm, (z, y, x).
     shapes : ndarray, shape (cases, 3)
         Voxels after cropping, (z, y, x).
+    given : sequence of float, optional
+        mm to take instead: one length for all axes, (z, y, x), or (y, x) where images have one slice. The distance of
+        single slices stays as it is.
 
     Returns
     -------
     tuple of ndarray and list of str
         The spacing in mm, (z, y, x), and the reasons.
+
+    Raises
+    ------
+    UserError
+        Another number of lengths is given.
     """
     target = np.percentile(spacings, 50, axis=0)
     voxels = np.percentile(shapes, 50, axis=0)
+    if given is not None:
+        sampled = voxels > 1
+        if len(given) not in (1, 3, sampled.sum()):
+            what = f"a spacing of {len(given)} numbers for images with {sampled.sum()} axes"
+            raise UserError(what, fix="Give one length in mm, or one for each axis: z y x.")
+        target[sampled] = np.asarray(given)[sampled] if len(given) == 3 else given
+        return target, [f"spacing {join_by_x(target[sampled])} was set by hand"]
     coarse = int(np.argmax(target))
     others = [axis for axis in range(3) if axis != coarse]
     in_plane, fewest = target[others].max(), voxels[others].min()

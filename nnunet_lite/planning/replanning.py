@@ -98,8 +98,8 @@ def combine_options(given: Options, earlier: Options) -> Options:
     """Return the options of this call, and those of the earlier plan where this call gives none."""
     options = earlier.model_dump() | given.model_dump(exclude_none=True, exclude={"sizes"})
     if given.adopted is not None:  # it has its own network and sizes
-        options |= {"preset": given.preset, "memory_gb": given.memory_gb, "sizes": {}}
-    elif given.preset is not None or given.memory_gb is not None:
+        options |= {"preset": given.preset, "memory_gb": given.memory_gb, "spacing": None, "sizes": {}}
+    elif (given.preset, given.memory_gb, given.spacing) != (None, None, None):
         options["adopted"] = None
     for name, sizes in given.sizes.items():
         options["sizes"][name] = options["sizes"].get(name, {}) | sizes.model_dump(exclude_none=True)
@@ -170,8 +170,9 @@ def replan(
     options = combine_options(given, earlier.options)
     try:
         plan = adopted or make_plan(
-            fingerprint, dataset.name, dataset.channels, dataset.labels, options.preset or "default", options.memory_gb
-        )
+            fingerprint, dataset.name, dataset.channels, dataset.labels, options.preset or "default", options.memory_gb,
+            spacing=options.spacing,
+        )  # fmt: skip
         plan = apply_options(plan, options)
     except UserError as error:
         if options == given:
@@ -242,7 +243,8 @@ def _is_set(entry: Entry, given: Options) -> bool:
     if given.adopted is not None:
         return True
     if entry[0] == "configurations":
-        return given.preset is not None or given.memory_gb is not None or entry[1] in given.sizes
+        replanned = (given.preset, given.memory_gb, given.spacing) != (None, None, None)
+        return replanned or entry[1] in given.sizes
     return getattr(given, str(entry[-1]), None) is not None  # preset, memory_gb, stored_as, clip_percentiles
 
 

@@ -19,7 +19,7 @@ from nnunet_lite.data.problems import html_table
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import first_problem, must_be, read_json
 from nnunet_lite.planning.show import plan_head, plan_reasons, plan_rows, plan_table, plan_title
-from nnunet_lite.settings import flatten
+from nnunet_lite.settings import Millimetres, flatten
 
 Positive = Annotated[int, Field(gt=0)]
 KernelSize = Annotated[int, Field(gt=0), must_be("odd, or the kernel would have no centre", lambda size: size % 2)]
@@ -204,6 +204,7 @@ class Options(_Model):
 
     preset: str | None = Field(None, description="of `--preset`")
     memory_gb: Length | None = Field(None, description="of `--memory`")
+    spacing: Millimetres | None = Field(None, description="of `--spacing`: mm along all axes, or (z, y, x)")
     adopted: str | None = Field(None, description="the plans.json that was adopted instead of planning")
     sizes: dict[str, Sizes] = Field({}, description="by configuration")
     clip_percentiles: Percentiles | None = Field(None, description="of `--clip-percentiles`")
@@ -286,7 +287,10 @@ class Plan(_Model):
 
     def as_dict(self) -> dict[str, Any]:
         """Return the content of plans.json, without options where there are none, as in a model folder."""
-        return self.model_dump(mode="json", exclude={"options"} if self.options is None else None)
+        content = self.model_dump(mode="json", exclude={"options"} if self.options is None else None)
+        if self.options is not None and self.options.spacing is None:
+            del content["options"]["spacing"]  # an older nnlite reads plans that do without it
+        return content
 
     def trains_as(self, other: Plan) -> bool:
         """Whether both plans give the same arrays and networks."""

@@ -94,7 +94,7 @@ class Placement:
             The arrays do not show the same box of the image in the same orientation.
         """
         if (self.turn, self.box) != (second.turn, second.box):
-            raise UserError("the stages of the cascade turn or crop this image differently", fix="Train both again.")
+            raise UserError("two models turn or crop this image differently", fix="Train both again.")
         z, y, x = second.shape
         grid = Geometry(second.shape, second.new_spacing)
         return Placement(grid, Turn(), ((0, z), (0, y), (0, x)), self.new_spacing, self.new_spacing, self.shape)

@@ -4,6 +4,7 @@ preprocessed/
   raw.json                   stamps of the raw files, see raw_files.py
   3d_fullres-1c9a4e0b.json   for a configuration and its recipe: case id -> folder in cases/
   cases/case_001-5f.../      see stored_case.py
+  teachers/                  what models predict of the cases, see inference/teachers.py
 
 The name of a case's folder contains a hash of the raw files and of the recipe. So a changed label map makes one case
 again, a changed patch size none, and configurations whose arrays are equal share one copy. A run after a killed one
@@ -14,7 +15,6 @@ Read `preprocess_dataset` first, then `recipe_of` and `make_case`.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -30,7 +30,18 @@ from nnunet_lite.data.geometry import Turn
 from nnunet_lite.data.problems import plural
 from nnunet_lite.data.raw_files import RawCase, read_stamps, scan_raw_cases, unchanged_cases, write_stamps
 from nnunet_lite.errors import UserError, describe
-from nnunet_lite.files import SPARE, hash_of, lacks_space, locked, no_space, read_json, size_of, sweep, write_json
+from nnunet_lite.files import (
+    SPARE,
+    hash_of,
+    lacks_space,
+    locked,
+    no_space,
+    read_json,
+    remove,
+    size_of,
+    sweep,
+    write_json,
+)
 from nnunet_lite.planning.schema import Channel, Configuration, Plan, exact_storage
 from nnunet_lite.preprocessing import pipeline
 from nnunet_lite.preprocessing.resampling import one_blas_thread
@@ -226,9 +237,10 @@ def prune(folder: Path, plan: Plan) -> tuple[int, int]:
                 path.unlink()
         used = {key for path in indices if path.is_file() for key in read_json(path).values()}
         orphans = [path for path in folder.glob("cases/*") if path.name not in used]
+        orphans += [path for path in folder.glob("teachers/*/*.[bn]*") if path.stem not in used]  # .b2nd, .npy
         freed = sum(size_of(path) for path in orphans)
         for path in orphans:
-            shutil.rmtree(path)
+            remove(path)
     return len(orphans), freed
 
 

@@ -31,7 +31,8 @@ from nnunet_lite.preprocessing.pipeline import Placement, Preprocessed
 from nnunet_lite.preprocessing.resampling import label_boxes
 
 _BLOCK_BYTES = 1 << 16  # is decompressed at once: fits a core's cache
-_CHUNK_BYTES = 1 << 22
+_CHUNK_BYTES = 1 << 22  # of one channel
+_CHUNK_CHANNELS = 16  # at most
 _SAMPLES, _SHARE = 10_000, 0.01  # foreground voxels kept of each class: the larger of both, as in nnU-Net
 _ANNOTATED = -1
 _SLAB = 1 << 20  # voxels searched at a time
@@ -55,6 +56,8 @@ class CaseArrays:
         Voxels that are not ignored; None for a dataset without ignore label.
     previous : array or None, shape (z, y, x)
         Classes that the previous stage of a cascade predicted on this grid; see training/cascade.py.
+    teacher : array or None, shape (foreground classes or regions, z, y, x)
+        Probabilities that other models predict, uint8 with 255 for 1; see inference/teachers.py.
     """
 
     case_id: str
@@ -63,6 +66,7 @@ class CaseArrays:
     foreground: dict[int, np.ndarray]
     annotated: np.ndarray | None
     previous: Any = None
+    teacher: Any = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +119,8 @@ def read_stored_case(folder: Path, case_id: str) -> StoredCase:
             foreground[number] = voxels[start : start + count]
             start += count
     annotated = foreground.pop(_ANNOTATED, None)
-    label = _open(folder / "label.b2nd") if description["labelled"] else None
-    placement, image = Placement.from_json(description["placement"]), _open(folder / "image.b2nd")
+    label = open_array(folder / "label.b2nd") if description["labelled"] else None
+    placement, image = Placement.from_json(description["placement"]), open_array(folder / "image.b2nd")
     return StoredCase(case_id, image, label, foreground, annotated, placement=placement, key=folder.name)
 
 
@@ -156,11 +160,11 @@ def _write_files(folder: Path, case: Preprocessed, labels: Labels, patch: Sequen
     image, largest = case.image, max(-float(case.image.min()), float(case.image.max()))
     if precision == "float16" and largest <= float(np.finfo(np.float16).max):
         image = image.astype(np.float16)
-    _write(folder / "image.b2nd", image, patch)
+    write_array(folder / "image.b2nd", image, patch)
     voxels: list[tuple[int, np.ndarray]] = []
     if case.classes is not None:
         dtype = np.min_scalar_type(labels.outside_class)
-        _write(folder / "label.b2nd", case.classes.astype(dtype, copy=False), patch)
+        write_array(folder / "label.b2nd", case.classes.astype(dtype, copy=False), patch)
         voxels = sample_voxels(case.classes, labels)
         np.save(folder / "foreground.npy", np.concatenate([np.zeros((0, 3), np.int16), *(v for _, v in voxels)]))
     description = {
@@ -172,7 +176,8 @@ def _write_files(folder: Path, case: Preprocessed, labels: Labels, patch: Sequen
     (folder / "case.json").write_text(json.dumps(description))
 
 
-def _write(path: Path, array: np.ndarray, patch: Sequence[int]) -> None:
+def write_array(path: Path, array: np.ndarray, patch: Sequence[int]) -> None:
+    """Write an array (..., z, y, x) that is read in patches (z, y, x)."""
     import blosc2  # a sixth of a second, which predicting does not need
 
     chunks, blocks = chunks_and_blocks(array.shape, patch, array.itemsize)
@@ -181,7 +186,8 @@ def _write(path: Path, array: np.ndarray, patch: Sequence[int]) -> None:
     blosc2.asarray(np.ascontiguousarray(array), urlpath=str(path), chunks=chunks, blocks=blocks, cparams=how, mode="w")
 
 
-def _open(path: Path) -> Any:
+def open_array(path: Path) -> Any:
+    """Open an array on disk: `array[..., z0:z1, y0:y1, x0:x1]` reads that box as a numpy array."""
     import blosc2
 
     return blosc2.open(str(path), mode="r", mmap_mode="r", dparams=blosc2.DParams(nthreads=1))
@@ -190,7 +196,7 @@ def _open(path: Path) -> Any:
 def chunks_and_blocks(shape: Sequence[int], patch: Sequence[int], itemsize: int) -> tuple[list[int], list[int]]:
     """Choose blosc2's chunks (units of the file) and blocks (units of decompression) for arrays read in patches.
 
-    Both are the patch, halved along its longest axis until small enough; a block has one channel.
+    Both are the patch, halved along its longest axis until small enough. A chunk has 16 channels at most, a block one.
 
     Parameters
     ----------
@@ -216,7 +222,7 @@ def chunks_and_blocks(shape: Sequence[int], patch: Sequence[int], itemsize: int)
         return size
 
     chunks = halve([min(n, p) for n, p in zip(shape[lead:], patch, strict=True)], _CHUNK_BYTES)
-    return [*shape[:lead], *chunks], [*[1] * lead, *halve(chunks, _BLOCK_BYTES)]
+    return [*(min(n, _CHUNK_CHANNELS) for n in shape[:lead]), *chunks], [*[1] * lead, *halve(chunks, _BLOCK_BYTES)]
 
 
 def sample_voxels(classes: np.ndarray, labels: Labels) -> list[tuple[int, np.ndarray]]:

@@ -29,6 +29,7 @@ from nnunet_lite.system import GB, allow_open_files, cpus, free_memory, in_units
 
 Cache = Literal["auto", "device", "ram", "disk"]
 _SHARE = 0.5  # of the free memory, at most, is used for cases
+_ARRAYS = ("image", "label", "previous", "teacher")  # of a case
 _PLACES = {"device": "kept on {device}", "ram": "kept in RAM", "disk": "read from disk"}
 
 
@@ -125,10 +126,7 @@ def map_cases(cases: Sequence[StoredCase]) -> Sequence[CaseArrays]:
             with atomic(_copy_of(array)) as temporary:
                 np.save(temporary, array[:])
 
-    def mapped(array: Any) -> Any:
-        return None if array is None else np.load(_copy_of(array), mmap_mode="r")
-
-    return [replace(c, image=mapped(c.image), label=mapped(c.label), previous=mapped(c.previous)) for c in cases]
+    return [replace(case, **_change_arrays(case, lambda a: np.load(_copy_of(a), mmap_mode="r"))) for case in cases]
 
 
 def _copy_of(array: Any) -> Path:
@@ -144,8 +142,8 @@ def load_case(case: StoredCase) -> CaseArrays:
     """Read a case into RAM and leave none of its files open."""
     voxels = {number: np.array(v) for number, v in case.foreground.items()}
     annotated = None if case.annotated is None else np.array(case.annotated)
-    previous = None if case.previous is None else case.previous[:]
-    return CaseArrays(case.case_id, case.image[:], case.label[:], voxels, annotated, previous)
+    arrays = _change_arrays(case, lambda array: array[:])
+    return CaseArrays(case.case_id, foreground=voxels, annotated=annotated, **arrays)
 
 
 def move_case(case: CaseArrays, device: torch.device) -> CaseArrays:
@@ -155,12 +153,16 @@ def move_case(case: CaseArrays, device: torch.device) -> CaseArrays:
         is_wide = array.dtype.itemsize > 1 and array.dtype.kind == "u"  # torch can hold these, but not calculate
         return torch.from_numpy(array.astype(np.int32) if is_wide else array).to(device)
 
-    previous = None if case.previous is None else tensor(case.previous)
-    return replace(case, image=tensor(case.image), label=tensor(case.label), previous=previous)
+    return replace(case, **_change_arrays(case, tensor))
 
 
-def _arrays_of(case: StoredCase) -> list[Any]:
-    return [array for array in (case.image, case.label, case.previous) if array is not None]
+def _change_arrays(case: CaseArrays, change: Callable[[Any], Any]) -> dict[str, Any]:
+    """Return the arrays that a case has, changed, by their names."""
+    return {name: change(array) for name in _ARRAYS if (array := getattr(case, name)) is not None}
+
+
+def _arrays_of(case: CaseArrays) -> list[Any]:
+    return list(_change_arrays(case, lambda array: array).values())
 
 
 def _bytes(arrays: Iterable[Any]) -> int:

@@ -36,10 +36,12 @@ from nnunet_lite.training.cascade import CascadeDraw, append_previous, draw_casc
 from nnunet_lite.training.distributed import rank_share
 from nnunet_lite.training.job import Job
 
-Batch = tuple[Tensor, Tensor, tuple[str, ...]]  # images (batch, inputs, *patch), classes (batch, *patch), case ids
+# images (batch, inputs, *patch), followed by the probabilities of teachers; classes (batch, *patch); case ids
+Batch = tuple[Tensor, Tensor, tuple[str, ...]]
 Item = TypeVar("Item", bound=tuple[Any, ...])
 
 _AUGMENTING = Lock()
+_TEACHER_STEPS = 255  # of a stored probability, which is uint8
 _GPU_WORKERS = 2  # one thread reads while the other waits for the disk or for the interpreter
 
 
@@ -225,8 +227,10 @@ def build_batch(job: Job, cases: Sequence[CaseArrays], draw: BatchDraw) -> Batch
     read = _read_reference if augmented and settings.pipeline == "batchgenerators" else _read_native
     images, classes = read(job, cases, draw)
     if draw.intensity:
+        n = len(job.plan.channels)
         with _one_at_a_time(job.device):
-            images = augmentation.apply_intensity(images, draw.intensity)
+            changed = augmentation.apply_intensity(images[:, :n], draw.intensity)
+            images = changed if images.shape[1] == n else torch.cat([changed, images[:, n:]], 1)
     if draw.flips is not None:
         augmentation.apply_mirror(images, classes, draw.flips, swap_of(job.plan, settings, job.dimensions))
         if settings.extra:
@@ -246,7 +250,7 @@ def build_batch(job: Job, cases: Sequence[CaseArrays], draw: BatchDraw) -> Batch
 
 
 def _read_native(job: Job, cases: Sequence[CaseArrays], draw: BatchDraw) -> tuple[Tensor, Tensor]:
-    """Patches on the device, rotated and scaled: images (n, channels, z, y, x) float32, classes (n, maps, z, y, x)."""
+    """Patches on the device, rotated and scaled: images in float32, and classes, as `read_patches` returns them."""
     moved = [location.matrix is not None for location in draw.locations]
     order = np.argsort(moved, kind="stable")  # those without a matrix come first
     n_still = len(moved) - sum(moved)
@@ -396,7 +400,8 @@ def read_patches(
     Returns
     -------
     images : Tensor, shape (n, channels, z, y, x)
-        float16, or float32 where a case is stored so.
+        float16, or float32 where a case is stored so. Where cases have a teacher, its probabilities are the last
+        channels; beyond the image they are 0.
     classes : Tensor, shape (n, maps, z, y, x)
         Classes of the label and, in the second stage of a cascade, those that the first stage predicted.
     """
@@ -405,16 +410,20 @@ def read_patches(
     images, classes = _empty_patches([cases[location.case] for location in locations], common, device)
     resident = isinstance(cases[0].image, Tensor)
     rows = zip(*((x if resident else x.numpy()) for x in (images, classes)), strict=True)
+    n_channels = cases[0].image.shape[0]
     for location, shape, (image, maps) in zip(locations, shapes, rows, strict=True):
         case, corner = cases[location.case], enlarge(location, patch, shape).corner
         if list(shape) != common:
             image[...] = maps[...] = 0
             inner = (..., *(slice((w - s) // 2, (w + s) // 2) for w, s in zip(common, shape, strict=True)))
             image, maps = image[inner], maps[inner]
-        read_box(case.image, corner, image)
+        read_box(case.image, corner, image[:n_channels])
         read_box(case.label, corner, maps[0], beyond)
         if case.previous is not None:
             read_box(case.previous, corner, maps[1])
+        if case.teacher is not None:
+            read_box(case.teacher, corner, image[n_channels:])
+            image[n_channels:] /= _TEACHER_STEPS
     non_blocking = device.type == "cuda"
     return images.to(device, non_blocking=non_blocking), classes.to(device, non_blocking=non_blocking)
 
@@ -427,7 +436,8 @@ def _empty_patches(cases: Sequence[CaseArrays], shape: Sequence[int], device: to
     dtype = torch.float32 if any(case.image.dtype.itemsize > 2 for case in cases) else torch.float16
     label_dtype = torch.uint8 if first.label.dtype.itemsize == 1 else torch.int32
     maps = 1 if first.previous is None else 2
-    images = torch.empty((len(cases), first.image.shape[0], *shape), dtype=dtype, **options)
+    n_channels = first.image.shape[0] + (0 if first.teacher is None else first.teacher.shape[0])
+    images = torch.empty((len(cases), n_channels, *shape), dtype=dtype, **options)
     return images, torch.empty((len(cases), maps, *shape), dtype=label_dtype, **options)
 
 

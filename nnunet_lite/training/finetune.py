@@ -1,7 +1,7 @@
 """Fine-tuning: a network that starts from the weights of a trained model, and weights that stay as they are.
 
 `open_source` (which fold) -> `adopt_plan` (what the weights depend on) -> `start_from` (copy what fits) -> `freeze`.
-The learning rate stays the recipe's. Fine-tuning usually takes a tenth of the default one: `--lr 0.001`.
+The learning rate stays the recipe's; the recipe `finetune` has a tenth of the default one.
 """
 
 from __future__ import annotations

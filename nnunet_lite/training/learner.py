@@ -148,12 +148,14 @@ def parallelize(job: Job, learner: Learner) -> Learner:
 def compute_loss(job: Job, learner: Learner, batch: Batch) -> tuple[Tensor, Any]:
     """Return the loss of a batch over all processes, and the network's output."""
     images, classes, _ = batch
+    n_inputs = job.plan.n_inputs(job.configuration)
+    teacher = images[:, n_inputs:] if images.shape[1] > n_inputs else None
     with learner.compute.autocast(job.device):
-        outputs = learner.forward(learner.compute.arrange(images))
+        outputs = learner.forward(learner.compute.arrange(images[:, :n_inputs]))
     if job.settings.network.factory is not None and isinstance(outputs, list) and len(outputs) > 1:
         outputs = outputs[:-1]  # as in nnU-Net, the coarsest one has no part in the loss
     reduce = sum_over_ranks if job.ranks.world > 1 else alone
-    loss = deep_supervision_loss(outputs, classes, job.plan, job.configuration, job.settings.loss, reduce=reduce)
+    loss = deep_supervision_loss(outputs, classes, job.plan, job.configuration, job.settings.loss, teacher, reduce)
     return loss, outputs
 
 

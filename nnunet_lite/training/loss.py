@@ -1,8 +1,9 @@
-"""Cross-entropy, soft Dice, top-k and binary cross-entropy with deep supervision, for classes and for regions.
+"""Cross-entropy, soft Dice, top-k, binary cross-entropy and component Dice with deep supervision.
 
 Dice: Drozdzal et al. 2016 (arXiv:1608.04117) in the form of nnU-Net: mean over the foreground channels of
 (2 tp + s) / (sum p + sum y + s), s = 1e-5, over each sample, or over the whole batch (`batch_dice`). Top-k: Wu et al.
-2016 (arXiv:1605.06885). All terms work on class indices, without a one-hot copy of the target.
+2016 (arXiv:1605.06885). Component Dice: Bouteille et al. 2025 (arXiv:2511.17146), of every lesion alone. All other
+terms work on class indices, without a one-hot copy of the target.
 
 Every sum that enters a ratio goes through `reduce`. Where that sums over the ranks of a data-parallel run
 (`distributed.sum_over_ranks`), each rank has the loss of the whole batch, even if it is split unequally. Read
@@ -15,8 +16,11 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
+import cc3d
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from nnunet_lite.data.labels import Labels
@@ -63,6 +67,7 @@ def deep_supervision_loss(
     plan: Plan,
     configuration: str,
     settings: LossSettings,
+    teacher: Tensor | None = None,
     reduce: Reduce = alone,
 ) -> Tensor:
     """Return the weighted sum of the losses of all outputs of a network.
@@ -77,6 +82,8 @@ def deep_supervision_loss(
         Labels and batch Dice.
     settings : LossSettings
         Weights of the terms.
+    teacher : Tensor, shape (batch, foreground channels, *patch), optional
+        Probabilities that other models predict, of each class but the background, or of each region.
     reduce : callable
         Sums over ranks, see the module.
     """
@@ -84,7 +91,7 @@ def deep_supervision_loss(
     labels = plan.labels
     total = outputs[0].new_zeros((), dtype=torch.float32)
     for output, weight in zip(outputs, deep_supervision_weights(len(outputs)), strict=True):
-        total = total + weight * segmentation_loss(
+        loss = segmentation_loss(
             output,
             downsample_classes(classes, output.shape[2:]),
             settings,
@@ -93,6 +100,11 @@ def deep_supervision_loss(
             regions=labels.region_classes if labels.has_regions else None,
             reduce=reduce,
         )
+        if teacher is not None:
+            flat = downsample_classes(teacher.flatten(0, 1), output.shape[2:])
+            divergence = distillation_loss(output, flat.unflatten(0, teacher.shape[:2]), labels.has_regions, reduce)
+            loss = (1 - settings.distillation) * loss + settings.distillation * divergence
+        total = total + weight * loss
     return total
 
 
@@ -112,7 +124,7 @@ def segmentation_loss(
     regions: Regions | None = None,
     reduce: Reduce = alone,
 ) -> Tensor:
-    """Return the weighted terms of one output: CE + top-k + BCE - Dice.
+    """Return the weighted terms of one output: CE + top-k + BCE - Dice - component Dice.
 
     Parameters
     ----------
@@ -161,14 +173,50 @@ def segmentation_loss(
             loss = loss + settings.top_k * _top_k(entropy, factor, settings.top_k_share, reduce)
     if bce:
         loss = loss + bce * _binary_of_classes(logits, classes, valid, weights, reduce)
+    if regions is None:  # Dice is that of the foreground
+        weights = None if weights is None else weights[1:]
     if settings.dice:
         if regions is None:
             overlap, total = (sums[:, 1:] for sums in class_sums(log_probabilities.exp(), classes, valid))
-            weights = None if weights is None else weights[1:]
         else:
             overlap, total = region_sums(logits.sigmoid(), target, valid)
         loss = loss - settings.dice * _dice(overlap, total, weights, batch_dice, reduce)
+    if settings.component_dice:
+        if regions is None:
+            p, y = log_probabilities.exp()[:, 1:], one_hot(classes, logits.shape[1])
+        else:
+            p, y = logits.sigmoid(), target
+        p = p if valid is None else p * valid[:, None]
+        loss = loss - settings.component_dice * _component_dice(p, y.to(p.dtype), weights, reduce)
     return loss
+
+
+def distillation_loss(logits: Tensor, teacher: Tensor, regions: bool = False, reduce: Reduce = alone) -> Tensor:
+    """Return the mean Kullback-Leibler divergence of a network's probabilities from those of other models.
+
+    Source: Hinton, Vinyals and Dean 2015 (arXiv:1503.02531), at a temperature of 1. Every voxel counts, those that are
+    not annotated too: there the teacher is the annotator.
+
+    Parameters
+    ----------
+    logits : Tensor, shape (batch, channels, *patch)
+        Output of the network.
+    teacher : Tensor, shape (batch, foreground channels, *patch)
+        Probabilities of each class but the background, or of each region.
+    regions : bool
+        Whether channels are regions, each of which is a binary problem; the mean over them counts.
+    reduce : callable
+        Sums over ranks, see the module.
+    """
+    logits = logits.float()
+    if regions:
+        log_probabilities = torch.cat([F.logsigmoid(logits), F.logsigmoid(-logits)], 1)
+        target = torch.cat([teacher, 1 - teacher], 1)
+    else:
+        log_probabilities = logits.log_softmax(1)
+        target = torch.cat([(1 - teacher.sum(1, keepdim=True)).clamp_min(0), teacher], 1)
+    divergence = F.kl_div(log_probabilities, target, reduction="none").sum(1) / (logits.shape[1] if regions else 1)
+    return _ratio(divergence, torch.ones_like(divergence), reduce)
 
 
 def _over_positions(weights: Tensor, logits: Tensor) -> Tensor:
@@ -200,19 +248,23 @@ def class_sums(probabilities: Tensor, classes: Tensor, valid: Tensor | None = No
     if valid is not None:
         ones = valid.flatten(1).to(p.dtype)
         p, at_y = p * ones[:, None], at_y * ones
-    if p.device.type == "cpu":
-        # voxels are added one by one: in float32 the sums of millions would be off by percents
-        base = p.new_zeros(p.shape[:2], dtype=torch.float64)
-        overlap, n_target = (base.scatter_add(1, y, values.double()) for values in (at_y, ones))
-    else:
-        overlap, n_target = (SumByClass.apply(values, y, p.shape[1]) for values in (at_y, ones))
+    overlap, n_target = (_sum_by_class(values, y, p.shape[1]) for values in (at_y, ones))
     return overlap, n_target + p.sum(2, dtype=sum_dtype(p.device))
 
 
-class SumByClass(torch.autograd.Function):
-    """Sums of values (batch, voxels) over the voxels of each class: (batch, classes).
+def _sum_by_class(values: Tensor, classes: Tensor, n_classes: int) -> Tensor:
+    """Sums of values (batch, voxels) over the voxels of each class: (batch, classes)."""
+    if values.device.type == "cpu":
+        # voxels are added one by one: in float32 the sums of millions would be off by percents
+        base = values.new_zeros((len(values), n_classes), dtype=torch.float64)
+        return base.scatter_add(1, classes, values.double())
+    return SumByClass.apply(values, classes, n_classes)
 
-    On a GPU a scatter of millions of voxels to a few sums waits at each of them. Products with `classes == c` do not,
+
+class SumByClass(torch.autograd.Function):
+    """The sums of `_sum_by_class` on a GPU.
+
+    There a scatter of millions of voxels to a few sums waits at each of them. Products with `classes == c` do not,
     and need the memory of one class at a time. The backward pass keeps nothing but the classes.
     """
 
@@ -251,6 +303,38 @@ def _dice(overlap: Tensor, total: Tensor, weights: Tensor | None, batch_dice: bo
     if batch_dice:
         return of_sample.float()
     return _ratio(of_sample, torch.ones_like(of_sample), reduce)
+
+
+def _component_dice(p: Tensor, y: Tensor, weights: Tensor | None, reduce: Reduce) -> Tensor:
+    """Mean Dice over the components of all samples and channels (batch, channels, *patch), each in its own region."""
+    above = below = p.new_zeros(())
+    for sample, channel in y.flatten(2).any(2).nonzero().tolist():
+        nearest, n = nearest_components(y[sample, channel])
+        one_p, one_y = (values[sample, channel].reshape(1, -1) for values in (p, y))
+        overlap, total = (_sum_by_class(values, nearest.reshape(1, -1), n) for values in (one_p * one_y, one_p + one_y))
+        weight = p.new_ones(()) if weights is None else weights[channel]
+        above = above + weight * ((2 * overlap + SMOOTH) / (total + SMOOTH)).sum()
+        below = below + weight * n
+    return _ratio(above, below, reduce)
+
+
+def nearest_components(mask: Tensor) -> tuple[Tensor, int]:
+    """Return which connected component is nearest to each voxel, by distance in voxels, and how many there are.
+
+    Parameters
+    ----------
+    mask : Tensor, shape (z, y, x) or (y, x)
+        Not 0 in at least one voxel. On a GPU it is copied to the CPU and back.
+
+    Returns
+    -------
+    tuple of Tensor and int
+        Numbers from 0, of the shape of the mask, and their count.
+    """
+    inside = mask.bool().cpu().numpy()
+    numbers, n = cc3d.connected_components(inside, connectivity=26 if mask.ndim == 3 else 8, return_N=True)
+    nearest = distance_transform_edt(~inside, return_distances=False, return_indices=True)
+    return torch.from_numpy(numbers[tuple(nearest)].astype(np.int64) - 1).to(mask.device), n
 
 
 def _top_k(entropy: Tensor, weights: Tensor, share: float, reduce: Reduce) -> Tensor:

@@ -41,7 +41,7 @@ SEED = 12345  # nnU-Net's, so that folds can be compared
 _READERS = 4  # label maps in memory at the same time
 _VOLUME_PARTS = 4  # strata by volume, at most
 _BY_LABELS = "labels"  # the recorded name of the strata of `--stratify`
-_CASES = "cases.json"
+CASES = "cases.json"
 _TABLES = (".csv", ".tsv")
 _FIX = "Correct or remove it, or give --folds, --group-by, --stratify or --splits."
 
@@ -568,7 +568,7 @@ def refuse_other_cases(folder: Path, split: Split, file: Path, dataset: Dataset,
     ids = tuple(_ids([*dataset.cases, *dataset.excluded]))
     whole = [Split(ALL, ids, ids)] if split.name == ALL else load_splits(file)
     expected = [(one.name, _fingerprint(one)) for one in (*whole, *leave_out(whole, dataset))]
-    for cases_file in sorted(folder.glob(f"fold_*/{_CASES}")):
+    for cases_file in sorted(folder.glob(f"fold_*/{CASES}")):
         name = cases_file.parent.name.removeprefix("fold_")
         if (name == ALL) != (split.name == ALL) or (restart and name == split.name):
             continue
@@ -586,14 +586,14 @@ def refuse_excluded(fold_folder: Path, split: Split) -> None:
     UserError
         It began with cases that `--exclude` leaves out now, or without some that it left out then.
     """
-    if (file := fold_folder / _CASES).is_file() and read_json(file) != _fingerprint(split):
+    if (file := fold_folder / CASES).is_file() and read_json(file) != _fingerprint(split):
         what = "began with other cases than --exclude leaves now; plan with those of then to train it further"
         raise UserError(what, fold_folder, "Or start again with --restart.")
 
 
 def record_cases(fold_folder: Path, split: Split) -> None:
     """Write which cases a fold is trained on, for `refuse_other_cases`."""
-    write_json(fold_folder / _CASES, _fingerprint(split))
+    write_json(fold_folder / CASES, _fingerprint(split))
 
 
 def _fingerprint(split: Split) -> dict[str, Any]:

@@ -1,0 +1,199 @@
+"""What teachers predict is what `nnlite predict` writes; it is kept; and no fold learns from its held-out cases."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+from samples import FAST, TINY
+
+import nnunet_lite
+from nnunet_lite.commands.inventory import clean
+from nnunet_lite.data.dataset import Dataset, stored_dataset
+from nnunet_lite.errors import UserError
+from nnunet_lite.files import read_json, write_json
+from nnunet_lite.inference.predictor import load
+from nnunet_lite.inference.teachers import find_teachers, predict_teachers
+from nnunet_lite.planning.schema import Plan
+from nnunet_lite.preprocessing.pipeline import predicted_part
+from nnunet_lite.preprocessing.store import open_case, prune
+from nnunet_lite.preprocessing.stored_case import open_array
+from nnunet_lite.training.splits import Split, read_split
+from nnunet_lite.workspace import Paths
+
+CONFIGURATION = "3d_fullres"
+Find = Callable[..., dict[Path, list[str]]]
+SMALL = {**TINY, **FAST, "training.epochs": 1, "training.iterations": 1}
+
+
+def change_weights(model: Path, factor: float) -> None:
+    for file in model.glob("fold_*/model.safetensors"):
+        weights = load_file(file)
+        save_file({name: factor * value for name, value in weights.items()}, file, {"state": "{}"})
+
+
+@pytest.fixture(scope="module")
+def paths(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Paths:
+    """A workspace with the models `tiny` and `other`, whose weights differ; `tiny` predicts fast."""
+    workspace = tmp_path_factory.mktemp("taught") / "workspace"
+    shutil.copytree(tiny_model.parents[2], workspace)
+    paths = Paths(workspace / "Task04_Hippocampus")
+    for name in {path.name for path in paths.models.iterdir()} - {"tiny"}:
+        shutil.rmtree(paths.models / name)
+    run = read_json(paths.models / "tiny" / "run.json")
+    run["settings"]["inference"] |= {key.partition(".")[2]: value for key, value in FAST.items()}
+    write_json(paths.models / "tiny" / "run.json", run)
+    shutil.copytree(paths.models / "tiny", paths.models / "other")
+    change_weights(paths.models / "other", 1.5)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def dataset(paths: Paths) -> Dataset:
+    return stored_dataset(paths.dataset)
+
+
+@pytest.fixture
+def find(paths: Paths, dataset: Dataset) -> Find:
+    def find(*names: str, fold: str = "all", plan: Plan | None = None) -> dict[Path, list[str]]:
+        plan = plan or Plan.read(paths.plans)
+        return find_teachers(paths, dataset, plan, CONFIGURATION, names, read_split(paths.splits, dataset, fold))
+
+    return find
+
+
+def test_targets_are_the_probabilities_that_predict_writes(paths: Paths, dataset: Dataset) -> None:
+    plan, case = Plan.read(paths.plans), dataset.cases[0]
+    names, split = ["tiny", "other"], Split("all", (case.id,), (case.id,))
+
+    def predict() -> Path:
+        return predict_teachers(paths, dataset, plan, CONFIGURATION, names, split, "cpu")[case.id]
+
+    file = predict()
+    found, placement = open_array(file)[:], open_case(paths.preprocessed, plan, CONFIGURATION, case.id).placement
+    together = load([paths.models / name for name in names], device="cpu")
+    expected = together(case.images[0], probabilities="all").probabilities()
+    assert list(expected)[1:] == list(plan.labels.region_names)
+    for channel, map_ in zip(found, list(expected.values())[1:], strict=True):
+        part = np.asarray(predicted_part(map_, placement), np.float32)
+        assert np.abs(channel / np.float32(255) - part).max() <= 1 / 255
+    assert 0 < found.mean() < 255
+
+    before = file.stat().st_mtime_ns
+    assert predict() == file and file.stat().st_mtime_ns == before
+    change_weights(paths.models / "other", 1.1)
+    assert predict().parent != file.parent
+
+
+def test_what_teachers_predict_is_deleted_with_the_cases(paths: Paths, dataset: Dataset, tmp_path: Path) -> None:
+    plan, case = Plan.read(paths.plans), dataset.cases[1]
+    file = predict_teachers(paths, dataset, plan, CONFIGURATION, ["tiny"], Split("all", (case.id,), (case.id,)), "cpu")[
+        case.id
+    ]
+    assert str(paths.teachers) in clean(workspace=paths.root.parent).values["files"]
+    store = Path(shutil.copytree(paths.preprocessed, tmp_path / "preprocessed"))
+    kept = store / file.relative_to(paths.preprocessed)
+    shutil.copy(kept, kept.with_name("of_another_grid-5f.b2nd"))
+    assert prune(store, plan)[0] == 1
+    assert kept.is_file() and not kept.with_name("of_another_grid-5f.b2nd").exists()
+
+
+def test_a_fold_learns_from_the_same_fold_alone(paths: Paths, find: Find) -> None:
+    shutil.copytree(paths.models / "tiny", paths.models / "two")
+    shutil.copytree(paths.models / "two" / "fold_0", paths.models / "two" / "fold_1")
+    (paths.models / "two" / "fold_1" / "cases.json").unlink()
+    assert find("tiny", "two") == {paths.models / "tiny": ["0"], paths.models / "two": ["0", "1"]}
+    assert find("two", fold="0") == {paths.models / "two": ["0"]}
+    for name in ("tiny", "two"):  # nobody knows which cases that of `two` was trained on
+        with pytest.raises(UserError, match="has not trained fold 1 here; fold 1 learns from the same fold"):
+            find(name, fold="1")
+
+
+def test_models_that_cannot_teach_are_refused(paths: Paths, find: Find) -> None:
+    plan, other = Plan.read(paths.plans), paths.models / "labels"
+    with pytest.raises(UserError, match=r"no model unknown of Task04_Hippocampus to learn from\. Its models: .*tiny"):
+        find("tiny", "unknown")
+    shutil.copytree(paths.models / "tiny", other)
+    described = read_json(other / "plans.json")
+    described["labels"]["names"]["Posterior"] = 3
+    write_json(other / "plans.json", described)
+    with pytest.raises(UserError, match="labels: has other labels than"):
+        find("labels")
+    stage = plan.configuration(CONFIGURATION).model_copy(update={"previous_stage": "2d"})
+    second = plan.model_copy(update={"configurations": plan.configurations | {CONFIGURATION: stage}})
+    with pytest.raises(UserError, match="second stage of a cascade cannot learn"):
+        find("tiny", plan=second)
+    (other / "plans.json").write_bytes((paths.models / "tiny" / "plans.json").read_bytes())
+    shutil.rmtree(other / "fold_0")
+    with pytest.raises(UserError, match="has no trained fold to learn from"):
+        find("labels")
+    splits = read_json(paths.splits)
+    splits[0]["train"].append(splits[0]["val"].pop())
+    before = paths.splits.read_bytes()
+    write_json(paths.splits, splits)
+    try:
+        with pytest.raises(UserError, match="fold 0 was trained on other cases than"):
+            find("tiny", fold="0")
+    finally:
+        paths.splits.write_bytes(before)
+
+
+# ----------------------------------------------------------------------------------------------------- the command
+
+
+def distill(paths: Paths, *models: str, fold: Any = "all", **options: Any) -> Any:
+    changes: dict[str, Any] = {**SMALL, **options.pop("settings", {})}
+    return nnunet_lite.distill(
+        models, fold=fold, device="cpu", workspace=paths.root.parent, settings=changes, **options
+    )
+
+
+def test_the_network_is_a_model_like_any_other(
+    paths: Paths, dataset: Dataset, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert distill(paths, "tiny", name="small").scores == {}
+    folder = paths.models / "small"
+    run = read_json(folder / "run.json")
+    assert run["settings"]["training"]["teachers"] == ["tiny"] and run["settings"]["loss"]["distillation"] == 0.5
+    label_map = load(folder, device="cpu")(dataset.cases[0].images[0])
+    assert set(np.unique(label_map)) <= {0, 1, 2}
+    capfd.readouterr()
+    distill(paths, "tiny", name="small")
+    assert "training is finished" in capfd.readouterr().err
+    distill(paths, str(paths.models / "tiny"), name="small", epochs=2, settings={"training.epochs": 2})
+    err = capfd.readouterr().err
+    assert "resuming from epoch 1 of 2" in err and "tiny predicts" not in err
+    with pytest.raises(UserError, match=r"training\.teachers: \['tiny'\] -> \['tiny', 'other'\]"):
+        distill(paths, "tiny", "other", name="small", settings={"training.epochs": 2})
+    assert list(distill(paths, "tiny", fold=0, name="fold", configuration="3d_fullres").scores) == ["0"]
+
+
+def test_a_teacher_changes_what_is_learned(paths: Paths) -> None:
+    changes = {"training.teachers": ["tiny"], "training.validation_iterations": 0}
+    for name, share in (("labels only", 0.0), ("both", 0.5), ("none", None)):
+        given = SMALL | ({} if share is None else changes | {"loss.distillation": share})
+        nnunet_lite.train(CONFIGURATION, "all", name=name, settings=given, device="cpu", workspace=paths.root.parent)
+    weights = [
+        load_file(paths.models / name / "fold_all" / "model.safetensors") for name in ("labels only", "both", "none")
+    ]
+    same = [all(bool((one[name] == weights[2][name]).all()) for name in one) for one in weights]
+    assert same == [True, False, True]
+
+
+def test_mistakes_are_told_before_anything_is_made(paths: Paths, tiny_model: Path) -> None:
+    before = sorted(paths.models.iterdir())
+    for models, settings, message in (
+        ((), {}, "no model is given to learn from"),
+        (("unknown",), {}, "unknown: is no model folder"),
+        ((str(tiny_model),), {}, r"tiny: is no model of Task04_Hippocampus in .*See `nnlite import`"),
+        (("tiny",), {"augmentation.pipeline": "batchgenerators"}, r"training\.teachers needs augmentation\.pipeline"),
+        (("tiny",), {"loss.distillation": 1.5}, r"loss\.distillation = 1\.5"),
+    ):
+        with pytest.raises(UserError, match=message):
+            distill(paths, *models, name="new", settings=settings)
+    assert sorted(paths.models.iterdir()) == before
