@@ -20,7 +20,7 @@ from nnunet_lite.networks.cpu import (
     speed_up_on_cpu,
 )
 from nnunet_lite.networks.unet import UNet, set_deep_supervision
-from nnunet_lite.networks.winograd import is_channels_last
+from nnunet_lite.networks.winograd import is_channels_last, limit_threads
 from nnunet_lite.planning.schema import Plan
 
 FORMATS = {2: torch.channels_last, 3: torch.channels_last_3d}
@@ -114,19 +114,27 @@ def test_parallel_samples_compute_in_bf16_where_the_batch_does(tiny_plan: Plan, 
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0.02)
 
 
-@pytest.mark.parametrize("threads", [2], indirect=True)
-def test_samples_are_not_parallel_where_that_is_impossible(tiny_plan: Plan, threads: None) -> None:
+def test_networks_that_mix_samples_are_not_parallel(tiny_plan: Plan) -> None:
     mixing = make_unet(tiny_plan, norm="batch")
     assert parallelize_samples(mixing) is mixing
+
+
+@pytest.mark.parametrize("threads", [2], indirect=True)
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_parallel_samples_without_gradients_and_of_odd_batches(tiny_plan: Plan, n: int, threads: None) -> None:
     network = make_unet(tiny_plan)
     parallel = parallelize_samples(network)
     assert isinstance(parallel, ParallelSamples)
-    for n in (1, 3):
-        x = torch.randn(n, 1, 16, 32, 16)
-        assert torch.equal(parallel(x), network(x))
+    x = torch.randn(n, 1, 16, 32, 16)
+    assert_same(run(network, parallel, x), run(network, network, x))
     with torch.inference_mode():
-        x = torch.randn(2, 1, 16, 32, 16)
-        assert torch.equal(parallel(x), network(x))
+        output = parallel(x)
+        assert output.is_inference() and not output.requires_grad
+        torch.testing.assert_close(output, network(x))
+    with torch.no_grad(), limit_threads(1):  # the calling thread's number does not matter
+        assert torch.get_num_threads() == 1
+        assert torch.equal(parallel(x), output)
+    assert torch.get_num_threads() == 2
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -7,7 +7,7 @@ FastConv2d, FastConv3d  oneDNN for a single small sample, where torch falls back
                         winograd.py for 3x3x3
 FastInstanceNorm        batch normalization of one sample after the other, in both directions
 FastUNet                upsampling as one matrix product that writes into the concatenation
-ParallelSamples         for training: the samples of a batch at the same time, each with threads of its own
+ParallelSamples         the samples of a training batch at the same time, each with threads of its own
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from __future__ import annotations
 import ctypes
 import platform
 from collections.abc import Sequence
-from math import prod
+from concurrent.futures import ThreadPoolExecutor
+from math import gcd, prod
 from typing import Any
 
 import torch
@@ -241,46 +242,73 @@ class FastUNet(UNet):
 
 
 class ParallelSamples(nn.Module):
-    """A network that computes the samples of a training batch at the same time, each with threads of its own.
+    """A network that computes the samples of a batch at the same time, each with threads of its own.
 
     Threads that share each layer of a small network wait for each other after every layer, forward and backward.
-    Outputs and gradients are those of the network. Without gradients, or where samples cannot be divided evenly over
-    the threads, it calls the network.
+    Outputs and gradients are those of the network. The calling thread computes nothing.
+
+    Parameters
+    ----------
+    network : EncoderDecoder
+        Its samples do not depend on each other.
+    threads : int
+        Of all samples together. A batch is divided into as many equal parts as divide the threads, too.
     """
 
-    def __init__(self, network: EncoderDecoder) -> None:
+    def __init__(self, network: EncoderDecoder, threads: int) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.threads = network, threads
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        workers = min(torch.get_num_threads(), len(x))
-        if workers < 2 or len(x) % workers or not torch.is_grad_enabled():
-            output: Tensor | list[Tensor] = self.network(x)
-            return output
-        weights = [weight for weight in self.network.parameters() if weight.requires_grad]
-        outputs = _ParallelSamples.apply(self.network, x, workers, *weights)
+        if torch.is_grad_enabled():
+            weights = [weight for weight in self.network.parameters() if weight.requires_grad]
+            outputs = _ParallelSamples.apply(self, x, *weights)
+        else:
+            outputs = _join_parts(self.compute_parts(x))
         return list(outputs) if self.network.deep_supervision else outputs[0]
+
+    def pool(self, batch: int) -> tuple[ThreadPoolExecutor, int]:
+        """Return the threads for a batch, and the number of parts into which it is divided."""
+        parts = gcd(self.threads, batch)
+        return thread_pool(parts, self.threads // parts), parts
+
+    def compute_parts(self, x: Tensor) -> list[list[Tensor]]:
+        """Return the outputs of each part, computed in the modes of the calling thread."""
+        bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+
+        def compute(part: Tensor) -> list[Tensor]:
+            with (
+                torch.inference_mode(inference),
+                torch.set_grad_enabled(gradients),
+                torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+            ):
+                output = self.network(part)
+            return output if isinstance(output, list) else [output]
+
+        threads, parts = self.pool(len(x))
+        return list(threads.map(compute, x.tensor_split(parts)))
 
 
 def parallelize_samples(network: nn.Module) -> nn.Module:
     """Return `ParallelSamples` of a planned network whose samples do not depend on each other, others as they are."""
-    return ParallelSamples(network) if isinstance(network, EncoderDecoder) and not mixes_samples(network) else network
+    if isinstance(network, EncoderDecoder) and not mixes_samples(network):
+        return ParallelSamples(network, torch.get_num_threads())
+    return network
+
+
+def _join_parts(parts: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
+    return tuple(torch.cat([output.detach() for output in outputs]) for outputs in zip(*parts, strict=True))
 
 
 class _ParallelSamples(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, network: EncoderDecoder, x: Tensor, workers: int, *weights: Tensor) -> tuple[Tensor, ...]:
-        bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-
-        def compute(part: Tensor) -> list[Tensor]:
-            with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):  # threads have their own
-                output = network(part)
-            return output if isinstance(output, list) else [output]
-
+    def forward(ctx: Any, samples: ParallelSamples, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)  # an output that the loss leaves out gives its weights no gradient
-        ctx.threads, ctx.weights = thread_pool(workers, torch.get_num_threads() // workers), weights
-        ctx.parts = list(ctx.threads.map(compute, x.tensor_split(workers)))
-        return tuple(torch.cat([output.detach() for output in outputs]) for outputs in zip(*ctx.parts, strict=True))
+        ctx.threads, ctx.weights = samples.pool(len(x))[0], weights
+        with torch.enable_grad():
+            ctx.parts = samples.compute_parts(x)
+        return _join_parts(ctx.parts)
 
     @staticmethod
     @once_differentiable
@@ -293,7 +321,7 @@ class _ParallelSamples(torch.autograd.Function):
             return torch.autograd.grad(outputs, ctx.weights, upstream, allow_unused=True)
 
         found = list(ctx.threads.map(compute, range(len(ctx.parts))))
-        return None, None, None, *(_sum(parts) for parts in zip(*found, strict=True))
+        return None, None, *(_sum(parts) for parts in zip(*found, strict=True))
 
 
 def _sum(parts: Sequence[Tensor | None]) -> Tensor | None:

@@ -11,8 +11,9 @@ each other after every layer. Where other programs run too, that makes it up to 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -201,7 +202,7 @@ class _Winograd(torch.autograd.Function):
 
 # ------------------------------------------------------------------------------------------------ threads
 
-_thread = local()  # in_pool: whether this thread belongs to a pool
+_thread = local()  # in_pool: whether this thread is one of several of a pool
 
 
 @lru_cache(maxsize=4)
@@ -216,12 +217,23 @@ def thread_pool(workers: int, threads: int) -> ThreadPoolExecutor:
     def start() -> None:
         torch.get_num_threads()
         torch.set_num_threads(threads)
-        _thread.in_pool = True
+        _thread.in_pool = workers > 1
 
     pool = ThreadPoolExecutor(workers, initializer=start)
     list(pool.map(lambda _: started.wait(), range(workers)))
     torch.set_num_threads(previous)
     return pool
+
+
+@contextmanager
+def limit_threads(n: int) -> Iterator[None]:
+    """Let this thread compute with n torch threads for the duration of the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def map_samples(n: int, work: Callable[[range], T]) -> list[T]:
