@@ -110,7 +110,8 @@ def test_parallel_samples_compute_in_bf16_where_the_batch_does(tiny_plan: Plan, 
     x = torch.randn(2, 1, 16, 32, 16).contiguous(memory_format=memory_format(3, True))
     with torch.autocast("cpu", torch.bfloat16):
         found, expected = parallelize_samples(network)(x), network(x)
-    assert found.dtype == expected.dtype == torch.bfloat16
+    assert found.dtype == expected.dtype == torch.float32  # of the head; the layers before it compute in bf16
+    assert not torch.equal(found, network(x))
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0.02)
 
 
