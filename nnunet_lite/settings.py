@@ -69,7 +69,7 @@ Millimetres = Annotated[
     BeforeValidator(_to_tuple),
     must_be("one length in mm, or one for each axis", lambda lengths: 1 <= len(lengths) <= 3),
 ]
-Preset = Literal["default", "resenc_m", "resenc_l", "resenc_xl"]
+Preset = Literal["default", "resenc_m", "resenc_l", "resenc_xl", "mednext_s", "mednext_b", "mednext_m", "mednext_l"]
 NumberFormat = Literal["auto", "fp32", "bf16", "fp16"]
 Auto = Literal["auto"] | bool
 Logger = Literal["none", "tensorboard", "wandb", "mlflow"]
@@ -88,7 +88,7 @@ class PlanSettings(_Section):
 
     preset: Preset | None = Field(
         None,
-        description="U-Net of the plan: nnU-Net's own, or a residual encoder of three sizes; none: as planned",
+        description="U-Net of the plan: nnU-Net's own, a residual encoder or a MedNeXt of that size; none: as planned",
     )
     memory: float | None = Field(
         None,
@@ -200,6 +200,9 @@ class NetworkSettings(_Section):
         None, ge=1, description="channels of the first stage; each further stage has twice as many; none: as planned"
     )
     features_max: int | None = Field(None, ge=1, description="most channels of a stage; none: as planned")
+    kernel: Literal[3, 5] | None = Field(
+        None, description="size of the kernels along the axes that they span; MedNeXt has both; none: as planned"
+    )
     norm: Literal["instance", "batch", "none"] | None = Field(
         None, description='normalisation after each convolution; "none": there is none; not set: as planned'
     )

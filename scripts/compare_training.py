@@ -101,21 +101,24 @@ class Work:
     def theirs(self, seed: int, fold: str) -> Path:
         """The folder of nnU-Net's predictions of a fold's held-out cases."""
         model = f"nnUNetTrainer__nnUNetPlans__{self.configuration}"
-        return self._nnunet_results(seed) / _nnunet_name(self.dataset) / model / f"fold_{fold}" / "validation"
+        return self._nnunet_results(seed) / nnunet_name(self.dataset) / model / f"fold_{fold}" / "validation"
 
     def _nnunet_results(self, seed: int) -> Path:
         return self.folder / "nnunet" / f"seed_{seed}"
 
     def environment(self, seed: int) -> dict[str, str]:
-        """The environment variables that nnU-Net needs."""
-        root = self.folder / "nnunet"
-        folders = {"raw": root / "raw", "preprocessed": root / "preprocessed", "results": self._nnunet_results(seed)}
-        for folder in folders.values():
-            folder.mkdir(parents=True, exist_ok=True)
-        # on a CPU, workers would take the core of the network, and the seed alone would not decide the batches
-        workers = {"nnUNet_n_proc_DA": "0" if self.device == "cpu" else "8", "nnUNet_def_n_proc": "1"}
-        memory = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}  # as ours: see keep_freed_memory
-        return {f"nnUNet_{name}": str(folder) for name, folder in folders.items()} | workers | memory
+        return nnunet_environment(self.folder / "nnunet", self._nnunet_results(seed), self.device)
+
+
+def nnunet_environment(root: Path, results: Path, device: str) -> dict[str, str]:
+    """The environment variables that nnU-Net needs; its folders are made."""
+    folders = {"raw": root / "raw", "preprocessed": root / "preprocessed", "results": results}
+    for folder in folders.values():
+        folder.mkdir(parents=True, exist_ok=True)
+    # on a CPU, workers would take the core of the network, and the seed alone would not decide the batches
+    workers = {"nnUNet_n_proc_DA": "0" if device == "cpu" else "8", "nnUNet_def_n_proc": "1"}
+    memory = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}  # as ours: see keep_freed_memory
+    return {f"nnUNet_{name}": str(folder) for name, folder in folders.items()} | workers | memory
 
 
 def prepare(work: Work, given: Path | None, python: Path) -> None:
@@ -128,21 +131,23 @@ def prepare(work: Work, given: Path | None, python: Path) -> None:
         nnunet_lite.plan(work.dataset.root, plans=work.folder / "made.json", **how)
         fold_names(planned_paths(work.workspace))  # writes splits.json
         (work.folder / "made.json").rename(work.folder / "plan.json")
-    preprocessed = work.folder / "nnunet" / "preprocessed" / _nnunet_name(work.dataset)
+    preprocessed = work.folder / "nnunet" / "preprocessed" / nnunet_name(work.dataset)
     if (preprocessed / "done").is_file():
         return
     environment, log = work.environment(0), work.folder / "nnunet.log"
-    if not (raw := work.folder / "nnunet" / "raw" / _nnunet_name(work.dataset)).is_dir():
+    if not (raw := work.folder / "nnunet" / "raw" / nnunet_name(work.dataset)).is_dir():
         nnunet_layout(work.dataset, NUMBER, raw.parent)
-    _run([python.with_name("nnUNetv2_extract_fingerprint"), "-d", NUMBER, "-np", 1], environment, log)
+    run_logged([python.with_name("nnUNetv2_extract_fingerprint"), "-d", NUMBER, "-np", 1], environment, log)
     data = work.dataset
     plans = plan_to_nnunet(work.plan, {"file_ending": data.file_ending}) | {
-        "dataset_name": _nnunet_name(data),
+        "dataset_name": nnunet_name(data),
         "plans_name": "nnUNetPlans",
     }
     write_json(preprocessed / "nnUNetPlans.json", plans)
     write_text(preprocessed / "dataset.json", (raw / "dataset.json").read_text())
-    _run([python.with_name("nnUNetv2_preprocess"), "-d", NUMBER, "-c", work.configuration, "-np", 1], environment, log)
+    run_logged(
+        [python.with_name("nnUNetv2_preprocess"), "-d", NUMBER, "-c", work.configuration, "-np", 1], environment, log
+    )
     splits = next(work.workspace.glob("*/splits.json"))
     write_text(preprocessed / "splits_final.json", splits.read_text())
     (preprocessed / "done").touch()
@@ -162,7 +167,7 @@ def train_ours(work: Work, seed: int, fold: str, core: int) -> None:
     command = [sys.executable, "-m", "nnunet_lite", "train", work.configuration, fold, "--name", f"seed_{seed}",
                "--device", work.device, "-w", work.workspace]  # fmt: skip
     command += [f"--set={key}={value}" for key, value in settings.items()]
-    _run(command, {}, work.folder / f"nnlite_seed_{seed}_fold_{fold}.log", core)
+    run_logged(command, {}, work.folder / f"nnlite_seed_{seed}_fold_{fold}.log", core)
 
 
 def train_nnunet(work: Work, seed: int, fold: str, core: int, python: Path) -> None:
@@ -171,14 +176,14 @@ def train_nnunet(work: Work, seed: int, fold: str, core: int, python: Path) -> N
         return
     script = Path(__file__).with_name("nnunet_training.py")
     command = [python, script, NUMBER, work.configuration, fold, work.epochs, EPOCH, seed, work.device]
-    _run(command, work.environment(seed), work.folder / f"nnunet_seed_{seed}_fold_{fold}.log", core)
+    run_logged(command, work.environment(seed), work.folder / f"nnunet_seed_{seed}_fold_{fold}.log", core)
 
 
-def _nnunet_name(dataset: Dataset) -> str:
+def nnunet_name(dataset: Dataset) -> str:
     return f"Dataset{NUMBER:03d}_{dataset.name.split('_')[-1]}"  # as nnunet_layout names it
 
 
-def _run(command: list[Any], environment: dict[str, str], log: Path, core: int | None = None) -> None:
+def run_logged(command: list[Any], environment: dict[str, str], log: Path, core: int | None = None) -> None:
     """Run a command to its end, on one core if one is given; a failure ends this program."""
     threads = {} if core is None else {"OMP_NUM_THREADS": "1"}
     with log.open("a") as output:

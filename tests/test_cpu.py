@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nnunet_lite.networks.cpu import (
     FastConv2d,
     FastConv3d,
+    FastConvTranspose3d,
     FastInstanceNorm,
     FastUNet,
     ParallelSamples,
@@ -270,3 +271,46 @@ def test_upsampling_in_low_precision() -> None:
         y = FastUNet.join(up, x.bfloat16(), skip.bfloat16())
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.float(), UNet.join(up, x, skip), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "depthwise", "up", "shape"),
+    [
+        (3, 1, True, False, (2, 24, 6, 7, 9)),
+        (5, 1, True, False, (1, 24, 3, 8, 2)),
+        ((1, 3, 3), 1, True, False, (2, 24, 4, 7, 9)),
+        (5, 1, True, False, (2, 24, 1, 1, 2)),
+        (3, 2, True, False, (2, 24, 6, 8, 10)),
+        (1, (1, 2, 2), False, False, (2, 24, 6, 8, 10)),
+        (1, 1, False, False, (2, 1, 6, 8, 10)),
+        (3, 2, True, True, (2, 24, 3, 4, 5)),
+        (5, (1, 2, 2), True, True, (1, 24, 3, 4, 5)),
+        (1, (1, 2, 2), False, True, (2, 24, 3, 4, 5)),
+    ],
+)
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("low", [False, True])
+def test_layers_of_mednext_equal_torch(
+    kernel: Any, stride: Any, depthwise: bool, up: bool, shape: tuple[int, ...], channels_last: bool, low: bool
+) -> None:
+    torch.manual_seed(0)
+    layout = memory_format(3, channels_last)
+    fast, plain = (FastConvTranspose3d, nn.ConvTranspose3d) if up else (FastConv3d, nn.Conv3d)
+    padding = kernel // 2 if isinstance(kernel, int) else tuple(n // 2 for n in kernel)
+    options = {"stride": stride, "padding": padding, "groups": 24 if depthwise else 1}
+    expected: Any = plain(shape[1], 24, kernel, **options)
+    layer: Any = fast(shape[1], 24, kernel, **options).to(memory_format=layout)
+    layer.load_state_dict(expected.state_dict())
+    x = torch.randn(shape).contiguous(memory_format=layout)
+    inputs, rtol = (x.clone().requires_grad_(), x.contiguous().requires_grad_()), 0.03 if low else 1e-4
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        y = layer(inputs[0])
+    other = expected(inputs[1])
+    assert y.dtype == (torch.bfloat16 if low else torch.float32)
+    upstream = torch.randn_like(other)
+    y.backward(upstream.to(y.dtype))
+    other.backward(upstream)
+    pairs = [(y, other), (inputs[0].grad, inputs[1].grad)]
+    pairs += [(a.grad, b.grad) for a, b in zip(layer.parameters(), expected.parameters(), strict=True)]
+    for found, right in pairs:
+        assert float((found.float() - right).detach().norm()) <= rtol * float(right.detach().norm())

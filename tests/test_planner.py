@@ -17,7 +17,7 @@ from nnunet_lite.planning.nnunet import plan_to_nnunet
 from nnunet_lite.planning.planner import limit_sizes, make_plan, override_sizes
 from nnunet_lite.planning.schema import Configuration, Plan, Statistics
 from nnunet_lite.planning.show import patch_share, plan_table
-from nnunet_lite.planning.topology import topology_of
+from nnunet_lite.planning.topology import resize_kernels, topology_of
 
 FIXTURES = json.loads((Path(__file__).parent / "data" / "plan_fixtures.json").read_text())
 STATISTICS = Statistics(mean=1, median=1, std=1, min=0, max=2, percentile_00_5=0, percentile_99_5=2)
@@ -267,3 +267,30 @@ def test_another_patch_gets_its_topology_and_keeps_the_widths_of_the_stages_that
 def test_impossible_sizes_are_refused(patch: tuple[int, ...] | None, batch: int | None, message: str) -> None:
     with pytest.raises(UserError, match=message):
         override_sizes(simple((200, 200, 200), (1, 1, 1)), "3d_fullres", patch, batch)
+
+
+@pytest.mark.parametrize("preset", ["mednext_s", "mednext_b", "mednext_m", "mednext_l"])
+@pytest.mark.parametrize(("shape", "spacing"), [((200, 512, 512), (2.5, 0.8, 0.8)), ((10, 256, 216), (10, 1.56, 1.56))])
+def test_mednext_fills_its_budget_with_patches_that_can_be_halved_four_times(
+    shape: tuple[int, int, int], spacing: tuple[float, float, float], preset: str
+) -> None:
+    plan = simple(shape, spacing, n=100, preset=preset)
+    assert {c.network.kind for c in plan.configurations.values()} == {preset}
+    for c in plan.configurations.values():
+        assert 0.8 * plan.memory_gb < (c.memory_gb or 0) < 1.02 * plan.memory_gb
+        assert c.network.divisor[-2:] == (16, 16) and len(c.network.features) == 5
+    with pytest.raises(UserError, match=f"a network that nnU-Net lacks: {preset} with gelu"):
+        plan_to_nnunet(plan, {})
+    smaller = limit_sizes(plan, "3d_fullres", patch_voxels=100_000).configuration("3d_fullres")
+    assert prod(smaller.patch_size) <= 100_000 and smaller.network.kind == preset
+
+
+def test_another_patch_keeps_the_size_of_the_kernels() -> None:
+    plan = simple((128, 128, 128), (1, 1, 1), preset="mednext_s")
+    c = plan.configuration("3d_fullres")
+    wide = c.network.model_copy(update={"kernels": resize_kernels(c.network.kernels, 5)})
+    configurations = {**plan.configurations, "3d_fullres": c.model_copy(update={"network": wide})}
+    changed = override_sizes(plan.model_copy(update={"configurations": configurations}), "3d_fullres", (64, 64, 64))
+    assert set(changed.configuration("3d_fullres").network.kernels) == {(5, 5, 5)}
+    with pytest.raises(UserError, match=r"must be a multiple of 16x16x16.*nearest are 64x64x64 and 80x64x64"):
+        override_sizes(plan, "3d_fullres", (72, 64, 64))

@@ -71,6 +71,7 @@ DISTINGUISHING: dict[str, dict[str, Any]] = {
         "augmentation.p_noise": 0.0, "augmentation.p_gamma": 0.3,
     },
     "fast": {"optimizer.name": "adamw", "optimizer.ema": 0.999, "schedule.name": "cosine", "training.epochs": 100},
+    "mednext": {"plan.preset": "mednext_b", "optimizer.name": "adamw", "optimizer.lr": 1e-3, "training.epochs": 1000},
     "cpu": {"optimizer.name": "adamw", "training.time_limit": 4.0, "augmentation.mirror_axes": []},
     "cpu_body": {"plan.spacing": [2.5, 2.5, 2.5], "optimizer.name": "adamw", "augmentation.mirror_axes": []},
     "finetune": {"optimizer.name": "sgd", "optimizer.lr": 1e-3, "schedule.warmup": 0.1, "training.epochs": 150},

@@ -15,7 +15,7 @@ from nnunet_lite.commands.train import TrainedFolds, train
 from nnunet_lite.errors import UserError
 from nnunet_lite.models.argument import find_model
 from nnunet_lite.models.folder import read_run
-from nnunet_lite.workspace import select_dataset
+from nnunet_lite.workspace import planned_paths, workspace_folder
 
 
 def distill(
@@ -101,7 +101,7 @@ def distill(
     nnlite distill 3d_fullres-default
     nnlite distill 3d_fullres-default 2d-default --time-limit 2h --name small
     """
-    paths = select_dataset(workspace, dataset)
+    paths = planned_paths(workspace_folder(workspace), dataset)
     folders = [find_model(model, paths.root.parent, paths.name) for model in options.names_of(models) or ()]
     if not folders:
         raise UserError("no model is given to learn from")

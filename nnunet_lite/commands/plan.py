@@ -129,10 +129,15 @@ def plan(
     data: Annotated[str | Path | None, typer.Argument(help="Folder of the raw data, or its name.")] = None,
     *,
     preset: Annotated[
-        Preset | None, options.setting(help="Kind of U-Net.", show_default="as planned before, otherwise default")
+        Preset | None,
+        options.setting(
+            metavar="PRESET",
+            help="U-Net: default; resenc_m, _l or _xl; mednext_s, _b, _m or _l.",
+            show_default="as planned before, otherwise default",
+        ),
     ] = None,
     memory: Annotated[
-        float | None, options.setting(help="GPU memory budget in GB.", show_default="the preset's: 8, 8, 24, 40")
+        float | None, options.setting(help="GPU memory budget in GB.", show_default="the preset's")
     ] = None,
     spacing: Annotated[
         float | Sequence[float] | None,
@@ -189,7 +194,7 @@ def plan(
     ----------
     data : str or Path, optional
         Folder of the raw data, or its name; without it, give `from_fingerprint`.
-    preset : {"default", "resenc_m", "resenc_l", "resenc_xl"}, optional
+    preset : {"default", "resenc_m", "resenc_l", "resenc_xl", "mednext_s", "mednext_b", "mednext_m", "mednext_l"}
         Kind of U-Net; default: as planned before.
     memory : float, optional
         GPU memory budget in GB; default: the preset's.

@@ -28,6 +28,7 @@ from nnunet_lite.networks.precision import DTYPES, ComputeFormat
 from nnunet_lite.networks.unet import EncoderDecoder, one_hot
 from nnunet_lite.networks.winograd import thread_pool
 from nnunet_lite.planning.schema import Configuration
+from nnunet_lite.planning.topology import EXPANSION
 from nnunet_lite.preprocessing.resampling import Block
 
 _FEATURE_TENSORS = 5  # of the size of its first stage, that a U-Net has in memory at once: in its last norm
@@ -144,8 +145,11 @@ class SlidingWindow:
     @property
     def window_bytes(self) -> int:
         """Memory that the activations of a network need for a window, or for a slice of one."""
-        item = DTYPES[self.arithmetic.precision].itemsize
-        return _FEATURE_TENSORS * self.configuration.network.features[0] * prod(self.patch) * item
+        item, network = DTYPES[self.arithmetic.precision].itemsize, self.configuration.network
+        tensors = _FEATURE_TENSORS
+        if network.kind in EXPANSION:  # before and after the GELU of the last upsampling, which has twice the channels
+            tensors = 4 * EXPANSION[network.kind][0] + 2
+        return tensors * network.features[0] * prod(self.patch) * item
 
     @property
     def at_once(self) -> int:

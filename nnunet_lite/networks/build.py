@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_lite.errors import UserError, describe
+from nnunet_lite.networks.mednext import MedNeXt
 from nnunet_lite.networks.unet import UNet, set_deep_supervision
 from nnunet_lite.planning.schema import Network, Plan
+from nnunet_lite.planning.topology import EXPANSION
 
 
 def build_network(plan: Plan, configuration: str, factory: str | None = None, check_heads: bool = False) -> nn.Module:
@@ -46,7 +48,7 @@ def build_network(plan: Plan, configuration: str, factory: str | None = None, ch
     planned = plan.configuration(configuration)
     inputs, outputs = plan.n_inputs(configuration), plan.labels.n_channels
     if factory is None:
-        return UNet(planned.network, inputs, outputs)
+        return (MedNeXt if planned.network.kind in EXPANSION else UNet)(planned.network, inputs, outputs)
     make = _import_function(factory)
     try:
         network = make(planned.network, inputs, outputs)

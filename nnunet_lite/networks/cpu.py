@@ -1,10 +1,11 @@
 """Make a built network faster on CPUs; without this file everything works, only slower.
 
-`speed_up_on_cpu` replaces the layers of a U-Net by subclasses that compute the same with the same weights. Most of them
-need the channels-last memory format, for which torch's own layers make copies:
+`speed_up_on_cpu` replaces layers by subclasses that compute the same with the same weights. Most of them need the
+channels-last memory format, for which torch's own layers make copies:
 
 FastConv2d, FastConv3d  oneDNN for a single small sample, where torch falls back to a slow kernel, in both directions;
                         winograd.py for 3x3x3
+FastConvTranspose3d     the depthwise and pointwise ones of MedNeXt, as convolutions
 FastInstanceNorm        batch normalization of one sample after the other, in both directions
 FastUNet                upsampling as one matrix product that writes into the concatenation
 ParallelSamples         the samples of a training batch at the same time, each with threads of its own
@@ -27,6 +28,7 @@ from torch.autograd.function import once_differentiable
 from nnunet_lite.networks.unet import EncoderDecoder, UNet, mixes_samples
 from nnunet_lite.networks.winograd import convolve_winograd, is_channels_last, is_winograd_faster, thread_pool
 
+_LEAST_OUTPUTS = 16  # of a pointwise convolution; with fewer, torch is as fast
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # parameters of mallopt(3)
 
 
@@ -63,11 +65,16 @@ class FastConv2d(nn.Conv2d):
 
 
 class FastConv3d(nn.Conv3d):
-    """A convolution that uses Winograd's filtering where it is faster, and oneDNN where torch does not."""
+    """A convolution by Winograd's filtering, a matrix product or own gradients where faster; or else by oneDNN."""
 
     def forward(self, x: Tensor) -> Tensor:
         if is_winograd_faster(self, x):
             return convolve_winograd(x, self.weight, self.bias)
+        if _is_pointwise(self, x):
+            a, b, c = self.stride
+            return _mix_channels(x[..., ::a, ::b, ::c], self.weight.flatten(1), self.bias)
+        if _is_depthwise(self, x) and max(self.stride) == 1:
+            return _convolve_depthwise(x, self.weight, self.bias)
         return _convolve_onednn(self, x) if _avoids_onednn(self, x) else super().forward(x)
 
 
@@ -164,6 +171,92 @@ def _differentiate_halves(
     for (source, target), part in zip(places, to_halves, strict=True):
         to_x[0, :, source] += part[:, target]
     return to_x, to_weight, to_bias
+
+
+# ------------------------------------------------------------------------------------------------ depthwise
+
+
+class FastConvTranspose3d(nn.ConvTranspose3d):
+    """A depthwise or pointwise transposed convolution: a convolution of voxels with zeros between them."""
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        if _is_depthwise(self, x):
+            return _convolve_depthwise(_spread(x, self.stride), self.weight.flip(2, 3, 4), self.bias)
+        if _is_pointwise(self, x) and self.bias is not None:
+            y = _spread(_mix_channels(x, self.weight.flatten(1).t()), self.stride)
+            return y + self.bias.view(-1, 1, 1, 1).to(y.dtype)
+        return super().forward(x, output_size)
+
+
+def _is_pointwise(layer: nn.Conv3d | nn.ConvTranspose3d, x: Tensor) -> bool:
+    """Return whether a layer only mixes the channels of each voxel; of a single channel both formats are the same."""
+    return (
+        not torch.compiler.is_compiling()
+        and x.is_cpu
+        and max(layer.kernel_size) == 1
+        and layer.out_channels >= _LEAST_OUTPUTS
+        and (layer.in_channels == 1 or is_channels_last(x))
+    )
+
+
+def _mix_channels(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Multiply the channels of each voxel by a matrix, which copies nothing in the channels-last format."""
+    return F.linear(x.movedim(1, -1), weight, bias).movedim(-1, 1)
+
+
+def _is_depthwise(layer: nn.Conv3d | nn.ConvTranspose3d, x: Tensor) -> bool:
+    return (
+        not torch.compiler.is_compiling() and x.is_cpu and layer.groups == layer.in_channels > 1 and is_channels_last(x)
+    )
+
+
+def _convolve_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if torch.is_autocast_enabled("cpu"):
+        x, weight = x.to(torch.get_autocast_dtype("cpu")), weight.to(torch.get_autocast_dtype("cpu"))
+    return _Depthwise.apply(x, weight, bias)
+
+
+def _spread(x: Tensor, stride: Sequence[int]) -> Tensor:
+    """Put zeros between the voxels of x, so that they are a stride apart."""
+    batch, channels, *shape = x.shape
+    size = [(n - 1) * step + 1 for n, step in zip(shape, stride, strict=True)]
+    out = x.new_zeros((batch, *size, channels)).movedim(-1, 1)
+    out[..., :: stride[0], :: stride[1], :: stride[2]] = x
+    return out
+
+
+class _Depthwise(torch.autograd.Function):
+    """A depthwise 3D convolution in the channels-last format, whose gradients oneDNN has no fast kernel for.
+
+    That of the input is a convolution with the flipped kernel. That of the kernel is computed slice by slice as that of
+    depthwise 2D convolutions, which have one: the slices of a sample are a batch of 2D images in the same memory.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return F.conv3d(x, weight, bias, padding=[n // 2 for n in weight.shape[2:]], groups=len(weight))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        grad = grad.contiguous(memory_format=torch.channels_last_3d)
+        channels, border = len(weight), [n // 2 for n in weight.shape[2:]]
+        dx = F.conv3d(grad, weight.flip(2, 3, 4), padding=border, groups=channels)
+        dw = torch.zeros_like(weight, dtype=torch.float32)
+        for inputs, outputs in zip(x.transpose(1, 2), grad.transpose(1, 2), strict=True):
+            for i in range(weight.shape[2]):  # the slice i of the kernel sees inputs that are `shift` slices further
+                shift, n = i - border[0], len(inputs)
+                sources, targets = inputs[max(0, shift) : n + shift], outputs[max(0, -shift) : n - shift]
+                _, slice_dw, _ = torch.ops.aten.convolution_backward(
+                    targets, sources, weight[:, :, i], None, (1, 1), border[1:], (1, 1), False, (0, 0), channels,
+                    (False, True, False),
+                )  # fmt: skip
+                dw[:, :, i] += slice_dw
+        db = None if ctx.bias_dtype is None else grad.sum((0, 2, 3, 4), dtype=torch.float32).to(ctx.bias_dtype)
+        return dx, dw.to(weight.dtype), db
 
 
 # ------------------------------------------------------------------------------------------------ instance norm
@@ -334,6 +427,7 @@ _FAST: dict[type[nn.Module], type[nn.Module]] = {
     UNet: FastUNet,
     nn.Conv2d: FastConv2d,
     nn.Conv3d: FastConv3d,
+    nn.ConvTranspose3d: FastConvTranspose3d,
     nn.InstanceNorm2d: FastInstanceNorm,
     nn.InstanceNorm3d: FastInstanceNorm,
 }

@@ -24,17 +24,18 @@ from nnunet_lite.planning.schema import Network
 NEGATIVE_SLOPE = 0.01
 
 # by the number of dimensions
-_CONVOLUTION: dict[int, Callable[..., nn.Module]] = {2: nn.Conv2d, 3: nn.Conv3d}
-_TRANSPOSED: dict[int, Callable[..., nn.Module]] = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+CONVOLUTION: dict[int, Callable[..., nn.Module]] = {2: nn.Conv2d, 3: nn.Conv3d}
+TRANSPOSED: dict[int, Callable[..., nn.Module]] = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 _POOLING: dict[int, Callable[..., nn.Module]] = {2: nn.AvgPool2d, 3: nn.AvgPool3d}
-_NORM: dict[str, dict[int, Callable[..., nn.Module]]] = {
+NORM: dict[str, dict[int, Callable[..., nn.Module]]] = {
     "instance": {2: partial(nn.InstanceNorm2d, affine=True), 3: partial(nn.InstanceNorm3d, affine=True)},
     "batch": {2: nn.BatchNorm2d, 3: nn.BatchNorm3d},
     "none": {2: nn.Identity, 3: nn.Identity},
 }
-_ACTIVATION: dict[str, Callable[..., nn.Module]] = {
+ACTIVATION: dict[str, Callable[..., nn.Module]] = {
     "leaky_relu": partial(nn.LeakyReLU, NEGATIVE_SLOPE, inplace=True),
     "relu": partial(nn.ReLU, inplace=True),
+    "gelu": nn.GELU,
 }
 
 Size = tuple[int, ...]
@@ -42,12 +43,12 @@ Size = tuple[int, ...]
 
 def convolution(n_in: int, n_out: int, kernel: Size, stride: Size, bias: bool = True) -> nn.Module:
     """Make a convolution padded so that only the stride changes the size."""
-    return _CONVOLUTION[len(kernel)](n_in, n_out, kernel, stride=stride, padding=[k // 2 for k in kernel], bias=bias)
+    return CONVOLUTION[len(kernel)](n_in, n_out, kernel, stride=stride, padding=[k // 2 for k in kernel], bias=bias)
 
 
 def conv_block(spec: Network, n_in: int, n_out: int, kernel: Size, stride: Size) -> nn.Sequential:
     """Make a convolution, normalization and activation."""
-    norm, activation = _NORM[spec.norm][len(kernel)], _ACTIVATION[spec.activation]
+    norm, activation = NORM[spec.norm][len(kernel)], ACTIVATION[spec.activation]
     return nn.Sequential(convolution(n_in, n_out, kernel, stride), norm(n_out), activation())
 
 
@@ -57,7 +58,7 @@ class ResidualBlock(nn.Module):
     def __init__(self, spec: Network, n_in: int, n_out: int, kernel: Size, stride: Size) -> None:
         super().__init__()
         ones = (1,) * len(kernel)
-        norm = _NORM[spec.norm][len(kernel)]
+        norm = NORM[spec.norm][len(kernel)]
         self.first = conv_block(spec, n_in, n_out, kernel, stride)
         self.second = nn.Sequential(convolution(n_out, n_out, kernel, ones), norm(n_out))
         skip: list[nn.Module] = []
@@ -66,7 +67,7 @@ class ResidualBlock(nn.Module):
         if n_in != n_out:
             skip += [convolution(n_in, n_out, ones, ones, bias=False), norm(n_out)]
         self.skip = nn.Sequential(*skip)
-        self.activation = _ACTIVATION[spec.activation]()
+        self.activation = ACTIVATION[spec.activation]()
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.activation(self.second(self.first(x)) + self.skip(x))
@@ -163,7 +164,7 @@ class UNet(EncoderDecoder):
         # Decoder stages run from the coarsest to the finest; stage i restores the resolution of encoder stage `level`.
         levels = range(len(features) - 2, -1, -1)
         self.upsample = nn.ModuleList(
-            _TRANSPOSED[len(ones)](features[lv + 1], features[lv], strides[lv + 1], strides[lv + 1]) for lv in levels
+            TRANSPOSED[len(ones)](features[lv + 1], features[lv], strides[lv + 1], strides[lv + 1]) for lv in levels
         )
         self.decoder = nn.ModuleList(
             stage(conv_block, spec, 2 * features[lv], features[lv], kernels[lv], ones, spec.decoder_convolutions[i])

@@ -57,6 +57,7 @@ def is_winograd_faster(layer: nn.Conv3d, x: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and layer.kernel_size == (3, 3, 3)
         and layer.stride == (1, 1, 1)
+        and layer.groups == 1
         and x.shape[1] >= least
         and x.shape[2] >= _LEAST_SLICES
         and is_channels_last(x)

@@ -10,12 +10,13 @@ counted: the CUDA context of the process (0.3 to 0.6 GB, depending on driver and
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from typing import Literal
 
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.planning.schema import Configuration, Network
-from nnunet_lite.planning.topology import voxels_per_stage
+from nnunet_lite.planning.topology import EXPANSION, per_stage, voxels_per_stage
 
 HALF = 2  # bytes of an activation under autocast
 SINGLE = 4  # bytes of what stays in float32: the input and the output of a head
@@ -54,6 +55,10 @@ class NetworkLayer:
         It has a bias.
     normalized : bool
         A normalisation with two parameters per feature follows.
+    groups : int
+        Of channels, among which it mixes; a depthwise convolution has one for each channel.
+    smooth : bool
+        A GELU follows, which keeps its input too.
     """
 
     kind: Literal["conv", "project", "up", "head"]
@@ -65,6 +70,8 @@ class NetworkLayer:
     pools: bool = False
     bias: bool = True
     normalized: bool = False
+    groups: int = 1
+    smooth: bool = False
 
     @property
     def values(self) -> int:
@@ -72,7 +79,7 @@ class NetworkLayer:
 
     @property
     def parameters(self) -> int:
-        return self.outputs * (self.inputs * self.taps + self.bias + 2 * self.normalized)
+        return self.outputs * (self.inputs // self.groups * self.taps + self.bias + 2 * self.normalized)
 
 
 def network_layers(network: Network, patch: tuple[int, ...], inputs: int, outputs: int) -> list[NetworkLayer]:
@@ -92,20 +99,22 @@ def network_layers(network: Network, patch: tuple[int, ...], inputs: int, output
     list of NetworkLayer
         In the order of the forward pass.
     """
+    if network.kind in EXPANSION:
+        return _mednext_layers(network, patch, inputs, outputs)
     voxels = voxels_per_stage(network.strides, patch)
     taps = [prod(kernel) for kernel in network.kernels]
-    norm, residual = network.norm != "none", network.kind == "residual"
+    norm, residual, smooth = network.norm != "none", network.kind == "residual", network.activation == "gelu"
     layers, width = [], inputs
     if residual:
         width = network.features[0]
-        layers.append(NetworkLayer("conv", 0, inputs, width, taps[0], voxels[0], normalized=norm))
+        layers.append(NetworkLayer("conv", 0, inputs, width, taps[0], voxels[0], normalized=norm, smooth=smooth))
     for stage, features in enumerate(network.features):
         for block in range(network.blocks[stage]):
             pools = block == 0 and prod(network.strides[stage]) > 1
             size = taps[stage], voxels[stage]
-            layers.append(NetworkLayer("conv", stage, width, features, *size, pools, normalized=norm))
+            layers.append(NetworkLayer("conv", stage, width, features, *size, pools, normalized=norm, smooth=smooth))
             if residual:
-                layers.append(NetworkLayer("conv", stage, features, features, *size, normalized=norm))
+                layers.append(NetworkLayer("conv", stage, features, features, *size, normalized=norm, smooth=smooth))
             if residual and width != features:
                 layers.append(NetworkLayer("project", stage, width, features, 1, voxels[stage], pools, False, norm))
             width = features
@@ -113,9 +122,34 @@ def network_layers(network: Network, patch: tuple[int, ...], inputs: int, output
         features, below = network.features[stage], network.features[stage + 1]
         layers.append(NetworkLayer("up", stage, below, features, prod(network.strides[stage + 1]), voxels[stage]))
         for n in range(convolutions):
-            width = features if n else 2 * features
-            layers.append(NetworkLayer("conv", stage, width, features, taps[stage], voxels[stage], normalized=norm))
+            width, size = features if n else 2 * features, (taps[stage], voxels[stage])
+            layers.append(NetworkLayer("conv", stage, width, features, *size, normalized=norm, smooth=smooth))
         layers.append(NetworkLayer("head", stage, features, outputs, 1, voxels[stage]))
+    return layers
+
+
+def _mednext_layers(network: Network, patch: tuple[int, ...], inputs: int, outputs: int) -> list[NetworkLayer]:
+    features, stages, voxels = network.features, range(len(network.features)), voxels_per_stage(network.strides, patch)
+    ratios, taps = per_stage(EXPANSION[network.kind], len(stages)), [prod(kernel) for kernel in network.kernels]
+    norm, smooth = network.norm != "none", network.activation == "gelu"
+
+    def block(stage: int, source: int) -> list[NetworkLayer]:
+        """List the layers of a block whose input is of the stage `source`."""
+        width, depthwise = features[source], taps[max(stage, source)]
+        wide, size = ratios[stage] * width, voxels[stage]
+        return [
+            NetworkLayer("conv", stage, width, width, depthwise, size, normalized=norm, groups=width),
+            NetworkLayer("conv", stage, width, wide, 1, size, smooth=smooth),
+            NetworkLayer("conv", stage, wide, features[stage], 1, size),
+            *[NetworkLayer("project", stage, width, features[stage], 1, size)] * (stage != source),
+        ]
+
+    layers = [NetworkLayer("conv", 0, inputs, features[0], 1, voxels[0]), *network.blocks[0] * block(0, 0)]
+    for finer, stage in pairwise(stages):
+        layers += [*block(stage, finer), *network.blocks[stage] * block(stage, stage)]
+    for stage, blocks in zip(reversed(stages[:-1]), network.decoder_convolutions, strict=True):
+        layers += [*block(stage, stage + 1), *blocks * block(stage, stage)]
+        layers.append(NetworkLayer("head", stage, features[stage], outputs, 1, voxels[stage]))
     return layers
 
 
@@ -123,14 +157,14 @@ def activation_values(network: Network, patch: tuple[int, ...], inputs: int) -> 
     """Count the 16-bit values that autograd keeps for the backward pass of one patch, without heads and loss.
 
     A convolution keeps its input, a normalisation its input, an in-place activation its output. So each convolution
-    leaves its own output and, where an activation follows, the activated one, which is also the next one's input.
+    leaves its own output and, where a normalisation follows, the activated one, which is also the next one's input. A
+    GELU keeps its input too.
     Parameters are those of `network_layers`.
     """
-    per_convolution = 2 if network.norm != "none" else 1
     kept = inputs * prod(patch)
     for layer in network_layers(network, patch, inputs, outputs=0):
         if layer.kind == "conv":
-            kept += per_convolution * layer.values
+            kept += (1 + layer.normalized + layer.smooth) * layer.values
         elif layer.kind == "project":
             # The pooled input where the skip pools, and the projection's output for its normalisation.
             kept += layer.inputs * layer.voxels * layer.pools + layer.values * layer.normalized
@@ -164,7 +198,8 @@ def training_memory(
     layers = network_layers(network, patch, inputs, outputs)
     parameters = sum(layer.parameters for layer in layers)
     heads = [layer for layer in layers if layer.kind == "head"]
-    heads = heads[1:] or heads  # the coarsest one is not trained
+    if network.kind not in EXPANSION:
+        heads = heads[1:] or heads  # the coarsest one is not trained
     # Going back, the widest point is the gradient of a convolution's output together with that of its input.
     widest = max(layer.values + layer.inputs * layer.voxels for layer in layers if not layer.pools)
     at_heads = LOSS_GRADIENT_BYTES * sum(h.values for h in heads) + SINGLE * sum(h.inputs for h in heads[-1:]) * voxels

@@ -97,10 +97,15 @@ def plan_to_nnunet(plan: Plan, dataset_json: Mapping[str, Any]) -> Json:
     Raises
     ------
     UserError
-        The plan clips images to percentiles, which nnU-Net cannot do.
+        The plan clips images to percentiles, or its network is none of nnU-Net's.
     """
     if any(channel.clip_percentiles is not None for channel in plan.channels):
         raise UserError(f"the plan of {plan.dataset} clips images to percentiles, which nnU-Net cannot do")
+    for name, configuration in plan.configurations.items():
+        network = configuration.network
+        if network.kind not in _KINDS or network.activation not in _ACTIVATIONS:
+            what = f"{name} of {plan.dataset} is a network that nnU-Net lacks: {network.kind} with {network.activation}"
+            raise UserError(what, fix="Its own are the presets default, resenc_m, resenc_l and resenc_xl.")
     planner, plans_name = _PLANNERS.get(plan.preset, _PLANNERS["default"])
     configurations: Json = {}
     for name, configuration in plan.configurations.items():

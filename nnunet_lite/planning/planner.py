@@ -3,7 +3,8 @@
 Read `make_plan` first, then `_plan_configurations` and `_plan_configuration`. `override_sizes` and `limit_sizes` change
 the patch or batch of a planned configuration. Sources: Isensee et al., nnU-Net, Nature Methods 2021
 (doi:10.1038/s41592-020-01008-z), and for the residual-encoder presets Isensee et al., nnU-Net Revisited, MICCAI 2024
-(arXiv:2404.09556). Plans equal those of nnU-Net 2.8.1 in every field.
+(arXiv:2404.09556). Plans equal those of nnU-Net 2.8.1 in every field. The presets of MedNeXt (Roy et al. 2023,
+arXiv:2303.09975) have a budget that its patch of 128x128x128 and batch of 2 fill.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError, suggest
 from nnunet_lite.planning import topology as rules
 from nnunet_lite.planning.fingerprint import Fingerprint
-from nnunet_lite.planning.memory import with_memory
-from nnunet_lite.planning.schema import NORMALIZATIONS, Channel, Configuration, Network, Options, Plan
-from nnunet_lite.planning.topology import Kind, Topology, join_by_x
+from nnunet_lite.planning.memory import network_layers, with_memory
+from nnunet_lite.planning.schema import NORMALIZATIONS, Channel, Configuration, Kind, Network, Options, Plan
+from nnunet_lite.planning.topology import EXPANSION, Topology, join_by_x
 
 ANISOTROPY = 3  # an axis is coarse when its voxels are this much longer, and this much fewer, than along the others
 SMALL_AFTER_CROP = 0.75  # below this median relative size after cropping, z-scores are taken inside the nonzero mask
@@ -36,12 +37,12 @@ _AXIS = "zyx"
 
 @dataclass(frozen=True)
 class PlannerPreset:
-    """The constants of one of nnU-Net's planners.
+    """The constants of one of nnU-Net's planners, or of a size of MedNeXt.
 
     Parameters
     ----------
-    kind : {"plain", "residual"}
-        The encoder's blocks.
+    kind : {"plain", "residual", "mednext_s", "mednext_b", "mednext_m", "mednext_l"}
+        The blocks.
     memory_gb : float
         Budget in GB that `feature_maps` refers to.
     feature_maps : dict of int to float
@@ -64,6 +65,10 @@ PRESETS: dict[str, PlannerPreset] = {
     "resenc_m": PlannerPreset("residual", 8, {2: 1.35e8, 3: 6.8e8}, 1.0, REFERENCE_BATCH),
     "resenc_l": PlannerPreset("residual", 24, {2: 3.8e8, 3: 2.1e9}, 1.0, REFERENCE_BATCH),
     "resenc_xl": PlannerPreset("residual", 40, {2: 5.6e8, 3: 3.6e9}, 1.0, REFERENCE_BATCH),
+    "mednext_s": PlannerPreset("mednext_s", 20, {2: 3.9e8, 3: 2.35e9}, 0.05, {2: 2, 3: 2}),
+    "mednext_b": PlannerPreset("mednext_b", 22, {2: 4.2e8, 3: 2.55e9}, 0.05, {2: 2, 3: 2}),
+    "mednext_m": PlannerPreset("mednext_m", 30, {2: 5.9e8, 3: 3.55e9}, 0.05, {2: 2, 3: 2}),
+    "mednext_l": PlannerPreset("mednext_l", 42, {2: 8.2e8, 3: 4.95e9}, 0.05, {2: 2, 3: 2}),
 }
 
 
@@ -311,7 +316,7 @@ def _plan_configuration(
     dimensions = len(spacing)
     budget = task.preset.feature_maps[dimensions] * (task.memory_gb / task.preset.memory_gb)
     topology, patch_reason = _fit_patch(task, spacing, median, budget)
-    maps = rules.feature_map_count(task.preset.kind, topology, task.label_entries)
+    maps = _feature_maps(task, topology)
     batch, batch_reason = _fit_batch(
         task.preset.data_share, maps / REFERENCE_BATCH[dimensions], budget, data_voxels / prod(topology.patch)
     )
@@ -335,10 +340,11 @@ def _fit_patch(task: _Task, spacing: np.ndarray, median: np.ndarray, budget: flo
     dimensions, mm = len(spacing), spacing.tolist()
     density = 1 / spacing
     ideal = [round(n) for n in density * (START_VOXELS[dimensions] / prod(density)) ** (1 / dimensions)]
-    first = topology = rules.topology_of(mm, [min(n, m) for n, m in zip(ideal, median, strict=True)])
+    kind = task.preset.kind
+    first = topology = rules.topology_of(mm, [min(n, m) for n, m in zip(ideal, median, strict=True)], kind)
     per_patch = task.preset.least_batch[dimensions] / REFERENCE_BATCH[dimensions]
-    while rules.feature_map_count(task.preset.kind, topology, task.label_entries) * per_patch > budget:
-        smaller = rules.shorten_patch(topology, mm, median.tolist())
+    while _feature_maps(task, topology) * per_patch > budget:
+        smaller = rules.shorten_patch(topology, mm, median.tolist(), kind)
         if smaller is None:
             raise UserError(f"{task.memory_gb:g} GB are too few for this dataset", fix="Give more with --memory.")
         topology = smaller
@@ -348,6 +354,15 @@ def _fit_patch(task: _Task, spacing: np.ndarray, median: np.ndarray, budget: flo
         size = "covers the median image" if whole else "has its full size"
         return topology, f"patch {join_by_x(topology.patch)} {size}: {fits}"
     return topology, f"patch shrunk from {join_by_x(first.patch)} to {join_by_x(topology.patch)} so that {fits}"
+
+
+def _feature_maps(task: _Task, topology: Topology) -> int:
+    """Count the values that the budget limits; of MedNeXt all layers' outputs but those of the coarser heads."""
+    kind = task.preset.kind
+    if kind not in EXPANSION:
+        return rules.feature_map_count(kind, topology, task.label_entries)
+    layers = network_layers(rules.default_network(kind, topology), topology.patch, 0, task.label_entries)
+    return sum(layer.values for layer in layers if layer.kind != "head" or layer is layers[-1])
 
 
 def _fit_batch(share: float, maps: float, budget: float, patches: float) -> tuple[int, str]:
@@ -477,9 +492,9 @@ def limit_sizes(
     """
     c = plan.configuration(configuration)
     patch, batch = c.patch_size, c.batch_size
-    topology = rules.topology_of(c.spacing, patch)
+    topology = rules.topology_of(c.spacing, patch, c.network.kind)
     while patch_voxels is not None and prod(patch) > patch_voxels:
-        smaller = rules.shorten_patch(topology, c.spacing, c.median_shape)
+        smaller = rules.shorten_patch(topology, c.spacing, c.median_shape, c.network.kind)
         if smaller is None or len(smaller.strides) == 1:
             break
         topology, patch = smaller, smaller.patch
@@ -489,13 +504,13 @@ def limit_sizes(
 
 
 def _with_patch(configuration: Configuration, patch: tuple[int, ...]) -> Configuration:
-    size = join_by_x(patch)
+    size, spacing, kind = join_by_x(patch), configuration.spacing, configuration.network.kind
     if len(patch) != configuration.dimensions or min(patch) < 1:
         fix = f"Give {configuration.dimensions} positive numbers of voxels."
         raise UserError(f"patch size {size} is no patch", fix=fix)
-    topology = rules.topology_of(configuration.spacing, patch)
+    topology = rules.topology_of(spacing, patch, kind)
     if topology.patch != patch:
-        below, above = (join_by_x(legal) for legal in rules.neighbouring_patches(configuration.spacing, patch))
+        below, above = (join_by_x(legal) for legal in rules.neighbouring_patches(spacing, patch, kind))
         what = f"patch size {size} cannot be pooled: it must be a multiple of {join_by_x(topology.divisor)}"
         raise UserError(what, fix=f"The nearest are {below} and {above}.")
     if len(topology.strides) == 1:
@@ -508,12 +523,12 @@ def _adapt_network(network: Network, topology: Topology) -> Network:
     """Keep what the network has for the stages of both topologies, and add deeper stages by nnU-Net's rule."""
     stages, old = len(topology.strides), len(network.features)
     rule = rules.default_network(network.kind, topology)
-    features = rules.default_features(stages, len(topology.patch), base=network.features[0])
+    features = rules.default_features(network.kind, stages, len(topology.patch), base=network.features[0])
     return network.model_copy(
         update={
             "features": (network.features + features[old:])[:stages],
             "strides": topology.strides,
-            "kernels": topology.kernels,
+            "kernels": rules.resize_kernels(topology.kernels, max(max(kernel) for kernel in network.kernels)),
             "blocks": (network.blocks + rule.blocks[old:])[:stages],
             "decoder_convolutions": (rule.decoder_convolutions + network.decoder_convolutions)[-(stages - 1) :],
         }

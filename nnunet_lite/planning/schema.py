@@ -33,6 +33,7 @@ Percent = Annotated[float, Field(ge=0, le=100)]
 Percentiles = Annotated[tuple[Percent, Percent], must_be("two numbers, the lower first", lambda p: p[0] < p[1])]
 Scheme = Literal["ct", "zscore", "none", "rescale_0_1", "rgb_0_1"]
 Precision = Literal["float16", "float32"]
+Kind = Literal["plain", "residual", "mednext_s", "mednext_b", "mednext_m", "mednext_l"]
 
 
 class Normalization(NamedTuple):
@@ -111,14 +112,16 @@ def exact_storage(channels: Iterable[Channel]) -> Precision:
 class Network(_Model):
     """A U-Net, from the finest stage to the bottleneck. Kernels and strides are per stage and axis (z, y, x)."""
 
-    kind: Literal["plain", "residual"] = Field("plain", description="blocks of the encoder")
+    kind: Kind = Field("plain", description="blocks: of the encoder, or of all stages of a MedNeXt and its size")
     features: tuple[Positive, ...] = Field(min_length=1, description="channels of each stage")
     strides: tuple[tuple[Positive, ...], ...] = Field(description="step from the stage before; the first one's is 1")
     kernels: tuple[tuple[KernelSize, ...], ...] = Field(description="size of the convolutions of each stage, odd")
-    blocks: tuple[Positive, ...] = Field(description="convolutions (plain) or residual blocks per encoder stage")
-    decoder_convolutions: tuple[Positive, ...] = Field(description="convolutions per decoder stage, finest last")
+    blocks: tuple[Positive, ...] = Field(description="convolutions (plain) or blocks per encoder stage")
+    decoder_convolutions: tuple[Positive, ...] = Field(
+        description="convolutions, or MedNeXt blocks, per decoder stage, finest last"
+    )
     norm: Literal["instance", "batch", "none"] = Field("instance", description="normalisation after each convolution")
-    activation: Literal["leaky_relu", "relu"] = Field("leaky_relu", description="activation function")
+    activation: Literal["leaky_relu", "relu", "gelu"] = Field("leaky_relu", description="activation function")
 
     @model_validator(mode="after")
     def _same_length(self) -> Network:
@@ -231,7 +234,7 @@ class Plan(_Model):
     format: Literal["nnlite-plan-1"] = Field("nnlite-plan-1", description="version of this contract")
     dataset: str = Field(description="name of the dataset")
     options: Options | None = Field(None, description="it was made with these, and is planned again with them")
-    preset: str = Field("default", description="which U-Net was planned: default, resenc_m, resenc_l, resenc_xl")
+    preset: str = Field("default", description="the U-Net that was planned, such as default, resenc_m or mednext_s")
     memory_gb: float = Field(8, gt=0, description="GPU memory budget in GB")
     orientation: Orientation | None = Field(None, description='where x, y, z point after reading, such as "LAS"')
     axis_order: AxisOrder = Field((0, 1, 2), description="transposition applied to (z, y, x)")

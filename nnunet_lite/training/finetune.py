@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -28,6 +29,7 @@ from nnunet_lite.models.nnssl import ADAPTATION, read_nnssl
 from nnunet_lite.models.nnunet import read_checkpoint, read_nnunet_fold
 from nnunet_lite.planning.memory import with_memory
 from nnunet_lite.planning.schema import Plan, exact_storage
+from nnunet_lite.planning.topology import join_by_x
 from nnunet_lite.settings import Settings
 from nnunet_lite.training.job import Job
 
@@ -35,7 +37,8 @@ Part = Literal["encoder", "all-but-head"]
 Names = tuple[Sequence[str], Sequence[str]]  # of the trained network, and of this one
 _FROZEN: dict[str, tuple[str, ...]] = {"encoder": ("stem.", "encoder."), "all-but-head": ("",)}
 _HEADS = "heads."
-_FIRST = ("stem.0.weight", "encoder.0.0.0.weight")  # first layer of a residual encoder, of a plain one
+_FIRST = ("stem.0.weight", "stem.weight", "encoder.0.0.0.weight")  # first layer of a residual encoder, MedNeXt, plain
+_DEPTHWISE = ".depthwise.weight"
 _STAGE = "previous stage: "  # starts the names of a cascade's one-hot inputs
 _ADOPTED = ("spacing", "patch_size", "batch_size", "network", "resampling")  # of the model's configuration
 _CHECKPOINTS = (".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".model")  # files, not folders or names
@@ -262,7 +265,7 @@ def adopt_weights(network: nn.Module, state: Mapping[str, Tensor], inputs: Names
             adapted = _select_inputs(value, columns, *inputs)
         elif name.startswith(_HEADS):
             adapted = _select_outputs(own[name], value, rows)
-        if (fitted := fit_tensor(adapted, own[name])) is not None:
+        if (fitted := fit_tensor(name, adapted, own[name])) is not None:
             new[name] = fitted
             n_equal += fitted is value
     network.load_state_dict({**own, **new})
@@ -281,23 +284,34 @@ def adopt_weights(network: nn.Module, state: Mapping[str, Tensor], inputs: Names
         ]
         if [name.casefold() for name in names] != [origin.casefold() for origin in origins]:
             report[f"adapted, {what}"] = "; ".join(f"{n}: {origin}" for n, origin in zip(names, origins, strict=True))
+    if resized := [name for name in new if name.endswith(_DEPTHWISE) and state[name].shape != own[name].shape]:
+        before, after = (join_by_x(tensors[resized[-1]].shape[2:]) for tensors in (state, own))
+        report["resized"] = f"{len(resized)} depthwise kernels, such as {before} to {after} (UpKern)"
     for what, tensors in (("at random", own), ("not used", state)):
         if left := [name for name in tensors if name not in new]:
             report[what] = f"{len(left)} tensors: {', '.join(left[:_SHOWN])}{', ...' * (len(left) > _SHOWN)}"
     return report
 
 
-def fit_tensor(value: Tensor, own: Tensor) -> Tensor | None:
+def fit_tensor(name: str, value: Tensor, own: Tensor) -> Tensor | None:
     """Return a tensor of the model in the shape of the network's own, or None if that one stays random.
+
+    A depthwise kernel of another size is resized by linear interpolation: UpKern of Roy et al. 2023 (arXiv:2303.09975).
 
     Parameters
     ----------
+    name : str
+        Of the tensor.
     value : Tensor
         Of the model, with the inputs or outputs of this network already.
     own : Tensor
         Of the network, of any shape.
     """
-    return value if value.shape == own.shape else None
+    if value.shape == own.shape:
+        return value
+    if not (name.endswith(_DEPTHWISE) and value.shape[:2] == own.shape[:2] and value.ndim == own.ndim):
+        return None
+    return F.interpolate(value, size=own.shape[2:], mode="bilinear" if own.ndim == 4 else "trilinear")
 
 
 def _match_names(source: Sequence[str], target: Sequence[str]) -> list[int | None]:

@@ -12,6 +12,7 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.planning.memory import with_memory
 from nnunet_lite.planning.planner import limit_sizes, override_sizes
 from nnunet_lite.planning.schema import Configuration, Plan
+from nnunet_lite.planning.topology import resize_kernels
 from nnunet_lite.preprocessing.stored_case import CaseArrays
 from nnunet_lite.settings import Settings
 from nnunet_lite.training.distributed import ALONE, Ranks
@@ -127,9 +128,11 @@ def configure_plan(plan: Plan, configuration: str, settings: Settings) -> Plan:
         base = settings.network.features_base or features[0]
         largest = settings.network.features_max or max(features)
         features = tuple(min(base * 2**i, largest) for i in range(len(features)))
+    kernel = settings.network.kernel
     network = network.model_copy(
         update={
             "features": features,
+            "kernels": network.kernels if kernel is None else resize_kernels(network.kernels, kernel),
             "norm": settings.network.norm or network.norm,
             "activation": settings.network.activation or network.activation,
         }

@@ -80,9 +80,7 @@ def make_network(job: Job) -> nn.Module:
         speed_up_on_cpu(network)
     deep = job.settings.training.deep_supervision
     set_deep_supervision(network, deep)
-    if isinstance(
-        network, EncoderDecoder
-    ):  # data-parallel training waits for the gradients of all weights that have some
+    if isinstance(network, EncoderDecoder):  # data-parallel training waits for every weight that has a gradient
         last = len(network.heads) - 1
         network.heads[: min(network.idle_heads, last) if deep else last].requires_grad_(False)
     return network
