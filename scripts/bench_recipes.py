@@ -52,7 +52,6 @@ from nnunet_lite.system import cpus
 HERE = Path(__file__).absolute().parents[1]
 SETS = {"hippocampus": "Task04_Hippocampus", "nuclei": "Dataset018_Nuclei2D", "phantoms": "Dataset040_Phantoms"}
 EPOCH = 50  # steps
-NNUNET = "nnU-Net 2.8.1"
 COLUMNS = ("recipe", "Dice", "sd over seeds", "difference (95 % interval over cases)", "steps", "validation, s")
 
 
@@ -144,7 +143,8 @@ def train_nnunet(bench: Bench, seed: int, python: Path) -> Path:
     done = root / "preprocessed" / data / "done"
     if not done.is_file():
         program = python.with_name("nnUNetv2_plan_and_preprocess")
-        run_logged([program, "-d", NUMBER, "-c", bench.configuration, "-npfp", 1, "-np", 1], environment, log)
+        command = [program, "-d", NUMBER, "-c", bench.configuration, "-npfp", 1, "-np", 1]
+        run_logged(command, environment | {"nnUNet_n_proc_DA": "1"}, log)  # its planner refuses 0
         done.touch()
     script = Path(__file__).with_name("nnunet_training.py")
     command = [python, script, NUMBER, bench.configuration, 0, bench.epochs, bench.iterations, seed, bench.device]
@@ -231,10 +231,10 @@ def main() -> None:
             found[row].append(read_result(bench, train_nnlite(bench, row, seed)))
         if o.nnunet_python:
             fold = train_nnunet(bench, seed, o.nnunet_python.absolute())
-            found.setdefault(NNUNET, []).append(read_result(bench, fold))
+            found.setdefault("nnU-Net 2.8.1", []).append(read_result(bench, fold))
         text = (
             f"{dataset.name}, {configuration}, fold 0, {len(found[o.recipes[0]][0].cases)} held-out cases, "
-            f"{bench.length} of training, {seed + 1} seeds, {precision}, {cpus()} cores, {time.strftime('%Y-%m-%d')}"
+            f"{bench.length} of training, seeds 0 to {seed}, {precision}, {cpus()} cores, {time.strftime('%Y-%m-%d')}"
             f"{''.join(f', {change}' for change in o.changes)}\n\n{table(found, dataset.labels.region_names)}"
         )
         if o.output:

@@ -7,7 +7,7 @@ Each case is the label map of one CT, turned, scaled and bent at random, on a gr
 thick slices. Of its 60 structures six are labels, from the liver to the adrenal glands, and nodules of a few voxels are
 added; the other structures are background. Each structure of each case has an intensity of its own, near to that of
 other structures. Voxels at borders are mixed (the mean of eight samples), a bias field and noise are added. The left
-kidney is a copy of the right one with the same intensity: only its position tells it apart.
+kidney is a copy of the right one with the same intensity: the two differ in position only.
 
 The same options make the same voxels.
 """

@@ -35,7 +35,7 @@ def test_table_of_two_recipes(
     weights = {file: file.stat().st_mtime_ns for file in tmp_path.glob("runs/*/*/*/models/*/fold_0/model.safetensors")}
     first = table.read_text()
     assert len(weights) == 2 and first == capsys.readouterr().out
-    assert "2 held-out cases, 2 steps of training, 1 seeds, fp32" in first
+    assert "2 held-out cases, 2 steps of training, seeds 0 to 0, fp32" in first
     *_, head, _, base, other = first.splitlines()
     assert head.startswith("| recipe | Dice |") and head.endswith("| Anterior | Posterior |")
     assert re.match(r"\| cpu \| 0\.\d{4} \|  \|  \| 2 \| \d+ \| 0\.\d{4} \|", base)

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from samples import reference_plan, sample_plan
+from safetensors.torch import load_file, save_file
+from samples import Counts, reference_plan, sample_plan
 from torch import Tensor, nn
 
 import nnunet_lite
@@ -284,11 +284,25 @@ def test_a_fold_of_nnunet_to_start_from(tmp_path: Path) -> None:
         shutil.rmtree(theirs / fold)
     assert source_of(theirs, name, "0").file == best, "where no fold has a final checkpoint"
     best.rename(best.with_name("checkpoint_latest.pth"))
-    with pytest.raises(UserError, match=r"has no trained fold to start from\. Give the file of another checkpoint"):
+    with pytest.raises(UserError, match=r"no fold has a checkpoint_best\.pth \(fold 1 lacks it\)"):
         source_of(theirs, name, "0")
     (tmp_path / "none.pth").write_bytes(b"none")
     with pytest.raises(UserError, match=r"none\.pth: is no checkpoint"):
         source_of(tmp_path / "none.pth", name, "0")
+
+
+def test_files_of_other_programs_are_refused_with_what_they_contain(tmp_path: Path, counts: Counts) -> None:
+    torch.save({"epoch": 3, "state_dict": {}, "optimizer": {}, "loops": 1}, tmp_path / "lightning.ckpt")
+    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
+    save_file({"conv.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    for name, says in (
+        ("lightning.ckpt", "contains epoch, state_dict, optimizer and 1 more.* nnssl_adaptation_plan, of nnssl"),
+        ("tensor.pt", "contains a Tensor, not the entries of a checkpoint. One has network_weights"),
+        ("other.safetensors", "is in no model folder of nnlite; it contains conv.weight. A model is a folder"),
+    ):
+        counts("bad inputs refused in one line")
+        with pytest.raises(UserError, match=f"^{tmp_path}/{name}: .*{says}"):
+            source_of(tmp_path / name, "x", "0")
 
 
 # ------------------------------------------------------------------------------------------------- whole trainings

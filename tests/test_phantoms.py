@@ -1,4 +1,4 @@
-"""scripts/make_phantoms.py: the same voxels each time, labels of very different size, and twins that look alike."""
+"""scripts/make_phantoms.py: the same voxels each time, labels of very different size, twins of equal intensity."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_labels_differ_in_size_and_nodules_have_a_few_voxels(phantoms: Path) -> 
     assert len(nodules) > 12 and np.median(nodules) < 40 and min(nodules) < 10
 
 
-def test_only_position_tells_the_kidneys_apart(phantoms: Path) -> None:
+def test_the_kidneys_differ_in_position_only(phantoms: Path) -> None:
     names = json.loads((phantoms / "dataset.json").read_text())["labels"]
     ratios, sizes, sides = [], [], []
     for image, label, _ in arrays(phantoms):

@@ -8,7 +8,7 @@ model.zip
 
 The zip contains no path of the machine, no case and no code. Unpacking refuses files that the manifest does not list,
 anything but plain files of a model folder, wrong sizes, and code. Nothing appears before every checksum is right. Of a
-zip that nnU-Net exported, plans, dataset and checkpoints are unpacked and nothing else.
+zip that nnU-Net exported, plans, dataset, checkpoints and licence are unpacked and nothing else.
 """
 
 from __future__ import annotations

@@ -227,7 +227,10 @@ def read_checkpoint(file: Path) -> Json:
             if (damaged := archive.testzip()) is not None:  # torch does not look at the checksums
                 raise UserError(f"is damaged: the checksum of {damaged} differs", file, "Get the file again.")
         with torch.serialization.safe_globals(_ALLOWED), warnings.catch_warnings(action="ignore"):
-            return dict(torch.load(file, map_location="cpu", weights_only=True))
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(content, Mapping):
+            raise UserError(f"contains a {type(content).__name__}, not the entries of a checkpoint", file, _CHECKPOINTS)
+        return dict(content)
     except BadZipFile:
         what = "is no checkpoint in the format of torch.save since torch 1.6, or it is cut off"
         raise UserError(what, file) from None

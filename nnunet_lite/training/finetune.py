@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from nnunet_lite import log
 from nnunet_lite.data.geometry import turn_between
 from nnunet_lite.data.labels import BACKGROUND, Labels
+from nnunet_lite.data.problems import few
 from nnunet_lite.errors import UserError
 from nnunet_lite.models.argument import find_model, unpacked
 from nnunet_lite.models.bundle import find_licence
-from nnunet_lite.models.folder import is_model, is_nnunet, read_weights_header, weight_files
+from nnunet_lite.models.folder import EXPECTED, is_model, is_nnunet, read_weights_header, weight_files
 from nnunet_lite.models.lookup import read_model
 from nnunet_lite.models.nnssl import ADAPTATION, read_nnssl
 from nnunet_lite.models.nnunet import read_checkpoint, read_nnunet_fold
@@ -124,7 +125,10 @@ def _read_source(file: Path, plan: Plan, configuration: str) -> Source:
     state: Mapping[str, Tensor]
     if file.suffix == ".safetensors":
         read_weights_header(file)  # refuses a file that is no safetensors file
-        (theirs, run), state, fold = read_model(folder), load_file(file), file.parent.name.removeprefix("fold_")
+        state, fold = load_file(file), file.parent.name.removeprefix("fold_")
+        if not is_model(folder):
+            raise UserError(f"is in no model folder of nnlite; it contains {few(list(state))}", file, EXPECTED)
+        theirs, run = read_model(folder)
     elif ADAPTATION in (checkpoint := read_checkpoint(file)):
         (theirs, state), fold = read_nnssl(checkpoint, plan, configuration, file), ""
         run = {"configuration": configuration, "settings": {}}  # any axis may be mirrored
