@@ -132,6 +132,12 @@ class TrainingSettings(_Section):
     batch_voxels: int | None = Field(
         None, ge=64, description="most voxels of a batch, which keeps at least two patches; none: no limit"
     )
+    patch_growth: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the run in which patches grow, with as many voxels in a batch; 0: full size at once",
+    )
     accumulate: int = Field(1, ge=1, description="batches whose gradients make one step, as one larger batch would")
     foreground: float = Field(
         0.33, ge=0, le=1, description="share of the patches that are centred on a voxel of a label (oversampling)"

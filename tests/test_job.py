@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import Settings, with_changes
-from nnunet_lite.training.job import configure_plan
+from nnunet_lite.training.job import Job, configure_plan
 
 
 def test_settings_change_the_planned_network(tiny_plan: Plan) -> None:
@@ -36,3 +42,27 @@ def test_a_second_stage_keeps_the_plan_of_its_first(tiny_plan: Plan) -> None:
     assert list(trained.configurations) == ["3d_cascade_fullres", "3d_lowres"]
     assert trained.configuration("3d_cascade_fullres").batch_size == 3
     assert trained.n_inputs("3d_cascade_fullres") == trained.n_inputs("3d_lowres") + 2
+
+
+def test_patches_grow_axis_by_axis_with_as_many_voxels_in_a_batch(tmp_path: Path, tiny_plan: Plan) -> None:
+    settings = with_changes(Settings(), {"training.patch_size": [16, 24, 16], "training.patch_growth": 0.5})
+    plan = configure_plan(tiny_plan, "3d_fullres", settings)
+    job = Job(plan, "3d_fullres", settings, 0, tmp_path, torch.device("cpu"), [], [])
+    sizes = [stage.planned.patch_size for stage in job.stages]
+    divisor = [math.prod(axis) for axis in zip(*job.planned.network.strides, strict=True)]
+    assert sizes[0] == tuple(max(2 * d, 8) for d in divisor) and sizes[-1] == job.planned.patch_size
+    for small, large in pairwise(sizes):
+        assert sorted(b - a for a, b in zip(small, large, strict=True))[:2] == [0, 0]
+    full = math.prod(sizes[-1]) * job.planned.batch_size
+    for stage in job.stages:
+        assert full - math.prod(stage.patch) < math.prod(stage.patch) * stage.planned.batch_size <= full
+        assert stage.planned.network == job.planned.network
+        assert all(n % d == 0 for n, d in zip(stage.planned.patch_size, divisor, strict=True))
+    last = len(sizes) - 1
+    assert [job.stage_at(share) for share in (0, 0.25, 0.49, 0.5, 1)] == [0, last // 2, last - 1, last, last]
+
+
+def test_patches_that_do_not_grow_are_full_from_the_start(tmp_path: Path, tiny_plan: Plan) -> None:
+    plan = configure_plan(tiny_plan, "3d_fullres", Settings())
+    job = Job(plan, "3d_fullres", Settings(), 0, tmp_path, torch.device("cpu"), [], [])
+    assert job.stages == [job] and job.stage_at(0) == job.stage_at(1) == 0

@@ -387,6 +387,18 @@ def test_a_finished_run_can_be_made_longer(job: MakeJob) -> None:
     assert not stale.exists()
 
 
+def test_patches_grow_and_keep_their_size_when_the_run_is_made_longer(job: MakeJob) -> None:
+    run = job(training__patch_growth=0.5, training__epochs=16, training__iterations=1)
+    rows, last = train(run), len(run.stages) - 1
+    assert last == 6 and read_weights_header(run.folder / CHECKPOINT)["stage"] == last
+    patches = [row["samples_per_second"] * row["seconds"] for row in rows]  # a batch keeps its voxels
+    assert patches[0] > 2 * patches[-1]
+    longer = changed(run, training__epochs=64)
+    assert longer.stage_at(16 / 64) < last
+    train_fold(longer)
+    assert read_weights_header(run.folder / CHECKPOINT)["stage"] == last
+
+
 def test_other_settings_reach_a_resumed_run(job: MakeJob) -> None:
     run = job(schedule__name="constant")
     train(run)
@@ -398,6 +410,7 @@ def test_other_settings_reach_a_resumed_run(job: MakeJob) -> None:
 
 
 ADAMW = {"optimizer.name": "adamw", "network.norm": "batch"}
+MUON = {"optimizer.name": "muon", "optimizer.lr": 1e-3, "training.patch_growth": 0.8}
 BF16 = {"training.precision": "bf16", "training.channels_last": True}
 PLATEAU = {
     "schedule.name": "plateau",
@@ -412,9 +425,10 @@ PLATEAU = {
     [
         (signal.SIGKILL, {}),
         (signal.SIGKILL, ADAMW | BF16 | PLATEAU),
-        (signal.SIGTERM, ADAMW | {"optimizer.ema": 0.9, "training.validation_iterations": 0}),  # as clusters send it
+        (signal.SIGKILL, MUON),
+        (signal.SIGTERM, MUON | {"optimizer.ema": 0.9, "training.validation_iterations": 0}),  # as clusters send it
     ],
-    ids=["SIGKILL-sgd", "SIGKILL-adamw-bf16-plateau-batch-norm", "SIGTERM-adamw-ema"],
+    ids=["SIGKILL-sgd", "SIGKILL-adamw-bf16-plateau-batch-norm", "SIGKILL-muon-growth", "SIGTERM-muon-growth-ema"],
 )
 def test_a_run_that_was_stopped_resumes_bit_by_bit(
     tmp_path: Path, tiny_workspace: Path, tiny_settings: dict[str, Any], command: Command,

@@ -232,8 +232,19 @@ def test_limits_shrink_only_what_exceeds_them() -> None:
     Configuration.model_validate(after.model_dump())  # the patch can be pooled
     same = limit_sizes(plan, "3d_fullres", patch_voxels=10**9, batch_voxels=10**9).configuration("3d_fullres")
     assert (same.patch_size, same.batch_size, same.network) == (before.patch_size, before.batch_size, before.network)
+    assert same.batch_dice == before.batch_dice
     flat = limit_sizes(plan, "2d", 100_000, 200_000).configuration("2d")
     assert flat.batch_size == 200_000 // prod(flat.patch_size) > 2
+
+
+@pytest.mark.parametrize(("voxels", "batch_dice"), [(10**9, False), (32 * 40 * 32, False), (16 * 24 * 16, True)])
+def test_dice_is_taken_over_the_batch_where_a_limited_patch_sees_less_than_a_quarter(
+    voxels: int, batch_dice: bool
+) -> None:
+    plan = simple((36, 50, 35), (1, 1, 1))
+    limited = limit_sizes(plan, "3d_fullres", voxels).configuration("3d_fullres")
+    assert limited.batch_dice is batch_dice
+    assert (prod(limited.patch_size) < 0.25 * prod(limited.median_shape)) is batch_dice
 
 
 def test_another_patch_gets_its_topology_and_keeps_the_widths_of_the_stages_that_stay() -> None:

@@ -28,6 +28,7 @@ SMALL_AFTER_CROP = 0.75  # below this median relative size after cropping, z-sco
 START_VOXELS = {2: 2048**2, 3: 256**3}  # of the first patch tried, isotropic in mm
 REFERENCE_BATCH = {2: 12, 3: 2}  # the batch size that the feature-map counts of a preset refer to, by dimension
 MIN_BATCH = 2
+_BATCH_DICE = "Dice is taken over the batch: a patch sees little of an image"
 LOWRES_BELOW = 0.25  # 3d_lowres is planned where a patch covers less than this share of the median image
 LOWRES_STEP = 1.03
 
@@ -271,7 +272,7 @@ def _plan_configurations(
     low, note = _plan_lowres(task, full)
     if low is None:
         return {**planned, "3d_fullres": _with_reason(full, note)}
-    full = _with_reason(full, "Dice is taken over the batch: a patch sees little of an image", batch_dice=True)
+    full = _with_reason(full, _BATCH_DICE, batch_dice=True)
     reason = "as 3d_fullres, with the segmentation of 3d_lowres as further input channels"
     cascade = full.model_copy(update={"previous_stage": "3d_lowres", "reasons": (reason,)})
     return {
@@ -474,6 +475,9 @@ def limit_sizes(
 ) -> Plan:
     """Return the plan with a smaller patch and batch where they exceed a number of voxels.
 
+    Where a shortened patch sees less than a quarter of the median image, Dice is taken over the batch, as in plans that
+    have a 3d_lowres: in most patches some label is missing, and a Dice of each patch would teach to leave it out.
+
     Parameters
     ----------
     plan : Plan
@@ -500,7 +504,11 @@ def limit_sizes(
         topology, patch = smaller, smaller.patch
     if batch_voxels is not None:
         batch = min(batch, max(2, batch_voxels // prod(patch)))
-    return override_sizes(plan, configuration, patch, batch)
+    changed = override_sizes(plan, configuration, patch, batch)
+    if patch == c.patch_size or c.batch_dice or prod(patch) / prod(c.median_shape) >= LOWRES_BELOW:
+        return changed
+    shortened = _with_reason(changed.configuration(configuration), _BATCH_DICE, batch_dice=True)
+    return changed.model_copy(update={"configurations": {**changed.configurations, configuration: shortened}})
 
 
 def _with_patch(configuration: Configuration, patch: tuple[int, ...]) -> Configuration:

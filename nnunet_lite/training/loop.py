@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -72,6 +72,7 @@ class State(BaseModel):
     pass_seconds: float = 0.0  # seconds of the network per patch in the last pseudo-validation, on a CPU their median
     pseudo_seconds: float = 0.0  # of the last pseudo-validation
     bad_steps: int = 0
+    stage: int = 0  # of the patches that grow; a run that is made longer keeps its patch
     early_stopping: limits.EarlyStopping = Field(limits.EarlyStopping(), alias="trend")
     labels: LabelStatistics = Field(default_factory=LabelStatistics, alias="seen")
 
@@ -107,14 +108,13 @@ def train_fold(job: Job, seconds: float = 0.0) -> None:
         if job.device.type == "cuda":  # candidates of other formats may have needed more
             torch.cuda.reset_peak_memory_stats(job.device)
         state.seconds += from_first(time.monotonic() - begin, job.ranks)
-        compute, training, stop.starting = state.compute, job.settings.training, False
+        compute, stop.starting = state.compute, False
         log.info(f"computing on {job.device} in {compute}" + f" ({compute.reason})" * bool(compute.reason))
-        makers = training_batches(job, state.epoch, state.iteration * training.accumulate)
         # Where other programs run too, threads that share short operations (data, loss, optimizer) wait for each other
         # longer than these take.
         parallel = isinstance(learner.forward, ParallelSamples)
         limited = limit_threads(-(-torch.get_num_threads() // 2)) if parallel else nullcontext()
-        with limited, closing(prefetch(makers, job.device, training.workers)) as batches:
+        with limited, closing(_batches(job, state)) as batches:
             _run_epochs(job, learner, batches, state, stop)
         if job.ranks.rank == 0:
             _save_model(job, learner, state)
@@ -134,6 +134,7 @@ def _start(job: Job) -> tuple[Learner, State]:
 
     with understood(checkpoint, "Use --restart."):
         state = State.model_validate(read_weights_header(checkpoint))
+    state.stage = min(state.stage, len(job.stages) - 1)  # other settings may have fewer
     if not from_first(state.compute in formats, job.ranks):  # settings and machine may be others now
         state.compute = learning.choose_format(job, network, formats)
     if _stops_early(job, state) and (job.folder / MODEL).is_file():  # the finished run is to be longer
@@ -153,6 +154,19 @@ def _start(job: Job) -> tuple[Learner, State]:
 # ----------------------------------------------------------------------------------------------------------- epochs
 
 
+def _batches(job: Job, state: State) -> Generator[Batch, None, None]:
+    """Yield the batches of a run from where it is, with the patch of `state.stage`, which may change between epochs."""
+    training = job.settings.training
+    while True:
+        stage = state.stage
+        makers = training_batches(job.stages[stage], state.epoch, state.iteration * training.accumulate)
+        with closing(prefetch(makers, job.device, training.workers)) as batches:
+            for batch in batches:
+                yield batch
+                if state.stage != stage:
+                    break
+
+
 def _run_epochs(job: Job, learner: Learner, batches: Iterator[Batch], state: State, stop: limits.StopRequest) -> None:
     """Train to the end of the run, with metrics and a checkpoint after every epoch."""
     training, writes = job.settings.training, job.ranks.rank == 0
@@ -160,6 +174,8 @@ def _run_epochs(job: Job, learner: Learner, batches: Iterator[Batch], state: Sta
     with recording as recorder, follow_epochs(job) as follow, _save_checkpoints(job, learner, state) as save:
         while not _is_over(job, state):
             begin, before = time.monotonic(), state.seconds
+            if state.iteration == 0:
+                state.stage = max(state.stage, job.stage_at(_progress(job, state) if state.epoch else 0.0))
             name = f"epoch {state.epoch + 1}" + f" of {training.epochs}" * (training.time_limit is None)
             with log.working(name, training.iterations, state.iteration) as advance:
                 metrics = _train_epoch(job, learner, batches, state, stop, advance)
@@ -362,7 +378,7 @@ def _finish_epoch(job: Job, state: State, n_steps: int, seconds: float, waited: 
     rate : float
         The last learning rate.
     """
-    samples = n_steps * job.settings.training.accumulate * job.planned.batch_size
+    samples = n_steps * job.settings.training.accumulate * job.stages[state.stage].planned.batch_size
     finite = [loss for loss in state.losses if math.isfinite(loss)]
     mean_loss = float(np.mean(finite)) if finite else math.nan
     metrics = {
