@@ -109,10 +109,10 @@ class MissingCase:
     folders: dict[Path, tuple[Configuration, pipeline.Shape]]
 
     def memory(self, channels: int) -> int:
-        """About the bytes that making it takes: as read and as normalised, then normalised and resampled."""
+        """About the bytes that making it takes: as read and normalised, then normalised, resampled, packed."""
         before = prod(self.raw.shape)
         after = max(prod(shape) for _, shape in self.folders.values())
-        return max((8 * channels + 6) * before, (4 * channels + 2) * before + (6 * channels + 3) * after)
+        return max((8 * channels + 6) * before, (4 * channels + 2) * before + (8 * channels + 3) * after)
 
     def disk(self, plan: Plan) -> int:
         """About the bytes that its folders take."""
