@@ -53,7 +53,7 @@ Spread = Callable[[Callable[[Any], Any], Sequence[Any], str], Iterable[tuple[Any
 _VERSION = 1  # of how the arrays are made: raising it makes every case again
 _COMPRESSED = 0.5  # of the size in memory, for the estimate; 0.2 was measured for skull-stripped MR, 0.6 for CT
 _ID_BYTES = 200  # of a case id in the name of its folder: file systems allow 255 for all of it
-_SMALL = 1 << 18  # values of a case below which threads mostly wait for Python's lock: two of them overlap files and work
+_SMALL = 1 << 18  # values of a case below which more than two threads only wait for Python's lock
 _SHOWN = 5  # failures that an error names
 
 
