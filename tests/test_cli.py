@@ -160,6 +160,14 @@ def test_commands_that_need_no_network_do_not_import_torch(tmp_path: Path) -> No
     subprocess.run([sys.executable, "-c", f"{code}; assert 'torch' not in sys.modules"], cwd=tmp_path, check=True)
 
 
+def test_planning_and_preprocessing_of_nifti_import_no_other_reader(hippocampus: Path, tmp_path: Path) -> None:
+    """Each of these takes a fifth of a second and more, as long as the work on fifty small cases."""
+    code = "import sys, nnunet_lite as n; n.plan(sys.argv[1]); n.preprocess('3d_fullres'); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, hippocampus], cwd=tmp_path, capture_output=True, text=True)
+    loaded = set(done.stdout.split())
+    assert "blosc2" in loaded and not loaded & {"nibabel", "pydicom", "scipy", "SimpleITK", "torch"}
+
+
 def test_mistakes_in_arguments_are_reported_before_torch_is_imported(tiny_workspace: Path, tmp_path: Path) -> None:
     mistakes = {
         "train 3d_fulres 0": "no configuration '3d_fulres'",

@@ -21,7 +21,7 @@ from nnunet_lite.networks.cpu import (
     speed_up_on_cpu,
 )
 from nnunet_lite.networks.unet import UNet, set_deep_supervision
-from nnunet_lite.networks.winograd import is_channels_last
+from nnunet_lite.networks.winograd import is_channels_last, limit_threads
 from nnunet_lite.planning.schema import Plan
 
 FORMATS = {2: torch.channels_last, 3: torch.channels_last_3d}
@@ -111,51 +111,76 @@ def test_parallel_samples_compute_in_bf16_where_the_batch_does(tiny_plan: Plan, 
     x = torch.randn(2, 1, 16, 32, 16).contiguous(memory_format=memory_format(3, True))
     with torch.autocast("cpu", torch.bfloat16):
         found, expected = parallelize_samples(network)(x), network(x)
-    assert found.dtype == expected.dtype == torch.bfloat16
+    assert found.dtype == expected.dtype == torch.float32  # of the head; the layers before it compute in bf16
+    assert not torch.equal(found, network(x))
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0.02)
 
 
-@pytest.mark.parametrize("threads", [2], indirect=True)
-def test_samples_are_not_parallel_where_that_is_impossible(tiny_plan: Plan, threads: None) -> None:
+def test_networks_that_mix_samples_are_not_parallel(tiny_plan: Plan) -> None:
     mixing = make_unet(tiny_plan, norm="batch")
     assert parallelize_samples(mixing) is mixing
+
+
+@pytest.mark.parametrize("threads", [2], indirect=True)
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_parallel_samples_without_gradients_and_of_odd_batches(tiny_plan: Plan, n: int, threads: None) -> None:
     network = make_unet(tiny_plan)
     parallel = parallelize_samples(network)
     assert isinstance(parallel, ParallelSamples)
-    for n in (1, 3):
-        x = torch.randn(n, 1, 16, 32, 16)
-        assert torch.equal(parallel(x), network(x))
+    x = torch.randn(n, 1, 16, 32, 16)
+    assert_same(run(network, parallel, x), run(network, network, x))
     with torch.inference_mode():
-        x = torch.randn(2, 1, 16, 32, 16)
-        assert torch.equal(parallel(x), network(x))
+        output = parallel(x)
+        assert output.is_inference() and not output.requires_grad
+        torch.testing.assert_close(output, network(x))
+    with torch.no_grad(), limit_threads(1):  # the calling thread's number does not matter
+        assert torch.get_num_threads() == 1
+        assert torch.equal(parallel(x), output)
+    assert torch.get_num_threads() == 2
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize(("fast", "plain"), [(FastConv2d, nn.Conv2d), (FastConv3d, nn.Conv3d)])
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (1, 1), (1, 2)])
+@pytest.mark.parametrize("size", [(5, 9, 12), (8, 6, 4), (1, 9, 12), (9, 12), (6, 5)])
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_one_small_sample_goes_to_onednn(fast: Any, plain: Any, stride: int, bias: bool, channels_last: bool) -> None:
+def test_one_small_sample_goes_to_onednn(
+    size: tuple[int, ...], kernel: int, stride: int, bias: bool, channels_last: bool
+) -> None:
     torch.manual_seed(0)
-    size = (9, 12) if plain is nn.Conv2d else (5, 9, 12)
+    fast, plain = ((FastConv2d, nn.Conv2d), (FastConv3d, nn.Conv3d))[len(size) - 2]
     layout = memory_format(len(size), channels_last)
-    layer = fast(6, 8, 3, stride, padding=1, bias=bias).to(memory_format=layout)
-    other = plain(6, 8, 3, stride, padding=1, bias=bias)
+    layer = fast(6, 8, kernel, stride, padding=kernel // 2, bias=bias).to(memory_format=layout)  # type: ignore[call-overload]
+    other = plain(6, 8, kernel, stride, padding=kernel // 2, bias=bias)
     other.load_state_dict(layer.state_dict())
-    x = torch.randn(1, 6, *size).contiguous(memory_format=layout)
+    x = torch.randn(1, 6, *size).contiguous(memory_format=layout).requires_grad_()
     found, expected = layer(x), other(x)
-    assert "Mkldnn" in found.grad_fn.name()
+    assert "OneDnn" in found.grad_fn.name()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     upstream = torch.randn_like(expected)
     gradients = [
-        torch.autograd.grad(y, tuple(of.parameters()), upstream) for y, of in ((found, layer), (expected, other))
+        torch.autograd.grad(y, (x, *of.parameters()), upstream) for y, of in ((found, layer), (expected, other))
     ]
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    (of_weight,) = torch.autograd.grad(layer(x.detach()), layer.weight, upstream)
+    torch.testing.assert_close(of_weight, gradients[0][1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, FORMATS[3]])
+def test_a_kernel_of_one_voxel_has_its_gradient_from_matrix_products(layout: torch.memory_format) -> None:
+    layer = FastConv3d(6, 3, 1)
+    x = torch.randn(2, 6, 5, 4, 3).contiguous(memory_format=layout).requires_grad_()
+    upstream, leaves = torch.randn(2, 3, 5, 4, 3), (x, layer.weight, layer.bias)
+    assert layer.bias is not None
+    found = torch.autograd.grad(layer(x), leaves, upstream)
+    expected = torch.autograd.grad(F.conv3d(x, layer.weight, layer.bias), leaves, upstream)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_several_samples_and_other_types_go_to_torch() -> None:
     layer = FastConv2d(6, 8, 3)
-    assert "Mkldnn" not in layer(torch.randn(2, 6, 9, 9)).grad_fn.name()
+    assert "OneDnn" not in layer(torch.randn(2, 6, 9, 9)).grad_fn.name()
     assert layer.double()(torch.randn(1, 6, 9, 9).double()).dtype == torch.float64
     with torch.autocast("cpu", torch.bfloat16):
         assert layer.float()(torch.randn(1, 6, 9, 9)).dtype == torch.bfloat16
@@ -208,10 +233,14 @@ def test_instance_norm_of_low_precision_has_statistics_in_float32() -> None:
     generator = torch.Generator().manual_seed(0)
     x = (torch.randn(2, 4, 9, 8, generator=generator) * 3 + 2).contiguous(memory_format=FORMATS[2])
     low, norm = x.bfloat16().requires_grad_(), FastInstanceNorm(4, affine=True)
-    y = norm(low)
-    y.square().sum().backward()
+    y, upstream = norm(low), torch.randn(x.shape, generator=generator).bfloat16()
+    y.backward(upstream)
     assert y.dtype == torch.bfloat16 and low.grad is not None and low.grad.dtype == torch.bfloat16
-    torch.testing.assert_close(y.float(), F.instance_norm(low.detach().float()), rtol=0.01, atol=0.01)
+    exact = low.detach().double().requires_grad_()
+    expected = F.instance_norm(exact)
+    expected.backward(upstream.double())
+    torch.testing.assert_close(y.double(), expected, rtol=0.01, atol=0.01)
+    torch.testing.assert_close(low.grad.double(), exact.grad, rtol=0.01, atol=0.01)
     assert norm.weight.grad is not None and norm.weight.grad.dtype == torch.float32
 
 

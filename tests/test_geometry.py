@@ -197,6 +197,15 @@ def test_a_turn_is_that_of_itk_and_of_nibabel(orientation: str, tilt: float) -> 
         np.testing.assert_allclose(theirs.affine, ras_affine(place), atol=1e-5)
 
 
+def test_an_oblique_orientation_is_that_of_nibabel() -> None:
+    rng = np.random.default_rng(5)
+    for shear in (0, 0, 0.2):
+        for _ in range(50):
+            matrix = np.linalg.qr(rng.normal(size=(3, 3)))[0] + shear * rng.normal(size=(3, 3))
+            geometry = replace(PLACE, direction=tuple(matrix.ravel().tolist()))
+            assert geometry.orientation == "".join(nibabel.aff2axcodes(ras_affine(geometry)))
+
+
 def test_a_turn_keeps_channels_and_can_be_followed_by_a_transposition() -> None:
     array = np.arange(2 * 4 * 5 * 6).reshape(2, 4, 5, 6)
     turn = turn_between("PIR", "LAS")

@@ -150,13 +150,24 @@ def test_oblique_files_with_two_forms_have_the_geometry_of_itk(tmp_path: Path) -
     assert np.array_equal(image.array[0], voxels.T) and image.geometry == header[0]
 
 
-def test_a_file_in_several_gzip_members(tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", [400, -10])
+def test_a_file_in_several_gzip_members(tmp_path: Path, first: int) -> None:
+    """The size at the end of the file is that of the last member, which may be the smaller one."""
     path = tmp_path / "a.nii"
     voxels = write(path, qform=1)
     data = path.read_bytes()
     split = path.with_suffix(".nii.gz")
-    split.write_bytes(gzip.compress(data[:400]) + gzip.compress(data[400:]))
+    split.write_bytes(gzip.compress(data[:first]) + gzip.compress(data[first:]))
     assert np.array_equal(read_file(split).array[0], voxels.T)
+
+
+def test_the_array_may_be_changed(tmp_path: Path) -> None:
+    for name, order in (("a.nii", "<"), ("b.nii.gz", "<"), ("c.nii.gz", ">")):
+        voxels = write(tmp_path / name, qform=1, order=order)
+        plain = read_nifti(tmp_path / name)
+        assert plain is not None and plain[0].dtype.isnative
+        plain[0][...] += 1
+        assert np.array_equal(plain[0][0], voxels.T + 1)
 
 
 SROW = np.c_[np.diag([-0.7, 0.8, 2.5]), (1, 2, 3)]  # RAS

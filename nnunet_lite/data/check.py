@@ -28,7 +28,7 @@ from nnunet_lite.data.problems import Problem, Report, few, plural
 from nnunet_lite.errors import UserError, suggest
 
 T = TypeVar("T")
-Visit = Callable[[np.ndarray, Geometry, np.ndarray], T]
+Visit = Callable[[Sequence[np.ndarray], Geometry, np.ndarray], T]
 Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
 
 _BYTES_PER_VOXEL = 12  # while a case is checked: float32 as read, stacked, and masks
@@ -56,8 +56,7 @@ def check_dataset(
     dataset : Dataset
         The dataset.
     visit : callable or None
-        Called in a thread with image (channels, z, y, x), geometry and foreground mask (z, y, x) of each case without
-        errors.
+        Called in a thread with channels (z, y, x), geometry and foreground mask (z, y, x) of each case without errors.
     keep : callable or None
         Called with the id of each such case and the result of `visit`, in the order of the cases.
     workers : int or None
@@ -167,13 +166,13 @@ def _threads(dataset: Dataset) -> int:
 def _check_case(case: Case, dataset: Dataset, visit: Visit[T] | None) -> CaseFindings[T]:
     found: CaseFindings[T] = CaseFindings()
     images = _read_channels(case, dataset, found)
-    image = _check_images(images, case, dataset, found) if len(images) == len(case.images) else None
-    label = _check_label(case, dataset, image.geometry if image else None, found)
-    if image is None or label is None:
+    channels = _check_images(images, case, dataset, found) if len(images) == len(case.images) else None
+    label = _check_label(case, dataset, images[0].geometry if channels else None, found)
+    if channels is None or label is None:
         return found
     found.problems += _compare(case, images, label)
     if visit is not None and not any(p.stops and p.kind not in dataset.accept for p in found.problems):
-        found.visited = visit(image.array, image.geometry, label.array[0] != dataset.labels.background)
+        found.visited = visit(channels, images[0].geometry, label.array[0] != dataset.labels.background)
     return found
 
 
@@ -199,8 +198,10 @@ def _unreadable(error: UserError, path: Path) -> Problem:
     return Problem(kind, str(path), error.what, "", error.fix)
 
 
-def _check_images(images: list[Image], case: Case, dataset: Dataset, found: CaseFindings[Any]) -> Image | None:
-    """Return the image of a case with all its channels if they are on one grid."""
+def _check_images(
+    images: list[Image], case: Case, dataset: Dataset, found: CaseFindings[Any]
+) -> list[np.ndarray] | None:
+    """Return the channels of a case if they are on one grid; to stack them would take as long as to read them."""
     found.geometry = images[0].geometry
     images = [image.aligned(images[0].geometry) for image in images]
     for path, image in zip(case.images[1:], images[1:], strict=True):
@@ -217,22 +218,24 @@ def _check_images(images: list[Image], case: Case, dataset: Dataset, found: Case
             found.problems.append(Problem("forms", str(path), conflict, "", fix))
     if any(problem.kind == "grid" for problem in found.problems):
         return None
-    array = images[0].array if len(images) == 1 else np.concatenate([image.array for image in images])
-    if len(array) != len(dataset.channels):
+    channels = [channel for image in images for channel in image.array]
+    if len(channels) != len(dataset.channels):
         expected = f"{len(dataset.channels)} ({', '.join(dataset.channels)})"
         fix = "Name the channels in dataset.json as they are in the files, or correct the file."
         name, number = split_name(stem(case.images[0]))
         if len(case.images) == 1 and number == 0:
             fix += f" Channels in files of their own are called {name}_0000, {name}_0001, ..."
-        text = plural(len(array), "channel")
+        text = plural(len(channels), "channel")
         found.problems.append(Problem("channels", str(case.images[0]), text, expected, fix))
         return None
-    found.digest = hashlib.sha256(array.data).digest()
+    digest = hashlib.sha256()
     files = [path for path, image in zip(case.images, images, strict=True) for _ in image.array]
-    for channel, path, name in zip(array, files, dataset.channels, strict=True):
+    for channel, path, name in zip(channels, files, dataset.channels, strict=True):
+        digest.update(np.ascontiguousarray(channel).data)
         found.problems += _check_values(channel, path, name)
         found.two_values.append(_has_two_values(channel))
-    return Image(array, images[0].geometry)
+    found.digest = digest.digest()
+    return channels
 
 
 def _check_values(channel: np.ndarray, path: Path, name: str) -> Iterator[Problem]:
@@ -248,10 +251,14 @@ def _check_values(channel: np.ndarray, path: Path, name: str) -> Iterator[Proble
 
 
 def _has_two_values(channel: np.ndarray) -> bool:
-    if len(np.unique(channel.reshape(-1)[:: max(1, channel.size // _VALUES_SAMPLED)])) > 2:  # of nearly every image
-        return False
-    low, high = channel.min(), channel.max()
-    return bool(low < high and ((channel == low) | (channel == high)).all())
+    sample = channel.reshape(-1)[
+        :: max(1, channel.size // _VALUES_SAMPLED)
+    ]  # most images have more values already here
+    return _at_most_two_values(sample) and _at_most_two_values(channel) and bool(channel.min() < channel.max())
+
+
+def _at_most_two_values(array: np.ndarray) -> bool:
+    return bool(((array == array.min()) | (array == array.max())).all())
 
 
 def _check_label(case: Case, dataset: Dataset, like: Geometry | None, found: CaseFindings[Any]) -> Image | None:
@@ -274,7 +281,7 @@ def _check_label(case: Case, dataset: Dataset, like: Geometry | None, found: Cas
         found.problems.append(Problem("label_lossy", path, text, "", fix))
         return None
     found.problems += [Problem("understood", path, note) for note in label.notes]
-    found.values = {int(v) for v in np.unique(label.array)} - {dataset.labels.background}
+    found.values = {int(v) for v in np.unique(label.array[label.array != dataset.labels.background])}
     known = {v for v in (*dataset.labels.values, dataset.labels.ignore, *(dataset.value_map or ())) if v is not None}
     if unknown := sorted(found.values - known):
         voxels = plural(int(np.isin(label.array, unknown).sum()), "voxel")

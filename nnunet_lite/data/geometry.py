@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TypeVar
 
+import cc3d
 import numpy as np
 
 T = TypeVar("T")
@@ -263,11 +264,15 @@ def common_orientation(orientations: Iterable[str | None]) -> str | None:
 
 @lru_cache(maxsize=1024)
 def _orientation(direction: tuple[float, ...]) -> str:
-    from nibabel.orientations import aff2axcodes  # slow to import
-
-    affine = np.eye(4)
-    affine[:3, :3] = np.diag([-1.0, -1.0, 1.0]) @ np.reshape(direction, (3, 3))  # nibabel has RAS, ITK has LPS
-    return "".join(aff2axcodes(affine))
+    """Name the axes as nibabel's `aff2axcodes` does, which takes a fifth of a second to import."""
+    cosines = np.reshape(direction, (3, 3)) * [[-1], [-1], [1]]  # the axes of ITK, LPS, as RAS
+    left, _, right = np.linalg.svd(cosines / np.linalg.norm(cosines, axis=0))
+    rotation, letters = left @ right, [""] * 3  # the nearest one without shear
+    for axis in np.argsort(-(rotation**2).max(axis=0), kind="stable"):
+        row = int(np.abs(rotation[:, axis]).argmax())
+        letters[axis] = ("LR", "PA", "IS")[row][int(rotation[row, axis] > 0)]
+        rotation[row] = 0  # each side names one axis
+    return "".join(letters)
 
 
 @dataclass(frozen=True)
@@ -368,12 +373,12 @@ def slices(box: Box) -> tuple[slice, slice, slice]:
     return slice(*box[0]), slice(*box[1]), slice(*box[2])
 
 
-def nonzero_box(array: np.ndarray) -> Box:
+def nonzero_box(channels: Sequence[np.ndarray] | np.ndarray) -> Box:
     """Return the box of the voxels that are not zero in every channel.
 
     Parameters
     ----------
-    array : ndarray, shape (channels, z, y, x)
+    channels : sequence of ndarray, shape (z, y, x)
         Intensities of one case.
 
     Returns
@@ -381,7 +386,7 @@ def nonzero_box(array: np.ndarray) -> Box:
     Box
         Half-open ranges (z, y, x).
     """
-    return bounding_box(_any_nonzero(array))
+    return bounding_box(_any_nonzero(channels))
 
 
 def nonzero_mask(array: np.ndarray) -> np.ndarray:
@@ -405,16 +410,14 @@ def nonzero_mask(array: np.ndarray) -> np.ndarray:
     inside = slices(bounding_box(mask))
     part = mask[inside]
     if not part.all():
-        from scipy.ndimage import label  # slow to import
-
-        components, _ = label(np.pad(~part, 1, constant_values=True))
+        components = cc3d.connected_components(np.pad(~part, 1, constant_values=True), connectivity=6)
         mask[inside] = (components != components[0, 0, 0])[1:-1, 1:-1, 1:-1]
     return mask
 
 
-def _any_nonzero(array: np.ndarray) -> np.ndarray:
-    mask = array[0] != 0
-    for channel in array[1:]:
+def _any_nonzero(channels: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
+    mask = channels[0] != 0
+    for channel in channels[1:]:
         if mask.all():
             break
         np.logical_or(mask, channel != 0, out=mask)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from pydantic import TypeAdapter
@@ -22,7 +22,7 @@ from nnunet_lite.data.images import read_geometry
 from nnunet_lite.data.names import companions
 from nnunet_lite.data.problems import name_cases
 from nnunet_lite.errors import UserError
-from nnunet_lite.files import read_json, understood, write_json
+from nnunet_lite.files import read_json, understood, write_json, write_text
 from nnunet_lite.system import cpus
 from nnunet_lite.workspace import Paths
 
@@ -126,7 +126,7 @@ def read_stamps(file: Path) -> dict[str, RawCase]:
 
 def write_stamps(file: Path, raw: Mapping[str, RawCase]) -> None:
     """Write a raw.json."""
-    write_json(file, {case_id: asdict(stamps) for case_id, stamps in raw.items()})
+    write_text(file, _STAMPS.dump_json(dict(raw), indent=1).decode() + "\n")
 
 
 def unchanged_cases(cases: Iterable[Case], file: Path) -> dict[str, RawCase]:

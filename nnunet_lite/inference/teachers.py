@@ -30,7 +30,7 @@ from nnunet_lite.models.lookup import model_fingerprint, read_model
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.preprocessing.pipeline import Placement
 from nnunet_lite.preprocessing.store import open_case
-from nnunet_lite.preprocessing.stored_case import write_array
+from nnunet_lite.preprocessing.stored_case import compress_array
 from nnunet_lite.training.splits import ALL, CASES, Split, refuse_other_cases
 from nnunet_lite.workspace import Paths
 
@@ -140,7 +140,7 @@ def predict_teachers(
                 image = read_case_image(plan, case, dataset.accept_geometry)
                 maps = predict_probabilities(teacher, image, open_stored(case.id).placement, folder)
             with atomic(files[case.id]) as temporary:
-                write_array(temporary, maps, patch)
+                temporary.write_bytes(compress_array(maps, patch))
     return files
 
 

@@ -3,11 +3,12 @@
 `speed_up_on_cpu` replaces layers by subclasses that compute the same with the same weights. Most of them need the
 channels-last memory format, for which torch's own layers make copies:
 
-FastConv2d, FastConv3d  oneDNN for a single small sample, where torch falls back to a slow kernel; winograd.py for 3x3x3
+FastConv2d, FastConv3d  oneDNN for a single small sample, where torch falls back to a slow kernel, in both directions;
+                        winograd.py for 3x3x3
 FastConvTranspose3d     the depthwise and pointwise ones of MedNeXt, as convolutions
-FastInstanceNorm        batch normalization of one sample after the other, with a written-out gradient
+FastInstanceNorm        batch normalization of one sample after the other, in both directions
 FastUNet                upsampling as one matrix product that writes into the concatenation
-ParallelSamples         for training: the samples of a batch at the same time, each with threads of its own
+ParallelSamples         the samples of a training batch at the same time, each with threads of its own
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from __future__ import annotations
 import ctypes
 import platform
 from collections.abc import Sequence
-from math import prod
+from concurrent.futures import ThreadPoolExecutor
+from math import gcd, prod
 from typing import Any
 
 import torch
@@ -26,7 +28,6 @@ from torch.autograd.function import once_differentiable
 from nnunet_lite.networks.unet import EncoderDecoder, UNet, mixes_samples
 from nnunet_lite.networks.winograd import convolve_winograd, is_channels_last, is_winograd_faster, thread_pool
 
-_LEAST_OUTPUTS = 16  # of a pointwise convolution; with fewer, torch is as fast
 _LEAST_OUTPUTS = 16  # of a pointwise convolution; with fewer, torch is as fast
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # parameters of mallopt(3)
 
@@ -57,7 +58,7 @@ def keep_freed_memory() -> None:
 
 
 class FastConv2d(nn.Conv2d):
-    """A convolution that uses oneDNN for single samples too."""
+    """A convolution that uses oneDNN where torch does not."""
 
     def forward(self, x: Tensor) -> Tensor:
         return _convolve_onednn(self, x) if _avoids_onednn(self, x) else super().forward(x)
@@ -78,17 +79,18 @@ class FastConv3d(nn.Conv3d):
 
 
 def _avoids_onednn(layer: nn.Conv2d | nn.Conv3d, x: Tensor) -> bool:
-    """Return whether torch might compute the layer without oneDNN, its fast library for CPUs.
+    """Return whether torch might compute the layer, or its gradient, without oneDNN, its fast library for CPUs.
 
     It does so for one float32 sample of a few thousand values, and then takes four times as long at the sizes of a
-    U-Net.
+    U-Net. The gradient of a kernel of one voxel is slow in both.
     """
     return (
         not torch.compiler.is_compiling()  # first: it exports graphs for any batch
-        and len(x) == 1
+        and (len(x) == 1 or layer.weight[0, 0].numel() == 1)
         and x.is_cpu
         and x.dtype == torch.float32
-        and max(layer.kernel_size) > 1
+        and layer.groups == 1
+        and max(layer.dilation) == 1
         and torch.backends.mkldnn.is_available()
         and not torch.is_autocast_enabled("cpu")
         and not torch.jit.is_tracing()
@@ -97,9 +99,78 @@ def _avoids_onednn(layer: nn.Conv2d | nn.Conv3d, x: Tensor) -> bool:
 
 def _convolve_onednn(layer: nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
     assert not isinstance(layer.padding, str)
-    return torch.mkldnn_convolution(
-        x, layer.weight, layer.bias, layer.padding, layer.stride, layer.dilation, layer.groups
+    y: Tensor = _OneDnnConvolution.apply(x, layer.weight, layer.bias, layer.padding, layer.stride)
+    return y
+
+
+class _OneDnnConvolution(torch.autograd.Function):
+    """A convolution by oneDNN whose gradient does not depend on what torch chooses for a single sample."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...], stride: tuple[int, ...]
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.padding, ctx.stride = padding, stride
+        return torch.mkldnn_convolution(x, weight, bias, padding, stride, (1,) * len(stride), 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        if weight[0, 0].numel() == max(ctx.stride) == 1:
+            gradients = _differentiate_product(x, weight, grad, ctx.needs_input_grad[0])
+        elif len(x) == 1 and grad.shape[2] > 1:
+            gradients = _differentiate_halves(x, weight, grad, ctx.padding, ctx.stride, ctx.needs_input_grad[0])
+        else:
+            gradients = _differentiate(x, weight, grad, ctx.padding, ctx.stride, ctx.needs_input_grad[0])
+        needs_bias = ctx.needs_input_grad[2]
+        return *gradients[:2], gradients[2] if needs_bias else None, None, None
+
+
+Gradients = tuple[Tensor | None, Tensor, Tensor]  # of the input, the weight and the bias
+
+
+def _differentiate(
+    x: Tensor, weight: Tensor, grad: Tensor, padding: tuple[int, ...], stride: tuple[int, ...], needs_x: bool
+) -> Gradients:
+    axes = len(stride)
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, [len(weight)], stride, padding, (1,) * axes, False, (0,) * axes, 1, (needs_x, True, True)
     )
+
+
+def _differentiate_product(x: Tensor, weight: Tensor, grad: Tensor, needs_x: bool) -> Gradients:
+    """The gradient of a kernel of one voxel, as matrix products over all positions."""
+    inputs, outputs = (values.movedim(1, -1).flatten(0, -2) for values in (x, grad))
+    to_x = (outputs @ weight.flatten(1)).view(len(x), *x.shape[2:], -1).movedim(-1, 1) if needs_x else None
+    return to_x, (outputs.t() @ inputs).view_as(weight), outputs.sum(0)
+
+
+def _differentiate_halves(
+    x: Tensor, weight: Tensor, grad: Tensor, padding: tuple[int, ...], stride: tuple[int, ...], needs_x: bool
+) -> Gradients:
+    """The gradient of one sample as a batch of two, for which torch always uses oneDNN: the halves of the first axis.
+
+    Both halves have their own copy of the input slices that they share.
+    """
+    half = -(-grad.shape[2] // 2)
+    size = stride[0] * (half - 1) + weight.shape[2]  # input slices of a half
+    halves = x.new_zeros(2, size, *x.shape[3:], x.shape[1]).movedim(-1, 1)
+    places = []
+    for start, target in zip((-padding[0], stride[0] * half - padding[0]), halves, strict=True):
+        low, high = max(0, start), min(start + size, x.shape[2])
+        places.append((slice(low, high), slice(low - start, high - start)))
+        target[:, places[-1][1]] = x[0, :, places[-1][0]]
+    missing = (0, 0) * (len(stride) - 1) + (0, 2 * half - grad.shape[2])
+    grads = F.pad(grad, missing)[0].unflatten(1, (2, half)).movedim(1, 0)
+    to_halves, to_weight, to_bias = _differentiate(halves, weight, grads, (0, *padding[1:]), stride, needs_x)
+    if to_halves is None:
+        return None, to_weight, to_bias
+    to_x = torch.zeros_like(x)
+    for (source, target), part in zip(places, to_halves, strict=True):
+        to_x[0, :, source] += part[:, target]
+    return to_x, to_weight, to_bias
 
 
 # ------------------------------------------------------------------------------------------------ depthwise
@@ -204,11 +275,11 @@ class FastInstanceNorm(nn.InstanceNorm3d):
 
 
 class _ChannelsLastNorm(torch.autograd.Function):
-    """y = (x - mean) * rstd * weight + bias, and its gradient from two sums per sample and channel.
+    """y = (x - mean) * rstd * weight + bias.
 
-    The forward pass is batch normalization of one sample after the other, which is the same and has a kernel for
-    channels-last tensors. Group normalization with one channel a group would be faster, but adds up values and squares
-    in one pass: it loses all digits where a channel's mean is a hundred times its deviation.
+    Both passes are batch normalization of one sample after the other, which is the same and has kernels for
+    channels-last tensors, with sums in float32. Group normalization with one channel a group would be faster, but adds
+    up values and squares in one pass: it loses all digits where a channel's mean is a hundred times its deviation.
     """
 
     @staticmethod
@@ -225,16 +296,14 @@ class _ChannelsLastNorm(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight, mean, rstd = ctx.saved_tensors
         (grad,) = gradients
-        positions, size = tuple(range(2, x.ndim)), x[0, 0].numel()
-        sum_grad = grad.sum(positions, dtype=torch.float32)
-        sum_grad_xhat = ((grad * x).sum(positions, dtype=torch.float32) - mean * sum_grad) * rstd
-        # dx = rstd * weight * (grad - mean(grad) - xhat * mean(grad * xhat)), as grad * a + x * b + c
-        a = rstd * weight
-        b = -a * rstd * sum_grad_xhat / size
-        c = -a * sum_grad / size - b * mean
-        a, b, c = (values.view(*values.shape, *(1 for _ in positions)).to(x.dtype) for values in (a, b, c))
-        dx = torch.addcmul(c, x, b).addcmul_(grad, a)
-        return dx, sum_grad_xhat.sum(0).to(weight.dtype), sum_grad.sum(0).to(weight.dtype), None
+        parts = [
+            torch.ops.aten.native_batch_norm_backward(
+                grad[i : i + 1], x[i : i + 1], weight, None, None, mean[i], rstd[i], True, 0.0, [True] * 3
+            )
+            for i in range(len(x))
+        ]
+        dx, of_weight, of_bias = zip(*parts, strict=True)
+        return dx[0] if len(x) == 1 else torch.cat(dx), sum(of_weight), sum(of_bias), None
 
 
 # ------------------------------------------------------------------------------------------------ upsampling
@@ -266,46 +335,73 @@ class FastUNet(UNet):
 
 
 class ParallelSamples(nn.Module):
-    """A network that computes the samples of a training batch at the same time, each with threads of its own.
+    """A network that computes the samples of a batch at the same time, each with threads of its own.
 
     Threads that share each layer of a small network wait for each other after every layer, forward and backward.
-    Outputs and gradients are those of the network. Without gradients, or where samples cannot be divided evenly over
-    the threads, it calls the network.
+    Outputs and gradients are those of the network. The calling thread computes nothing.
+
+    Parameters
+    ----------
+    network : EncoderDecoder
+        Its samples do not depend on each other.
+    threads : int
+        Of all samples together. A batch is divided into as many equal parts as divide the threads, too.
     """
 
-    def __init__(self, network: EncoderDecoder) -> None:
+    def __init__(self, network: EncoderDecoder, threads: int) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.threads = network, threads
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        workers = min(torch.get_num_threads(), len(x))
-        if workers < 2 or len(x) % workers or not torch.is_grad_enabled():
-            output: Tensor | list[Tensor] = self.network(x)
-            return output
-        weights = [weight for weight in self.network.parameters() if weight.requires_grad]
-        outputs = _ParallelSamples.apply(self.network, x, workers, *weights)
+        if torch.is_grad_enabled():
+            weights = [weight for weight in self.network.parameters() if weight.requires_grad]
+            outputs = _ParallelSamples.apply(self, x, *weights)
+        else:
+            outputs = _join_parts(self.compute_parts(x))
         return list(outputs) if self.network.deep_supervision else outputs[0]
+
+    def pool(self, batch: int) -> tuple[ThreadPoolExecutor, int]:
+        """Return the threads for a batch, and the number of parts into which it is divided."""
+        parts = gcd(self.threads, batch)
+        return thread_pool(parts, self.threads // parts), parts
+
+    def compute_parts(self, x: Tensor) -> list[list[Tensor]]:
+        """Return the outputs of each part, computed in the modes of the calling thread."""
+        bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+
+        def compute(part: Tensor) -> list[Tensor]:
+            with (
+                torch.inference_mode(inference),
+                torch.set_grad_enabled(gradients),
+                torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+            ):
+                output = self.network(part)
+            return output if isinstance(output, list) else [output]
+
+        threads, parts = self.pool(len(x))
+        return list(threads.map(compute, x.tensor_split(parts)))
 
 
 def parallelize_samples(network: nn.Module) -> nn.Module:
     """Return `ParallelSamples` of a planned network whose samples do not depend on each other, others as they are."""
-    return ParallelSamples(network) if isinstance(network, EncoderDecoder) and not mixes_samples(network) else network
+    if isinstance(network, EncoderDecoder) and not mixes_samples(network):
+        return ParallelSamples(network, torch.get_num_threads())
+    return network
+
+
+def _join_parts(parts: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
+    return tuple(torch.cat([output.detach() for output in outputs]) for outputs in zip(*parts, strict=True))
 
 
 class _ParallelSamples(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, network: EncoderDecoder, x: Tensor, workers: int, *weights: Tensor) -> tuple[Tensor, ...]:
-        bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-
-        def compute(part: Tensor) -> list[Tensor]:
-            with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):  # threads have their own
-                output = network(part)
-            return output if isinstance(output, list) else [output]
-
+    def forward(ctx: Any, samples: ParallelSamples, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)  # an output that the loss leaves out gives its weights no gradient
-        ctx.threads, ctx.weights = thread_pool(workers, torch.get_num_threads() // workers), weights
-        ctx.parts = list(ctx.threads.map(compute, x.tensor_split(workers)))
-        return tuple(torch.cat([output.detach() for output in outputs]) for outputs in zip(*ctx.parts, strict=True))
+        ctx.threads, ctx.weights = samples.pool(len(x))[0], weights
+        with torch.enable_grad():
+            ctx.parts = samples.compute_parts(x)
+        return _join_parts(ctx.parts)
 
     @staticmethod
     @once_differentiable
@@ -318,7 +414,7 @@ class _ParallelSamples(torch.autograd.Function):
             return torch.autograd.grad(outputs, ctx.weights, upstream, allow_unused=True)
 
         found = list(ctx.threads.map(compute, range(len(ctx.parts))))
-        return None, None, None, *(_sum(parts) for parts in zip(*found, strict=True))
+        return None, None, *(_sum(parts) for parts in zip(*found, strict=True))
 
 
 def _sum(parts: Sequence[Tensor | None]) -> Tensor | None:

@@ -121,8 +121,8 @@ class EncoderDecoder(nn.Module):
         return outputs[::-1] if self.deep_supervision else outputs[0]
 
     def logits(self, head: nn.Module, x: Tensor) -> Tensor:
-        """Apply a head; training on a GPU does it in float32, because the loss needs more digits than 16 bits have."""
-        if not self.training or x.device.type == "cpu":
+        """Apply a head; training does it in float32, because the loss needs more digits than 16 bits have."""
+        if not self.training:
             return head(x)
         has_autocast = torch.amp.is_autocast_available(x.device.type)  # the device "meta", which counts, has none
         with torch.autocast(x.device.type, enabled=False) if has_autocast else nullcontext():

@@ -11,8 +11,9 @@ each other after every layer. Where other programs run too, that makes it up to 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -146,6 +147,7 @@ class _Winograd(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         n, _, depth, height, width = x.shape
         filters, source = _filters(weight), _slices(x)
+        ctx.filters = filters
         # not a view of another tensor, so that an activation may overwrite it
         result = torch.empty((n, len(weight), depth, height, width), memory_format=torch.channels_last_3d)
         out = _slices(result)
@@ -166,7 +168,7 @@ class _Winograd(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
         x, weight = ctx.saved_tensors
         n, _, depth, height, width = x.shape
-        filters, source = _filters(weight), _slices(x)
+        filters, source = ctx.filters, _slices(x)
         upstream = _slices(grad.contiguous(memory_format=torch.channels_last_3d))
         needs_x, grad_x = ctx.needs_input_grad[0], torch.empty_like(source)
 
@@ -201,7 +203,7 @@ class _Winograd(torch.autograd.Function):
 
 # ------------------------------------------------------------------------------------------------ threads
 
-_thread = local()  # in_pool: whether this thread belongs to a pool
+_thread = local()  # in_pool: whether this thread is one of several of a pool
 
 
 @lru_cache(maxsize=4)
@@ -216,12 +218,23 @@ def thread_pool(workers: int, threads: int) -> ThreadPoolExecutor:
     def start() -> None:
         torch.get_num_threads()
         torch.set_num_threads(threads)
-        _thread.in_pool = True
+        _thread.in_pool = workers > 1
 
     pool = ThreadPoolExecutor(workers, initializer=start)
     list(pool.map(lambda _: started.wait(), range(workers)))
     torch.set_num_threads(previous)
     return pool
+
+
+@contextmanager
+def limit_threads(n: int) -> Iterator[None]:
+    """Let this thread compute with n torch threads for the duration of the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def map_samples(n: int, work: Callable[[range], T]) -> list[T]:

@@ -141,16 +141,16 @@ def check_and_fingerprint(dataset: Dataset, workers: int | None = None) -> tuple
 
 
 def fingerprint_case(
-    image: np.ndarray, geometry: Geometry, foreground: np.ndarray, samples: int, random: RandomBlocks
+    channels: Sequence[np.ndarray], geometry: Geometry, foreground: np.ndarray, samples: int, random: RandomBlocks
 ) -> CaseFingerprint:
     """Take what one case adds to the fingerprint.
 
     Parameters
     ----------
-    image : ndarray, shape (channels, z, y, x)
+    channels : sequence of ndarray, shape (z, y, x)
         Intensities.
     geometry : Geometry
-        Grid of the image.
+        Their grid.
     foreground : ndarray of bool, shape (z, y, x)
         Voxels that are not background.
     samples : int
@@ -163,11 +163,11 @@ def fingerprint_case(
     CaseFingerprint
         Shape, spacing and drawn intensities.
     """
-    box = nonzero_box(image)
+    box = nonzero_box(channels)
     shape, inside = tuple(high - low for low, high in box), slices(box)
     mask = foreground[inside]
     drawn, position = [], 0
-    for channel in image:
+    for channel in channels:
         values = channel[inside][mask].astype(np.float32)
         counts, position = random.draw(values.size, samples, position)
         drawn.append(_bound(_distinct(values, counts)))
@@ -307,7 +307,7 @@ class RandomBlocks:
             while len(self._counts) <= block:
                 numbers = self._ahead.result() if self._ahead else self.numbers(0)
                 self._ahead = self._pool.submit(self.numbers, len(self._counts) + 1)
-                counts = np.bincount(numbers & np.uint32((1 << _BITS) - 1), minlength=1 << _BITS)
+                counts = np.bincount(numbers.astype(np.uint16), minlength=1 << _BITS)  # keeps the low bits
                 self._counts.append(counts.astype(np.uint8))
         return self._counts[block].reshape(-1, 1 << bits).sum(axis=0, dtype=np.uint32)
 

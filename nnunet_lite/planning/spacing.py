@@ -7,7 +7,6 @@ from math import prod
 from pathlib import Path
 
 import numpy as np
-from scipy import ndimage
 
 from nnunet_lite import log
 from nnunet_lite.data.dataset import Dataset, map_labels
@@ -60,6 +59,8 @@ def median_components(files: Sequence[Path], labels: Labels, value_map: dict[int
     value_map : dict of int to int or None
         Value in a file -> value of the dataset.
     """
+    from scipy import ndimage  # a fifth of a second, and only a spacing that was set by hand needs it
+
     volumes: dict[str, list[float]] = {name: [] for name in labels.region_names}
     for file in files:
         label = read_label_image(file)

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 _SAME_SPACING = 1e-5  # relative; spacings this close give the same shape, so nothing is resampled
 _DECODED = 1 << 14  # voxels decoded at once on a CPU: their logits stay in its cache
 _SPLIT = 2**13 + 1  # leaves 11 bits of a float32's 24, as many as a float16 has
+_ALWAYS_FREE = 1 << 28  # bytes; to ask for the free memory takes as long as to resample a small case
 _SLAB_VALUES = 1 << 24  # logits per slab of the way back: 64 MiB of float32 for each thread
 
 
@@ -209,7 +210,8 @@ def resample(case: Preprocessed, configuration: Configuration, threads: int | No
     spacing, orders, classes = case.placement.spacing, configuration.resampling, case.classes
     target = resampled_spacing(configuration, spacing)
     shape = resampled_shape(case.placement.shape, spacing, target)
-    if 4 * len(case.image) * math.prod(shape) > free_memory():
+    needed = 4 * len(case.image) * math.prod(shape)
+    if needed > _ALWAYS_FREE and needed > free_memory():
         raise UserError(
             f"its voxels of {in_brackets(spacing)} mm would become {' x '.join(map(str, shape))} of "
             f"{in_brackets(target)} mm, more than fit into memory",

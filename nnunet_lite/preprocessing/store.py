@@ -53,7 +53,7 @@ Spread = Callable[[Callable[[Any], Any], Sequence[Any], str], Iterable[tuple[Any
 _VERSION = 1  # of how the arrays are made: raising it makes every case again
 _COMPRESSED = 0.5  # of the size in memory, for the estimate; 0.2 was measured for skull-stripped MR, 0.6 for CT
 _ID_BYTES = 200  # of a case id in the name of its folder: file systems allow 255 for all of it
-_SMALL = 1 << 18  # values of a case below which threads cost more than they save
+_SMALL = 1 << 18  # values of a case below which more than two threads only wait for Python's lock
 _SHOWN = 5  # failures that an error names
 
 
@@ -109,10 +109,10 @@ class MissingCase:
     folders: dict[Path, tuple[Configuration, pipeline.Shape]]
 
     def memory(self, channels: int) -> int:
-        """About the bytes that making it takes: as read and as normalised, then normalised and resampled."""
+        """About the bytes that making it takes: as read and normalised, then normalised, resampled, packed."""
         before = prod(self.raw.shape)
         after = max(prod(shape) for _, shape in self.folders.values())
-        return max((8 * channels + 6) * before, (4 * channels + 2) * before + (6 * channels + 3) * after)
+        return max((8 * channels + 6) * before, (4 * channels + 2) * before + (8 * channels + 3) * after)
 
     def disk(self, plan: Plan) -> int:
         """About the bytes that its folders take."""
@@ -331,7 +331,7 @@ def _make_here(
     if needed > free:
         log.warn(f"the largest case needs about {system.in_units(needed)}, {system.in_units(free)} are free")
     if workers is None and prod(missing[0].raw.shape) * channels < _SMALL:
-        workers = 0
+        workers = 2
     at_once = 0 if workers == 0 else system.cases_in_flight(needed, workers)
     threads = max(1, system.cpus() // at_once) if at_once else 1  # of ours, for each case
 

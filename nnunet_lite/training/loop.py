@@ -32,9 +32,10 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.files import sweep, understood
 from nnunet_lite.models.checkpoint import load_checkpoint, save_weights, snapshot_checkpoint
 from nnunet_lite.models.folder import CHECKPOINT, MODEL, VALIDATION, read_weights_header, run_length
-from nnunet_lite.networks.cpu import keep_freed_memory
+from nnunet_lite.networks.cpu import ParallelSamples, keep_freed_memory
 from nnunet_lite.networks.devices import use_allowed_cpus
 from nnunet_lite.networks.precision import ComputeFormat
+from nnunet_lite.networks.winograd import limit_threads
 from nnunet_lite.system import GB, in_units
 from nnunet_lite.training import learner as learning
 from nnunet_lite.training import limits
@@ -109,7 +110,11 @@ def train_fold(job: Job, seconds: float = 0.0) -> None:
         state.seconds += from_first(time.monotonic() - begin, job.ranks)
         compute, stop.starting = state.compute, False
         log.info(f"computing on {job.device} in {compute}" + f" ({compute.reason})" * bool(compute.reason))
-        with closing(_batches(job, state)) as batches:
+        # Where other programs run too, threads that share short operations (data, loss, optimizer) wait for each other
+        # longer than these take.
+        parallel = isinstance(learner.forward, ParallelSamples)
+        limited = limit_threads(-(-torch.get_num_threads() // 2)) if parallel else nullcontext()
+        with limited, closing(_batches(job, state)) as batches:
             _run_epochs(job, learner, batches, state, stop)
         if job.ranks.rank == 0:
             _save_model(job, learner, state)
