@@ -124,6 +124,8 @@ def test_a_network_that_predicts_as_its_teacher_stays_as_it_is(regions: bool) ->
     assert logits.grad is not None
     assert float(loss.detach()) == pytest.approx(0, abs=1e-6)
     assert float(logits.grad.abs().max()) < 1e-7
+    for rounded in (1 + 2e-7, -1e-8):  # as by interpolation
+        assert distillation_loss(logits.detach(), torch.full_like(teacher, rounded), regions).isfinite()
     assert float(distillation_loss(logits.detach() + torch.eye(3)[0].view(1, 3, 1, 1, 1), teacher, regions)) > 0.01
 
 
@@ -273,6 +275,8 @@ def test_component_dice_is_the_mean_over_all_lesions_of_the_batch(regions: Any) 
     torch.testing.assert_close(found, -2 * torch.stack(each).mean())
     none = segmentation_loss(logits.requires_grad_(), torch.zeros_like(classes), only, batch_dice=True, regions=regions)
     assert none == 0
+    none.backward()  # a batch without a lesion trains nothing, and does not end the run
+    assert logits.grad is not None and not logits.grad.any()
 
 
 def test_class_weights_weigh_voxels_as_torch_does_and_dice_by_class() -> None:

@@ -31,6 +31,7 @@ NAMES = pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "muon"])
         ({"name": "constant"}, 2.0, (0.7,), (2,)),
         ({"name": "plateau"}, 2.0, (0.7,), (2,)),
         ({"name": "constant", "cooldown": 0.2}, 1.0, (0.5, 0.8, 0.9, 1, 1.1), (1, 1, 0.5, 0, 0)),
+        ({"name": "poly", "power": 1, "cooldown": 0.5}, 1.0, (0.25, 0.5, 0.75, 1), (0.75, 0.5, 0.25, 0)),
         ({"name": "constant", "warmup": 0.1}, 1.0, (0, 0.05, 0.1, 0.9), (0.01, 0.5, 1, 1)),
     ],
 )

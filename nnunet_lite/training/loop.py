@@ -97,7 +97,7 @@ def train_fold(job: Job, seconds: float = 0.0) -> None:
     use_allowed_cpus()
     if job.device.type == "cpu":
         keep_freed_memory()
-    torch.backends.cudnn.benchmark = True  # all batches have one shape
+    torch.backends.cudnn.benchmark = True  # batches have one shape, or few where patches grow
     if job.ranks.rank == 0:
         sweep(job.folder, alone=True)
     from_first(None, job.ranks)  # the others write nothing that could be swept away

@@ -208,7 +208,7 @@ def distillation_loss(logits: Tensor, teacher: Tensor, regions: bool = False, re
     reduce : callable
         Sums over ranks, see the module.
     """
-    logits = logits.float()
+    logits, teacher = logits.float(), teacher.clamp(0, 1)  # interpolation rounds up, and the logarithm of -1e-7 is nan
     if regions:
         log_probabilities = torch.cat([F.logsigmoid(logits), F.logsigmoid(-logits)], 1)
         target = torch.cat([teacher, 1 - teacher], 1)
@@ -307,7 +307,7 @@ def _dice(overlap: Tensor, total: Tensor, weights: Tensor | None, batch_dice: bo
 
 def _component_dice(p: Tensor, y: Tensor, weights: Tensor | None, reduce: Reduce) -> Tensor:
     """Mean Dice over the components of all samples and channels (batch, channels, *patch), each in its own region."""
-    above = below = p.new_zeros(())
+    above, below = 0 * p.sum(), p.new_zeros(())  # without a component the gradient is 0
     for sample, channel in y.flatten(2).any(2).nonzero().tolist():
         nearest, n = nearest_components(y[sample, channel])
         one_p, one_y = (values[sample, channel].reshape(1, -1) for values in (p, y))

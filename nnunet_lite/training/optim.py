@@ -42,7 +42,7 @@ def make_optimizer(network: nn.Module, settings: OptimizerSettings, device: torc
 
 
 class Muon(torch.optim.AdamW):
-    """Muon for the kernels of convolutions, AdamW for all other weights and for the first convolution.
+    """Muon for the kernels of convolutions, AdamW for those of few inputs and for all other weights.
 
     A step moves a kernel, as a matrix (outputs, inputs x voxels), along its Nesterov momentum with all singular values
     set to one (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon). It is scaled to the size of a step of
@@ -123,8 +123,8 @@ def learning_rate(base: float, settings: ScheduleSettings, progress: float) -> f
     """
     if progress < settings.warmup:
         return base * max(progress / settings.warmup, 0.01)
-    if settings.cooldown and progress > 1 - settings.cooldown:
-        return base * max(0.0, 1 - progress) / settings.cooldown
+    if settings.cooldown and progress > (begin := 1 - settings.cooldown):  # falls from what the schedule has there
+        base, progress = base * max(0.0, 1 - progress) / settings.cooldown, begin
     if settings.name == "poly":
         return base * max(0.0, 1 - progress) ** settings.power
     if settings.name == "cosine":
