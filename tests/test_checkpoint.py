@@ -54,7 +54,7 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "muon"])
 def test_resuming_from_a_checkpoint_equals_never_stopping(path: Path, name: str, channels_last: bool) -> None:
     trained = steps(make(0, name, channels_last), range(3), channels_last)
     state = {"epoch": 3, "plateau": {"best": 0.1}}
@@ -117,7 +117,7 @@ def test_a_failed_write_keeps_the_old_file(path: Path) -> None:
 
 
 @pytest.mark.parametrize(("before", "after"), [(True, False), (False, True)], ids=["thawed", "frozen"])
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
 def test_moments_belong_to_their_weights_whichever_are_frozen(path: Path, name: str, before: bool, after: bool) -> None:
     network, optimizer = steps(make(0, name, frozen=before), range(2))
     snapshot_checkpoint(path, network, optimizer, {})()

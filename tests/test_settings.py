@@ -72,8 +72,8 @@ DISTINGUISHING: dict[str, dict[str, Any]] = {
     },
     "fast": {"optimizer.name": "adamw", "optimizer.ema": 0.999, "schedule.name": "cosine", "training.epochs": 100},
     "mednext": {"plan.preset": "mednext_b", "optimizer.name": "adamw", "optimizer.lr": 1e-3, "training.epochs": 1000},
-    "cpu": {"optimizer.name": "adamw", "training.time_limit": 4.0, "augmentation.mirror_axes": []},
-    "cpu_body": {"plan.spacing": [2.5, 2.5, 2.5], "optimizer.name": "adamw", "augmentation.mirror_axes": []},
+    "cpu": {"optimizer.name": "muon", "training.time_limit": 4.0, "augmentation.mirror_axes": []},
+    "cpu_body": {"plan.spacing": [2.5, 2.5, 2.5], "optimizer.name": "muon", "augmentation.mirror_axes": []},
     "finetune": {"optimizer.name": "sgd", "optimizer.lr": 1e-3, "schedule.warmup": 0.1, "training.epochs": 150},
 }  # fmt: skip
 PRESETS = ("resenc_m", "resenc_l", "resenc_xl")
