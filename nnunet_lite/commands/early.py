@@ -58,7 +58,7 @@ def answer_early(command: str, given: dict[str, Any]) -> options.About | None:
     elif command == "train" and not given["configuration"].isdecimal():  # otherwise the words are in another order
         _check_folds(planned_paths(place, dataset), given)
     elif command == "distill":
-        for model in given["models"]:
+        for model in options.names_of(given["models"]) or ():
             find_models(model, place, dataset)
     elif command == "predict":
         _check_prediction(place, dataset, given)
