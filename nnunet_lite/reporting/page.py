@@ -454,8 +454,8 @@ def _plan_section(material: Material) -> dict[str, Any]:
         "table": Table("Configurations", [Column(name), *(Column(other, "s") for other in others)], plan_rows(plan)),
         "reasons": plan_reasons(plan),
         "networks": [
-            (name, f"{n.kind}{' U-Net' * (n.kind in ('plain', 'residual'))}, features {'-'.join(map(str, n.features))}, "
-                   f"kernels {', '.join(map(_times, n.kernels))}, strides {', '.join(map(_times, n.strides))}, "
+            (name, f"{n.kind}{' U-Net' * (n.kind in ('plain', 'residual'))}, "
+                   f"features {'-'.join(map(str, n.features))}, kernels {', '.join(map(_times, n.kernels))}, strides {', '.join(map(_times, n.strides))}, "
                    f"{n.norm} normalisation")
             for name, n in networks.items()
         ],
