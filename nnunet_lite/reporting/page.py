@@ -455,8 +455,8 @@ def _plan_section(material: Material) -> dict[str, Any]:
         "reasons": plan_reasons(plan),
         "networks": [
             (name, f"{n.kind}{' U-Net' * (n.kind in ('plain', 'residual'))}, "
-                   f"features {'-'.join(map(str, n.features))}, kernels {', '.join(map(_times, n.kernels))}, strides {', '.join(map(_times, n.strides))}, "
-                   f"{n.norm} normalisation")
+                   f"features {'-'.join(map(str, n.features))}, kernels {', '.join(map(_times, n.kernels))}, "
+                   f"strides {', '.join(map(_times, n.strides))}, {n.norm} normalisation")
             for name, n in networks.items()
         ],
     }  # fmt: skip
