@@ -235,7 +235,6 @@ class LossSettings(_Section):
     class_weights: Weights | None = Field(
         None, description="weight of each class in all terms, background first, or of each region; none: all equal"
     )
-
     distillation: float = Field(
         0.5, ge=0, le=1, description="with training.teachers: share of the loss that compares with their probabilities"
     )

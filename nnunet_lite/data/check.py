@@ -251,9 +251,8 @@ def _check_values(channel: np.ndarray, path: Path, name: str) -> Iterator[Proble
 
 
 def _has_two_values(channel: np.ndarray) -> bool:
-    sample = channel.reshape(-1)[
-        :: max(1, channel.size // _VALUES_SAMPLED)
-    ]  # most images have more values already here
+    step = max(1, channel.size // _VALUES_SAMPLED)
+    sample = channel.reshape(-1)[::step]  # most images have more values already here
     return _at_most_two_values(sample) and _at_most_two_values(channel) and bool(channel.min() < channel.max())
 
 

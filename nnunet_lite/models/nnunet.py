@@ -172,7 +172,7 @@ def read_nnunet_fold(file: Path, checkpoint: Json | None = None) -> NnunetFold:
     planned = plan.configuration(configuration)
     spec = planned.network.model_copy(update={"norm": _norm_of(checkpoint[WEIGHTS])})
     planned = planned.model_copy(update={"network": spec})
-    plan = plan.model_copy(update={"configurations": {**plan.configurations, configuration: planned}})
+    plan = plan.with_configuration(configuration, planned)
     settings = Settings(
         recipe=trainer,
         augmentation=AugmentationSettings(mirror_axes=axes),

@@ -467,7 +467,7 @@ def override_sizes(
             raise UserError(f"a batch size of {batch_size} is not possible", fix="Give 1 or more.")
         changed = _with_reason(changed, f"batch {batch_size} was set by hand", batch_size=batch_size)
     changed = with_memory(changed, len(plan.channels), plan.labels)
-    return plan.model_copy(update={"configurations": {**plan.configurations, configuration: changed}})
+    return plan.with_configuration(configuration, changed)
 
 
 def limit_sizes(
@@ -508,7 +508,7 @@ def limit_sizes(
     if patch == c.patch_size or c.batch_dice or prod(patch) / prod(c.median_shape) >= LOWRES_BELOW:
         return changed
     shortened = _with_reason(changed.configuration(configuration), _BATCH_DICE, batch_dice=True)
-    return changed.model_copy(update={"configurations": {**changed.configurations, configuration: shortened}})
+    return changed.with_configuration(configuration, shortened)
 
 
 def _with_patch(configuration: Configuration, patch: tuple[int, ...]) -> Configuration:

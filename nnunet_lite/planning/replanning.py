@@ -99,7 +99,7 @@ def combine_options(given: Options, earlier: Options) -> Options:
     options = earlier.model_dump() | given.model_dump(exclude_none=True, exclude={"sizes"})
     if given.adopted is not None:  # it has its own network and sizes
         options |= {"preset": given.preset, "memory_gb": given.memory_gb, "spacing": None, "sizes": {}}
-    elif (given.preset, given.memory_gb, given.spacing) != (None, None, None):
+    elif given.changes_rules:
         options["adopted"] = None
     for name, sizes in given.sizes.items():
         options["sizes"][name] = options["sizes"].get(name, {}) | sizes.model_dump(exclude_none=True)
@@ -243,8 +243,7 @@ def _is_set(entry: Entry, given: Options) -> bool:
     if given.adopted is not None:
         return True
     if entry[0] == "configurations":
-        replanned = (given.preset, given.memory_gb, given.spacing) != (None, None, None)
-        return replanned or entry[1] in given.sizes
+        return given.changes_rules or entry[1] in given.sizes
     return getattr(given, str(entry[-1]), None) is not None  # preset, memory_gb, stored_as, clip_percentiles
 
 

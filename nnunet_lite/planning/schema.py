@@ -213,6 +213,11 @@ class Options(_Model):
     clip_percentiles: Percentiles | None = Field(None, description="of `--clip-percentiles`")
     stored_as: Precision | None = Field(None, description="of `--store`")
 
+    @property
+    def changes_rules(self) -> bool:
+        """Whether an option is given from which all configurations follow."""
+        return (self.preset, self.memory_gb, self.spacing) != (None, None, None)
+
     @classmethod
     def check(cls, **options: Any) -> Options:
         """Return the options of a call.
@@ -278,6 +283,10 @@ class Plan(_Model):
             what = f"the plan of {self.dataset} has no configuration {name!r}"
             raise UserError(what, fix=f"It has: {', '.join(self.configurations)}.")
         return self.configurations[name]
+
+    def with_configuration(self, name: str, configuration: Configuration) -> Plan:
+        """Return the plan with another configuration of a name."""
+        return self.model_copy(update={"configurations": {**self.configurations, name: configuration}})
 
     def n_inputs(self, configuration: str) -> int:
         """Count a network's input channels: the image's and, after a previous stage, one per foreground class."""

@@ -84,15 +84,13 @@ class Job:
     def stages(self) -> list[Job]:
         """The job with each patch of a run whose patches grow (`training.patch_growth`), the smallest one first.
 
-        A batch has as many voxels as with the full patch, so that steps take the same time. Patches that grow train
-        faster: Fischer et al. 2025 (arXiv:2510.23241).
+        A batch has as many voxels as with the full patch, so that steps take the same time. Source: arXiv:2510.23241.
         """
         jobs = [self]
         for patch in smaller_patches(self.planned) if self.settings.training.patch_growth else ():
             batch = self.planned.batch_size * math.prod(self.planned.patch_size) // math.prod(patch)
             planned = self.planned.model_copy(update={"patch_size": patch, "batch_size": batch})
-            configurations = {**self.plan.configurations, self.configuration: planned}
-            jobs.append(replace(self, plan=self.plan.model_copy(update={"configurations": configurations})))
+            jobs.append(replace(self, plan=self.plan.with_configuration(self.configuration, planned)))
         return jobs[::-1]
 
     def stage_at(self, progress: float) -> int:

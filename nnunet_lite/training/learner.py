@@ -282,9 +282,8 @@ def list_training_formats(job: Job) -> list[ComputeFormat]:
         if training.precision == "auto":
             formats = [replace(option, precision="fp16") for option in formats]
     choices = [False, True] if training.compile == "auto" else [training.compile]
-    if training.compile == "auto" and training.patch_growth:  # each patch would be compiled
-        choices = [False]
-    if training.compile == "auto" and TIMING_SHARE * limit_seconds(job.settings) < _COMPILE_SECONDS:
+    too_short = TIMING_SHARE * limit_seconds(job.settings) < _COMPILE_SECONDS
+    if training.compile == "auto" and (too_short or training.patch_growth):  # each patch would be compiled
         choices = [False]
     norms = [False, True] if network.norm == "instance" and job.settings.network.factory is None else [False]
     return [

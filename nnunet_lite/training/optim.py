@@ -77,11 +77,8 @@ class Muon(torch.optim.AdamW):
         for w in kernels:
             if w.grad is None:
                 continue
-            if w not in self.state:
-                self.state[w] = {
-                    "momentum_buffer": torch.zeros_like(w),
-                    "step": torch.zeros(()),
-                }  # AdamW loads states with a step
+            if w not in self.state:  # AdamW loads only states that have a step
+                self.state[w] = {"momentum_buffer": torch.zeros_like(w), "step": torch.zeros(())}
             grad = w.grad if skip is None else torch.where(skip > 0, 0, w.grad)
             average = self.state[w]["momentum_buffer"].lerp_(grad, (1 - momentum) * done)
             matrix = grad.lerp(average, momentum).flatten(1)

@@ -39,7 +39,7 @@ def draw_preview(job: Job, path: Path, samples: int = 4, versions: int = 5) -> N
     from matplotlib import figure, lines  # slow to import, and few runs draw a preview
 
     planned = job.planned.model_copy(update={"batch_size": samples})
-    plan = job.plan.model_copy(update={"configurations": {**job.plan.configurations, job.configuration: planned}})
+    plan = job.plan.with_configuration(job.configuration, planned)
     job = replace(job, plan=plan, settings=with_changes(job.settings, {"training.foreground": 1.0}), ranks=ALONE)
     original = draw_batch(job, job.training, _STREAM, 0, augment=False)
     draws = [original]
