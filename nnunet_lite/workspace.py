@@ -59,6 +59,7 @@ class Paths:
     models = _PathOf("models")
     ensembles = _PathOf("ensembles")
     inference = _PathOf("inference.json")
+    calibration = _PathOf("calibration.jsonl")  # held-out cases and copies by which `select` calibrates the quality
 
     @property
     def name(self) -> str:

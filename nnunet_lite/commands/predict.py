@@ -13,24 +13,26 @@ from nnunet_lite import log
 from nnunet_lite.commands import options
 from nnunet_lite.data.cases import Case, find_cases
 from nnunet_lite.data.labels import Labels
-from nnunet_lite.data.names import PICTURES, Format, stem, suffix_of
-from nnunet_lite.data.problems import html_table, plural
+from nnunet_lite.data.names import PICTURES, Format, case_of, stem, suffix_of
+from nnunet_lite.data.problems import align, html_table, plural
 from nnunet_lite.errors import UserError, describe, no_such_file
 from nnunet_lite.evaluation.postprocessing import apply_rules
-from nnunet_lite.evaluation.selection import choose_models, weights_fingerprint
+from nnunet_lite.evaluation.selection import choose_models
 from nnunet_lite.files import read_json
 from nnunet_lite.inference.cases import check_output, names_file, output_file
 from nnunet_lite.inference.folder import predict_cases
 from nnunet_lite.inference.outputs import ExtraMaps, parse_label_names
 from nnunet_lite.inference.predictor import Predictor, load
+from nnunet_lite.inference.quality import QUALITY_TABLE, CaseQuality, worst_first
 from nnunet_lite.inference.record import CaseResult, PredictionRecord, describe_predictor
 from nnunet_lite.models.argument import as_model_folder, find_model
-from nnunet_lite.models.folder import now_as_text, trained_folds, versions_in_use
+from nnunet_lite.models.folder import now_as_text, trained_folds, versions_in_use, weights_fingerprint
 from nnunet_lite.models.lookup import first_common_fold, read_model
 from nnunet_lite.networks.cpu import keep_freed_memory
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.workspace import select_dataset, workspace_folder
 
+_SHOWN = 10  # label maps whose expected quality is printed
 _LOOKS_BLACK = 64  # grey levels of 255 below this are hard to see
 # --speed: changes of the settings; "fast" also uses one fold
 _SPEEDS: dict[str, dict[str, Any]] = {
@@ -60,6 +62,8 @@ class Predictions:
         Label or region, and the rule for its components.
     images : dict of str to Path
         Id of each case, and its first image.
+    quality : dict of str to CaseQuality
+        What is expected of each label map, by the name of its case; empty for a model that was not calibrated.
     """
 
     output: Path
@@ -70,6 +74,7 @@ class Predictions:
     labels: Labels
     postprocessing: dict[str, str] = field(default_factory=dict)
     images: dict[str, Path] = field(default_factory=dict)
+    quality: dict[str, CaseQuality] = field(default_factory=dict)
 
     @property
     def exit_code(self) -> int:
@@ -77,11 +82,25 @@ class Predictions:
         return (1 if self.files else 2) if self.failed else 0
 
     def to_text(self) -> str:
+        return "\n".join([self._summary(), *self._quality_lines()])
+
+    def _summary(self) -> str:
         return f"{plural(len(self.files), 'label map')} in {self.output}"
+
+    def _quality_lines(self) -> list[str]:
+        """Return a table of the label maps with the lowest expected Dice, and of those that are flagged."""
+        if not self.quality:
+            return []
+        ranked = worst_first(self.quality)
+        flagged = [name for name, one in ranked if one.flags]
+        rows = [(name, *one.in_cells()) for name, one in ranked[:_SHOWN]]
+        head = f"expected quality, worst first; {len(flagged)} of {len(ranked)} are flagged"
+        left = [f"... all {len(ranked)} are in {self.output / QUALITY_TABLE}"] if len(ranked) > len(rows) else []
+        return [f"{head}:", align([("case", "Dice", "90 % interval", "why"), *rows]), *left]
 
     def __repr__(self) -> str:
         failed = f"; {plural(len(self.failed), 'case')} failed" if self.failed else ""
-        return f"{self.to_text()}, by {' + '.join(model.name for model in self.models)}{failed}"
+        return f"{self._summary()}, by {' + '.join(model.name for model in self.models)}{failed}"
 
     def _repr_html_(self) -> str:
         failed = [(case, f"failed: {reason}") for case, reason in self.failed.items()]
@@ -143,6 +162,10 @@ def predict(
     statistics: Annotated[
         bool, options.output("--statistics", help="Write volumes and mean intensities of labels too, as CSV and JSON.")
     ] = False,
+    quality: Annotated[
+        bool,
+        options.output(help="Say how good each label map is expected to be, if `nnlite select` calibrated the model."),
+    ] = True,
     num_parts: Annotated[
         int, options.data("-num_parts", "--num-parts", min=1, help="Share the images between this many calls.")
     ] = 1,
@@ -200,6 +223,9 @@ def predict(
         Write a file for each label too.
     statistics : bool
         Write statistics.csv and statistics.json too: volumes and mean intensities of the labels.
+    quality : bool
+        Write quality.csv and quality.json too, if `select` calibrated the model: the Dice to expect of each label, and
+        what is unusual about an image. It takes a few percent of the time.
     num_parts, part_id : int
         Predict only image part_id, part_id + num_parts, ... of the sorted images; other calls, which may write into the
         same folder at the same time, predict the others.
@@ -288,10 +314,12 @@ def predict(
         "format": format,
         "per_label": per_label,
         "statistics": statistics,
+        "quality": quality,
         "skip_existing": skip_existing,
         "postprocess": partial(apply_rules, labels=plan.labels, rules=rules) if rules else None,
         "accept_geometry": accept_geometry,
     }
+    judged: dict[str, CaseQuality] = {}
     words = {label: str(rule) for label, rule in rules.items()}
     order = plan.labels.region_order
     run = {
@@ -304,17 +332,23 @@ def predict(
         how = f"{predictor} on {predictor.device}, {predictor.arithmetic.precision}"
         log.info(f"predicting {plural(len(cases), 'image')} with {how}")
         with record:
-            report = partial(record.add, run={**run, **describe_predictor(predictor)})
+            done = {**run, **describe_predictor(predictor)}
+
+            def report(result: CaseResult) -> None:
+                record.add(result, done)
+                if result.quality is not None:
+                    judged[case_of(result.file)] = result.quality
+
             files, failed = predict_cases(predictor, cases, out, report=report, **writing)
     else:
         with record:
-            files, failed = _predict_on(scheduler, loader, cases, out.absolute(), writing, record, run)
+            files, failed = _predict_on(scheduler, loader, cases, out.absolute(), writing, record, run, judged)
     for case, reason in failed.items():
         log.error(f"failed: {case}: {reason}")
     images, highest = {case.id: case.images[0] for case in cases}, max(plan.labels.values)
     if highest < _LOOKS_BLACK and (picture := next((file for file in files if suffix_of(file) in PICTURES), None)):
         log.info(f"{picture.name} contains 0 to {highest}: it looks black in most viewers, not in `nnlite view`")
-    return Predictions(out, tuple(files), failed, tuple(folders), tuple(used), plan.labels, words, images)
+    return Predictions(out, tuple(files), failed, tuple(folders), tuple(used), plan.labels, words, images, judged)
 
 
 def _find_images(sources: Sequence[Path], plan: Plan, model: Path) -> list[Case]:
@@ -371,8 +405,9 @@ def _predict_on(
     writing: dict[str, Any],
     record: PredictionRecord,
     run: dict[str, Any],
+    judged: dict[str, CaseQuality],
 ) -> tuple[list[Path], dict[str, str]]:
-    """Predict cases on the workers of a Dask scheduler; as `predict_cases`."""
+    """Predict cases on the workers of a Dask scheduler; as `predict_cases`. `judged` is extended."""
     files: list[Path] = []
     failed: dict[str, str] = {}
     work = partial(_predict_case, loader=loader, out=out, writing=writing)
@@ -389,6 +424,8 @@ def _predict_on(
                 failed |= found[1]
                 for result in found[2]:
                     record.add(result, {**run, **found[3]})
+                    if result.quality is not None:
+                        judged[case_of(result.file)] = result.quality
     return sorted(files), dict(sorted(failed.items()))
 
 

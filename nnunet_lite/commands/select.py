@@ -28,6 +28,9 @@ def select(
     postprocess: Annotated[
         bool, options.setting("--postprocess/--no-postprocess", help="Try rules for components.")
     ] = True,
+    quality: Annotated[
+        bool, options.setting("--quality/--no-quality", help="Calibrate what predict says of its quality.")
+    ] = True,
     device: options.Device = None,
     workers: options.Workers = None,
     dataset: options.DatasetName = None,
@@ -35,7 +38,9 @@ def select(
 ) -> Selection:
     """Compare trained models and pairs of them on the held-out cases; predict uses the best.
 
-    Predictions of held-out cases that are missing are made first. Writes inference.json.
+    Predictions of held-out cases that are missing are made first. Writes inference.json. The selected model predicts up
+    to 200 held-out cases, and degraded copies of them, once more: from these `predict` knows how good to expect its
+    label maps.
 
     Parameters
     ----------
@@ -45,6 +50,8 @@ def select(
         Whether to try all pairs of models.
     postprocess : bool
         Whether to try rules that remove components.
+    quality : bool
+        Whether to calibrate the quality of predictions; it is written into the folders of the selected models.
     device : str, optional
         Such as "cpu" or "cuda:1"; default: a GPU if there is one.
     workers : int, optional
@@ -70,10 +77,16 @@ def select(
     nnlite select -c 2d -c 3d_fullres --no-ensembles
     """
     paths = select_dataset(workspace, dataset)
-    return select_models(
-        paths, stored_dataset(paths.dataset), options.names_of(configuration), ensembles=ensembles,
-        postprocess=postprocess, device=device, workers=workers,
+    planned = stored_dataset(paths.dataset)
+    selection = select_models(
+        paths, planned, options.names_of(configuration), ensembles=ensembles, postprocess=postprocess, device=device,
+        workers=workers,
     )  # fmt: skip
+    if quality:
+        from nnunet_lite.evaluation.calibration import calibrate_quality  # scikit-learn is slow to load
+
+        calibrate_quality(paths, planned, selection, device, workers)
+    return selection
 
 
 def report(

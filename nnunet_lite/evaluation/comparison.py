@@ -24,13 +24,20 @@ from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation import cross_validation
 from nnunet_lite.evaluation.postprocessing import Decision, SizeUnit, choose_rules
-from nnunet_lite.evaluation.selection import Candidate, Selection, weights_fingerprint
+from nnunet_lite.evaluation.selection import Candidate, Selection
 from nnunet_lite.evaluation.statistics import compare_paired, summarize
 from nnunet_lite.files import locked, read_json, sweep, write_json
 from nnunet_lite.inference.first_stage import FirstStage, predict_first_stage
 from nnunet_lite.inference.predictor import Predictor, load
 from nnunet_lite.models.bundle import is_imported
-from nnunet_lite.models.folder import VALIDATION, first_training, model_folders, stage_path, trained_folds
+from nnunet_lite.models.folder import (
+    VALIDATION,
+    first_training,
+    model_folders,
+    stage_path,
+    trained_folds,
+    weights_fingerprint,
+)
 from nnunet_lite.models.lookup import read_model
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.training.splits import Split, load_splits, read_split, refuse_other_cases
@@ -319,7 +326,7 @@ def _dice_of_team(held_out: HeldOut, team: Team) -> np.ndarray:
                 names = " and ".join(member.name for member in team)
                 log.info(f"predicting fold {split.name} of {names}: {plural(len(missing), 'case')}")
             if missing and len(team) > 1:
-                ensemble = _load_ensemble(held_out, team, split.name)
+                ensemble = load_team(held_out, team, split.name)
                 scores = cross_validation.validate_cases(ensemble, out, dataset, cases)
             elif missing:
                 maps = _predict_first_stage(held_out, team[0], split)
@@ -368,8 +375,18 @@ def _predict_first_stage(held_out: HeldOut, member: Member, split: Split) -> dic
     )  # fmt: skip
 
 
-def _load_ensemble(held_out: HeldOut, team: Team, fold: str) -> Predictor:
-    """Load the networks of one fold of several models as one, a cascade with the first stage of this fold alone."""
+def load_team(held_out: HeldOut, team: Team, fold: str) -> Predictor:
+    """Load the networks of one fold of a candidate as one, a cascade with the first stage of this fold alone.
+
+    Parameters
+    ----------
+    held_out : HeldOut
+        The dataset, and where to predict.
+    team : tuple of Member
+        The models.
+    fold : str
+        Name of the fold.
+    """
     load_fold = partial(load, folds=[fold], device=held_out.device, workspace=held_out.paths.root.parent)
     models = [
         load_fold(member.folder)

@@ -5,7 +5,6 @@ It is stored as inference.json. `comparison.py` makes it.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -21,7 +20,7 @@ from nnunet_lite.evaluation.postprocessing import Gain, Rule
 from nnunet_lite.evaluation.scores import four_digits
 from nnunet_lite.evaluation.statistics import Margin, summarize
 from nnunet_lite.files import first_problem, read_json
-from nnunet_lite.models.folder import MODEL, add_weights, is_finished, read_run, stage_path
+from nnunet_lite.models.folder import is_finished, weights_fingerprint
 from nnunet_lite.models.lookup import choose_model, read_model
 from nnunet_lite.workspace import Paths
 
@@ -277,24 +276,3 @@ def changed_models(paths: Paths, selection: Selection) -> list[str]:
         for name, folds in selection.weights.items()
         if any(weights_fingerprint(paths.models / name, fold) != weights for fold, weights in folds.items())
     ]
-
-
-def weights_fingerprint(folder: Path, fold: str) -> str:
-    """Hash the weights of a fold, of a cascade with those of its first stage; "" if there are none.
-
-    Parameters
-    ----------
-    folder : Path
-        The model folder.
-    fold : str
-        Name of the fold.
-    """
-    run = read_run(folder) if (folder / "run.json").is_file() else {}
-    stages = filter(None, (folder, stage_path(folder, run)))
-    digest = hashlib.sha256()
-    for stage in stages:
-        file = stage / f"fold_{fold}" / MODEL
-        if not file.is_file():
-            return ""
-        add_weights(digest, file)
-    return digest.hexdigest()[:16]

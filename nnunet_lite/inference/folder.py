@@ -6,6 +6,7 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -25,8 +26,10 @@ from nnunet_lite.data.slicer import needs_layers
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.files import allocate, atomic, lacks_space, no_space, sweep
 from nnunet_lite.inference.cases import file_name, identify, names_file, output_file, read_case_image
+from nnunet_lite.inference.features import describe_prediction
 from nnunet_lite.inference.outputs import STEPS, ExtraMaps
 from nnunet_lite.inference.predictor import Predictor, PreparedImage, prepare_image, segment
+from nnunet_lite.inference.quality import CaseQuality, judge
 from nnunet_lite.inference.record import KEPT, CaseResult, read_statistics
 from nnunet_lite.inference.results import SEGMENTATIONS, label_file, measure_labels, write_segmentation
 from nnunet_lite.system import cases_in_flight, cpus
@@ -50,6 +53,7 @@ def predict_cases(
     format: Format | None = None,
     per_label: bool = False,
     statistics: bool = False,
+    quality: bool = False,
     report: Callable[[CaseResult], None] = lambda result: None,
     skip_existing: bool = False,
     stage_classes: Callable[[str], np.ndarray] | None = None,
@@ -74,6 +78,8 @@ def predict_cases(
         Write a file for each label too, into the folder segmentations in `out`.
     statistics : bool
         Measure the labels, for `report`.
+    quality : bool
+        Judge the predictions, for `report`, if that was calibrated for the model.
     report : callable
         Takes each case before its label map is written; in the end those that failed.
     skip_existing : bool
@@ -133,19 +139,28 @@ def predict_cases(
         why = "files that are made with them are missing" if skip_existing else "--continue keeps them"
         log.info(f"{out}: {plural(len(old), 'label map')} will be replaced; {why}")
     failed: dict[str, str] = {}
+    computed = maps
+    calibrated = predictor.quality if quality else None
+    if calibrated is not None and not maps.uncertainty:
+        computed = replace(predictor.quality_maps, probabilities=maps.probabilities)
     turned: dict[str, list[str]] = defaultdict(list)
 
     def read(case: Case) -> PreparedImage:
         return prepare_image(predictor, read_case_image(predictor.plan, case, accept_geometry))
 
     def write(
-        case: Case, geometry: Geometry, label_map: np.ndarray, arrays: dict[str, np.ndarray], seconds: float
+        case: Case,
+        geometry: Geometry,
+        label_map: np.ndarray,
+        arrays: dict[str, np.ndarray],
+        judged: CaseQuality | None,
+        seconds: float,
     ) -> None:
         target = targets[case.id]
         target.unlink(missing_ok=True)  # an older one beside new files would be taken for theirs
-        for name, array in arrays.items():
+        for name in maps.names:
             with atomic(_map_file(target, name)) as temporary:
-                write_nifti(temporary, array, geometry, 1 / STEPS, case.images[0])
+                write_nifti(temporary, arrays[name], geometry, 1 / STEPS, case.images[0])
         if postprocess is not None:
             label_map = postprocess(label_map, geometry.spacing)
         for label, file in masks_of[case.id].items():
@@ -154,7 +169,7 @@ def predict_cases(
         if statistics:
             image = read_images(case.images, len(channels), accept_geometry).array
             sizes = measure_labels(label_map, image, geometry, labels, channels)
-        report(CaseResult(target, case, "written", round(seconds, 2), sizes))
+        report(CaseResult(target, case, "written", round(seconds, 2), sizes, judged))
         # the label map is the last file: if it exists, the case is complete
         write_segmentation(target, label_map, geometry, labels, case.images[0])
 
@@ -197,7 +212,10 @@ def predict_cases(
                 prepared = source.result()
                 began = time.monotonic()
                 classes = None if stage_classes is None else stage_classes(case.id)
-                label_map, arrays = segment(predictor, prepared, classes, maps, partial(array_on_disk, out))
+                label_map, arrays = segment(predictor, prepared, classes, computed, partial(array_on_disk, out))
+                judged = None
+                if calibrated is not None:
+                    judged = judge(calibrated, describe_prediction(prepared.arrays[0], label_map, arrays, labels))
             except Exception as error:  # as above
                 fail(case, error)
                 continue
@@ -207,7 +225,7 @@ def predict_cases(
                 turned[own].append(case.id)
             del prepared  # or it would be in memory until the next image is read
             seconds = time.monotonic() - began
-            queue.append((case, writer.submit(write, case, geometry, label_map, arrays, seconds)))
+            queue.append((case, writer.submit(write, case, geometry, label_map, arrays, judged, seconds)))
             if len(queue) > _MOST_WRITING:
                 finish(*queue.popleft())
         for case, writing in queue:

@@ -54,11 +54,14 @@ class ExtraMaps:
         Write entropy, and the disagreement of the networks.
     disagreement : bool
         Whether there are several networks, which may disagree.
+    by_fold : bool
+        Whether each fold of a model may disagree, which takes more memory; otherwise models as a whole.
     """
 
     probabilities: tuple[str, ...] = ()
     uncertainty: bool = False
     disagreement: bool = True
+    by_fold: bool = True
 
     @property
     def names(self) -> tuple[str, ...]:

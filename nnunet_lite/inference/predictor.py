@@ -7,7 +7,7 @@ map slab by slab (outputs.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -26,12 +26,23 @@ from nnunet_lite.errors import UserError, naming
 from nnunet_lite.inference.cases import as_classes, as_image, check_image
 from nnunet_lite.inference.memory import PredictionTask, plan_memory
 from nnunet_lite.inference.outputs import ExtraMaps, NewMap, parse_label_names, predict_label_map
+from nnunet_lite.inference.quality import Quality, read_quality
 from nnunet_lite.inference.segmentation import Segmentation
 from nnunet_lite.inference.sliding_window import SlidingWindow
 from nnunet_lite.inference.windows import LabelSwap
 from nnunet_lite.models.argument import find_model, unpacked
 from nnunet_lite.models.checkpoint import load_weights
-from nnunet_lite.models.folder import MODEL, Checkpoint, is_finished, is_nnunet, other_folds, stage_path, trained_folds
+from nnunet_lite.models.folder import (
+    MODEL,
+    QUALITY,
+    Checkpoint,
+    is_finished,
+    is_nnunet,
+    other_folds,
+    stage_path,
+    trained_folds,
+    weights_fingerprint,
+)
 from nnunet_lite.models.lookup import model_fingerprint, read_model
 from nnunet_lite.models.nnunet import nnunet_checkpoints, read_nnunet
 from nnunet_lite.networks.build import build_network
@@ -83,6 +94,8 @@ class Predictor:
         Whether nnU-Net trained it, so that it predicts as it does there.
     fingerprint : str
         Hash of its plan and weights.
+    quality : Quality, optional
+        What `nnlite select` calibrated for exactly these models and weights.
     """
 
     folder: Path
@@ -99,6 +112,7 @@ class Predictor:
     partners: tuple[Predictor, ...] = ()
     of_nnunet: bool = False
     fingerprint: str = ""
+    quality: Quality | None = None
 
     def __str__(self) -> str:
         first = "" if self.first_stage is None else f"{self.first_stage}, then "
@@ -121,6 +135,11 @@ class Predictor:
     def labels(self) -> Mapping[str, Any]:
         """The labels and their values; of a region, the values that it unites."""
         return self.plan.labels.names
+
+    @property
+    def quality_maps(self) -> ExtraMaps:
+        """The maps from which the quality of a prediction is judged."""
+        return ExtraMaps(uncertainty=True, disagreement=bool(self.partners), by_fold=False)
 
     def __call__(
         self, image: Any, spacing: Sequence[float] | None = None, *, probabilities: str | None = None
@@ -213,7 +232,10 @@ def load(
     predictors = [_load_model(path, folds, device, settings or {}, checkpoint, trusted, first_stage) for path in paths]
     for path, other in zip(paths[1:], predictors[1:], strict=True):
         check_vote(predictors[0].plan, other.plan, paths[0], path)
-    return replace(predictors[0], partners=tuple(predictors[1:]))
+    quality = predictors[0].quality
+    if any(other.quality != quality for other in predictors) or (quality and len(quality.weights) != len(paths)):
+        quality = None  # it was calibrated for other models together
+    return replace(predictors[0], partners=tuple(predictors[1:]), quality=quality)
 
 
 @dataclass(frozen=True)
@@ -248,6 +270,7 @@ def _load_model(
     with unpacked(path, checkpoint) as folder:
         trained = _read_nnunet(folder, folds, checkpoint) if is_nnunet(folder) else _read(folder, folds, trusted)
         fingerprint = model_fingerprint(folder, trained.networks, checkpoint)
+        quality = _find_quality(folder, trained.networks)
         if with_first_stage and trained.configuration.previous_stage is not None:
             first = _find_first_stage(folder, trained)
             first_stage = _load_model(first, None, device, changes, checkpoint, trusted)
@@ -283,7 +306,17 @@ def _load_model(
         swap=label_swap(trained.plan, trained.run["configuration"], augmentation),
         of_nnunet=trained.of_nnunet,
         fingerprint=fingerprint,
+        quality=quality,
     )
+
+
+def _find_quality(folder: Path, folds: Iterable[str]) -> Quality | None:
+    """Read what was calibrated for a model; None if its weights are other ones by now."""
+    quality = read_quality(folder)
+    if quality is None or {weights_fingerprint(folder, fold) for fold in folds} <= quality.fingerprints:
+        return quality
+    log.info(f"{folder / QUALITY} is of other weights, and is not used; `nnlite select` calibrates it again")
+    return None
 
 
 def _read(folder: Path, folds: Sequence[str | int] | None, trusted: Callable[[Path], bool]) -> _Trained:
@@ -505,7 +538,9 @@ def segment(
             first, _ = segment(model.first_stage, PreparedImage((array,)))
             array = preprocess_image(prepared.image, as_classes(first, labels), model.plan, model.configuration)
             classes = array.classes
-        models.append(_make_tasks(model, array, classes, by_fold=maps.uncertainty))
+        models.append(
+            _make_tasks(model, array, classes, by_fold=maps.uncertainty and maps.disagreement and maps.by_fold)
+        )
     tasks = [task for of_model in models for task in of_model]
     if any(task.placement.turn != tasks[0].placement.turn for task in tasks):
         raise UserError("the models turn this image to different orientations", fix="Predict with one of them: -m.")

@@ -1,6 +1,6 @@
-"""What a folder of predictions says about itself: predictions.json, and with --statistics the sizes of the labels.
+"""What a folder of predictions says about itself: predictions.json, quality.json, and the sizes of the labels if asked.
 
-A case is added to both before its label map is written. In large folders, where this takes long, cases wait for each
+A case is added to all before its label map is written. In large folders, where this takes long, cases wait for each
 other for some seconds, and a process that is killed loses the entries of these.
 """
 
@@ -21,10 +21,12 @@ from nnunet_lite.data.names import case_of
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import locked, must_be_known, read_json, understood, write_json, write_text
 from nnunet_lite.inference.predictor import Predictor
-from nnunet_lite.models.folder import RECORD
+from nnunet_lite.inference.quality import QUALITY_TABLE, CaseQuality, quality_table, worst_first
+from nnunet_lite.models.folder import QUALITY, RECORD
 
 FORMAT = "nnlite-predictions-1"
 STATISTICS, TABLE = "statistics.json", "statistics.csv"
+QUALITY_FORMAT = "nnlite-case-quality-1"
 _FIX = "Move it elsewhere."
 KEPT = "kept"  # the result of a case whose label map existed
 _LONG = 0.1  # seconds to write the files, from which on they are not written for each case
@@ -47,6 +49,8 @@ class CaseResult:
         From the preprocessed image to the label map.
     statistics : dict, optional
         As from `measure_labels`.
+    quality : CaseQuality, optional
+        What is expected of it.
     """
 
     file: Path
@@ -54,6 +58,7 @@ class CaseResult:
     result: str
     seconds: float | None = None
     statistics: dict[str, dict[str, Any]] | None = None
+    quality: CaseQuality | None = None
 
 
 @dataclass
@@ -89,6 +94,8 @@ class PredictionRecord:
                 raise
         if self.statistics:
             read_statistics(self.folder)
+        if self.begins:
+            read_case_qualities(self.folder)
 
     def __enter__(self) -> PredictionRecord:
         return self
@@ -118,11 +125,16 @@ class PredictionRecord:
             return
         with locked(self.folder, f"writing {RECORD}", leave=False):
             content, statistics = self._read() if self.begins else {}, self._read_statistics()
-            before = dict(statistics)
+            judged = read_case_qualities(self.folder) if self.begins else {}
+            before, judged_before = dict(statistics), dict(judged)
             for result, run in self._waiting:
                 if self.begins and result.result != KEPT:
                     _add_entry(content, result, run)
                 statistics.pop(case_of(result.file), None)  # those of an older label map
+                if result.result != KEPT:
+                    judged.pop(case_of(result.file), None)
+                if result.quality is not None:
+                    judged[case_of(result.file)] = result.quality
                 if result.statistics is not None:
                     statistics[case_of(result.file)] = result.statistics
             if self.begins:
@@ -130,6 +142,10 @@ class PredictionRecord:
             if statistics != before:
                 write_json(self.folder / STATISTICS, statistics)
                 write_text(self.folder / TABLE, _as_csv(statistics))
+            if self.begins and judged != judged_before:
+                cases = {case: one.to_json() for case, one in worst_first(judged)}
+                write_json(self.folder / QUALITY, {"format": QUALITY_FORMAT, "cases": cases})
+                write_text(self.folder / QUALITY_TABLE, quality_table(judged))
             self._waiting.clear()
 
     def _read_statistics(self) -> dict[str, dict[str, dict[str, Any]]]:
@@ -173,6 +189,23 @@ def read_statistics(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
         return {}
     with understood(file, _FIX):
         return {case: {label: dict(row) for label, row in rows.items()} for case, rows in read_json(file).items()}
+
+
+def read_case_qualities(folder: Path) -> dict[str, CaseQuality]:
+    """Return what is expected of the predictions in a folder, by case. There may be none.
+
+    Raises
+    ------
+    UserError
+        The file is not as nnlite writes it.
+    """
+    file = folder / QUALITY
+    if not file.is_file():
+        return {}
+    with understood(file, _FIX):
+        content = dict(read_json(file))
+        must_be_known(content["format"], QUALITY_FORMAT, file)
+        return {case: CaseQuality.from_json(value) for case, value in content["cases"].items()}
 
 
 def _as_csv(statistics: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:

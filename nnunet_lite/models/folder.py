@@ -10,6 +10,7 @@ begun may have any length. A folder in which nothing was trained yet accepts any
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import secrets
@@ -41,6 +42,7 @@ MODEL = "model.safetensors"  # a fold that has it is finished
 CHECKPOINT = "checkpoint.safetensors"
 VALIDATION = "validation"  # in a fold's folder: its held-out cases, predicted and scored
 RECORD = "predictions.json"  # in a folder of label maps, `VALIDATION` too: what predicted them; inference/record.py
+QUALITY = "quality.json"  # in a model folder what `nnlite select` calibrated, in a folder of label maps what to expect
 PREVIEW = "preview.png"  # augmented samples, in a fold's folder
 SUMMARY = "summary.json"  # the scores, in that folder
 _RUN = "run.json"
@@ -523,6 +525,27 @@ def add_weights(digest: Any, file: Path) -> None:
     digest.update(str(file.stat().st_size).encode())
     with file.open("rb") as content:
         digest.update(content.read(_FINGERPRINT_BYTES))
+
+
+def weights_fingerprint(folder: Path, fold: str) -> str:
+    """Hash the weights of a fold, of a cascade with those of its first stage; "" if there are none.
+
+    Parameters
+    ----------
+    folder : Path
+        The model folder.
+    fold : str
+        Name of the fold.
+    """
+    run = read_run(folder) if (folder / "run.json").is_file() else {}
+    stages = filter(None, (folder, stage_path(folder, run)))
+    digest = hashlib.sha256()
+    for stage in stages:
+        file = stage / f"fold_{fold}" / MODEL
+        if not file.is_file():
+            return ""
+        add_weights(digest, file)
+    return digest.hexdigest()[:16]
 
 
 def trained_folds(folder: Path, checkpoint: Checkpoint = "final") -> list[str]:

@@ -1,0 +1,269 @@
+"""Cheap features of a prediction, from which its quality is judged: of the image, of each label, of the entropy map.
+
+All are plain numbers. `quality.py` compares them with those of the held-out cases of the training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import cc3d
+import numpy as np
+from scipy import ndimage
+
+from nnunet_lite.data.geometry import Geometry
+from nnunet_lite.data.labels import Labels
+from nnunet_lite.inference.outputs import DISAGREEMENT, ENTROPY, STEPS
+from nnunet_lite.preprocessing.pipeline import Preprocessed
+
+Values = dict[str, float]
+
+AXES = ("z", "y", "x")
+_BLOCK = 32  # voxels of an axis of a block in which neighbours are compared
+_BLOCKS = 4  # at most so many blocks along each axis
+_GRID = 32  # voxels of an axis of the coarse image in which trends are fitted
+_PERIODS = (2, 3, 4, 5, 6)
+_PERCENTILES = (1, 10, 25, 50, 75, 90, 99)
+_MARGIN = 2  # voxels around a label in which its border is searched
+_SMALL = 1e-6
+
+
+@dataclass(frozen=True)
+class CaseFeatures:
+    """What is known of a prediction without its reference.
+
+    Parameters
+    ----------
+    image : dict of str to float
+        Of the image, as from `describe_image`.
+    labels : dict of str to dict
+        Of each label or region, as from `describe_labels`.
+    """
+
+    image: Values
+    labels: dict[str, Values]
+
+
+def describe_prediction(
+    array: Preprocessed, label_map: np.ndarray, maps: Mapping[str, np.ndarray], labels: Labels
+) -> CaseFeatures:
+    """Describe a prediction, in the orientation in which the network takes the image.
+
+    Parameters
+    ----------
+    array : Preprocessed
+        The image as the network takes it.
+    label_map : ndarray of int, shape (z, y, x)
+        As it was predicted, before postprocessing.
+    maps : mapping of str to ndarray of uint8, shape (z, y, x)
+        Entropy, and of several models their disagreement.
+    labels : Labels
+        Names of the values.
+    """
+    turn = array.placement.turn
+    geometry = array.placement.geometry.turned(turn)
+    turned = {name: turn.apply(values) for name, values in maps.items()}
+    return CaseFeatures(
+        describe_image(array.image, geometry), describe_labels(turn.apply(label_map), turned, geometry, labels)
+    )
+
+
+def describe_image(array: np.ndarray, geometry: Geometry) -> Values:
+    """Describe a preprocessed image: its size, intensities, sharpness and noise, trends and repetitions.
+
+    Parameters
+    ----------
+    array : ndarray, shape (channels, z, y, x)
+        As the network takes it: normalised and resampled.
+    geometry : Geometry
+        Of the image, before it was resampled.
+
+    Returns
+    -------
+    dict of str to float
+        WHAT/AXIS of the image and CHANNEL/WHAT/... of each channel. Lengths are logarithms of mm, intensities are
+        normalised ones.
+    """
+    spacing = np.array(geometry.spacing)
+    features = {f"spacing/{axis}": float(np.log(s)) for axis, s in zip(AXES, spacing, strict=True)}
+    extent = np.log(spacing * geometry.shape)
+    features |= {f"extent/{axis}": float(e) for axis, e in zip(AXES, extent, strict=True)}
+    for number, channel in enumerate(array):
+        found = {**_intensities(channel), **_texture(channel), **_trends(channel), **_combs(channel)}
+        features |= {f"{number}/{name}": float(value) for name, value in found.items()}
+    return features
+
+
+def _blocks(channel: np.ndarray) -> np.ndarray:
+    """Cut blocks (n, z, y, x) out of an image, evenly spaced; a small image is one block."""
+    size = [min(_BLOCK, n) for n in channel.shape]
+    starts = [
+        np.unique(np.linspace(0, n - s, min(_BLOCKS, -(-n // s))).astype(int))
+        for n, s in zip(channel.shape, size, strict=True)
+    ]
+    return np.stack(
+        [
+            channel[z : z + size[0], y : y + size[1], x : x + size[2]]
+            for z in starts[0]
+            for y in starts[1]
+            for x in starts[2]
+        ]
+    )
+
+
+def _intensities(channel: np.ndarray) -> Values:
+    values = _blocks(channel).ravel()
+    return {f"intensity/{p}": v for p, v in zip(_PERCENTILES, np.percentile(values, _PERCENTILES), strict=True)}
+
+
+def _texture(channel: np.ndarray) -> Values:
+    """Compare neighbours along each axis: noise makes their differences larger, blur and thick slices smaller.
+
+    The second difference of white noise is sqrt(3) times the first, that of a smooth image is much smaller.
+    """
+    blocks = _blocks(channel)
+    spread = np.subtract(*np.percentile(blocks, (95, 5))) + _SMALL
+    features = {}
+    for number, axis in enumerate(AXES, start=1):
+        if blocks.shape[number] < 3:
+            continue
+        first = np.abs(np.diff(blocks, axis=number))
+        second = np.abs(np.diff(blocks, n=2, axis=number))
+        moving = first[first > 0]  # air may be constant
+        curved = second[second > 0]
+        step = np.mean(moving) if moving.size else 0.0
+        bend = np.mean(curved) if curved.size else 0.0
+        features[f"step/{axis}"] = np.log(step / spread + _SMALL)
+        features[f"noise/{axis}"] = np.log((bend + _SMALL) / (step + _SMALL))
+    return features
+
+
+def _trends(channel: np.ndarray) -> Values:
+    """Fit a polynomial of degree 2 to the coarse image: a bias field or another position changes it."""
+    coarse = channel[tuple(slice(None, None, max(1, n // _GRID)) for n in channel.shape)].astype(np.float64)
+    z, y, x = np.meshgrid(*(np.linspace(-1, 1, n) if n > 1 else [0.0] for n in coarse.shape), indexing="ij")
+    terms = {"z": z, "y": y, "x": x, "zz": z * z, "yy": y * y, "xx": x * x}
+    matrix = np.stack([np.ones_like(z), *terms.values()], -1).reshape(-1, 1 + len(terms))
+    values = coarse.ravel()
+    spread = values.std() + _SMALL
+    found, *_ = np.linalg.lstsq(matrix, (values - values.mean()) / spread, rcond=None)
+    return {f"trend/{name}": value for name, value in zip(terms, found[1:], strict=True)}
+
+
+def _combs(channel: np.ndarray) -> Values:
+    """Compare every 2nd to 6th line of the spectrum along each axis with the others: ghosts weaken or stress them."""
+    features = {}
+    for number, axis in enumerate(AXES):
+        if channel.shape[number] < 4 * max(_PERIODS):
+            continue
+        steps = [1 if a == number else max(1, n // _GRID) for a, n in enumerate(channel.shape)]
+        lines = np.abs(np.fft.rfft(channel[tuple(slice(None, None, step) for step in steps)], axis=number))
+        power = np.log(np.moveaxis(lines, number, 0).reshape(len(lines), -1).mean(axis=1) + _SMALL)[1:]
+        rough = power - ndimage.median_filter(power, 5, mode="nearest")
+        on_line = [np.arange(1, len(lines)) % period == 0 for period in _PERIODS]
+        features[f"comb/{axis}"] = max(abs(rough[on].mean() - rough[~on].mean()) for on in on_line)
+    return features
+
+
+def describe_labels(
+    label_map: np.ndarray, maps: Mapping[str, np.ndarray], geometry: Geometry, labels: Labels
+) -> dict[str, Values]:
+    """Describe each label of a prediction: volume, shape, parts, and how sure the networks are.
+
+    Parameters
+    ----------
+    label_map : ndarray of int, shape (z, y, x)
+        Values of the dataset.
+    maps : mapping of str to ndarray of uint8, shape (z, y, x)
+        As `predict_label_map` returns them: entropy, and of several models their disagreement.
+    geometry : Geometry
+        Of the image.
+    labels : Labels
+        Names of the values.
+
+    Returns
+    -------
+    dict of str to dict
+        Label -> feature -> value; a label without voxels has no features. `error` is 1 minus the Dice that the label
+        map would have if each voxel were wrong with the probability that its entropy says.
+    """
+    errors = _error_table(labels)
+    foreground = _box(label_map != labels.background, 0)
+    middle = [0.0] * 3 if foreground is None else [(s.start + s.stop) / 2 for s in foreground]
+    features: dict[str, Values] = {}
+    for name, values in labels.segments.items():
+        mask = label_map == values[0] if len(values) == 1 else np.isin(label_map, values)
+        box = _box(mask, _MARGIN)
+        features[name] = {}
+        if box is None:
+            continue
+        inside, offset = mask[box], [s.start - m for s, m in zip(box, middle, strict=True)]
+        found = _describe_shape(inside, offset, geometry.spacing)
+        found |= _describe_errors(inside, errors[maps[ENTROPY][box]])
+        found["disagreement"] = maps[DISAGREEMENT][box][inside].mean() / STEPS if DISAGREEMENT in maps else 0.0
+        at_edge = [mask.take([0, -1], axis).sum() for axis in range(3) if mask.shape[axis] > _MARGIN]
+        found["edge"] = sum(at_edge) / found["voxels"]
+        features[name] = {what: float(value) for what, value in found.items()}
+    return features
+
+
+def _box(mask: np.ndarray, margin: int) -> tuple[slice, ...] | None:
+    """Return the smallest box around a mask and a margin; None around nothing."""
+    box = []
+    for axis in range(3):
+        rest = tuple(other for other in range(3) if other != axis)
+        inside = np.flatnonzero(mask.any(axis=rest))
+        if not inside.size:
+            return None
+        box.append(slice(max(0, inside[0] - margin), min(mask.shape[axis], inside[-1] + 1 + margin)))
+    return tuple(box)
+
+
+def _error_table(labels: Labels) -> np.ndarray:
+    """Return for each step of entropy the probability that the decision is wrong, if two labels compete."""
+    wrong = np.linspace(1e-9, 0.5, 2001)
+    bits = -(wrong * np.log2(wrong) + (1 - wrong) * np.log2(1 - wrong))
+    largest = len(labels.region_names) if labels.has_regions else np.log2(len(labels.values))
+    return np.interp(np.arange(STEPS + 1) / STEPS * largest, bits, wrong).astype(np.float32)
+
+
+def _neighbours(mask: np.ndarray) -> np.ndarray:
+    """Count the six neighbours of each voxel that are in a mask; outside of the array all are."""
+    padded = np.pad(mask, 1, "edge").astype(np.uint8)
+    inner = slice(1, -1)
+    count = np.zeros(mask.shape, np.uint8)
+    for axis in range(3):
+        for side in (slice(None, -2), slice(2, None)):
+            count += padded[tuple(side if a == axis else inner for a in range(3))]
+    return count
+
+
+def _describe_errors(mask: np.ndarray, wrong: np.ndarray) -> Values:
+    neighbours = _neighbours(mask)
+    inside, around = wrong[mask], wrong[~mask & (neighbours > 0)]
+    n, lost, missed = inside.size, float(inside.sum()), float(around.sum())
+    inner = wrong[mask & (neighbours == 6)]
+    return {
+        "error": 1 - 2 * (n - lost) / (2 * n - lost + missed),
+        "inner": float(inner.mean()) if inner.size else float(inside.mean()),
+    }
+
+
+def _describe_shape(mask: np.ndarray, offset: Sequence[float], spacing: Sequence[float]) -> Values:
+    voxel = float(np.prod(spacing))
+    n = int(np.count_nonzero(mask))
+    surface = 6 * n - int(_neighbours(mask)[mask].sum())
+    parts = np.bincount(cc3d.connected_components(np.ascontiguousarray(mask)).ravel())[1:]
+    where = np.nonzero(mask)
+    features: Values = {
+        "voxels": n,
+        "volume": np.log(n * voxel),
+        "compactness": np.log(max(surface, 1) / n ** (2 / 3)),
+        "parts": np.log(len(parts)),
+        "scattered": 1 - parts.max() / n,
+    }
+    for axis, along, start, size in zip(AXES, where, offset, spacing, strict=True):
+        features[f"position/{axis}"] = (along.mean() + start) * size
+        features[f"length/{axis}"] = np.log(size * (1 + np.ptp(along)))
+    return features

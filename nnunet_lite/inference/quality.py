@@ -1,0 +1,389 @@
+"""Judge predictions without a reference: the Dice to expect of each label, and in words what is unusual.
+
+`nnlite select` calibrates a `Quality` on held-out cases and degraded copies of them (evaluation/calibration.py), and
+stores it as quality.json in the model folder. `judge` applies it to the features of a prediction (features.py):
+
+1. Features are compared with those of the clean held-out cases, in robust standard deviations.
+2. Their Mahalanobis distance, and a logistic regression that tells degraded copies from clean cases, say how unusual
+   the case is. More than 97 % of the clean cases are less unusual than what is flagged.
+3. A forest of small trees gives the Dice of each label. It is monotone: where the networks are less sure, where volume
+   and shape are further from the usual, or the case is more unusual, it is never higher.
+4. Its errors on cases that did not fit it give an interval (split conformal prediction, Lei et al. 2018,
+   arXiv:1604.04173), one for usual and one for unusual cases.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from nnunet_lite.data.problems import few
+from nnunet_lite.errors import UserError
+from nnunet_lite.files import first_problem, read_json
+from nnunet_lite.inference.features import AXES, CaseFeatures, Values
+from nnunet_lite.models.folder import QUALITY
+
+QUALITY_TABLE = "quality.csv"
+
+_FARTHEST = 8.0  # standard deviations; whatever is further is as far
+_BENDING = 0.02  # added to the expected loss of Dice, by which errors are scaled
+# groups of features of a label, of which the largest deviation counts
+_SHAPE = {
+    "volume": ("volume",),
+    "compactness": ("compactness",),
+    "parts": ("parts",),
+    "edge": ("edge",),
+    "length": tuple(f"length/{axis}" for axis in AXES),
+    "position": tuple(f"position/{axis}" for axis in AXES),
+}
+_LABEL_WORDS = {  # by group of features
+    "position": "unusual place of {where}",
+    "length": "unusual length of {where}",
+    "compactness": "unusual shape of {where}",
+    "edge": "at the edge of the image, cut off?: {where}",
+}
+_BLURRED, _NOISY = "blurred, or of thick slices, along {where}", "noisier or sharper along {where}"
+_TREND = "brightness changes over the image in an unusual way: a bias field, or another position?"
+_CONTRAST = "intensities are unlike those of the training ({channels}): another sequence or modality?"
+_IMAGE_WORDS = {  # by feature, and whether it is larger than usual
+    ("extent", True): "the image is longer than usual along {where}",
+    ("extent", False): "the image is shorter than usual along {where}",
+    ("step", True): _NOISY, ("noise", True): _NOISY, ("step", False): _BLURRED, ("noise", False): _BLURRED,
+    ("trend", True): _TREND, ("trend", False): _TREND, ("comb", True): "ghosts along {where}?",
+    ("intensity", True): _CONTRAST, ("intensity", False): _CONTRAST,
+}  # fmt: skip
+_DOUBTS = ("error", "inner", "scattered", "edge", "disagreement")  # features of a label that only lower its Dice
+N_MONOTONE = len(_DOUBTS) + 2 * len(_SHAPE) + 2  # the first entries of a `label_vector`
+_USUAL_SHARE = 0.95  # a label that is in more of the training cases is expected in all
+_LARGER = 1.25  # times the training's range: from there on a size is reported
+_MOST_REASONS = 3
+_NOTABLE = 3.0  # standard deviations, from which a feature explains why a case is unusual
+
+
+class _Stored(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class Usual(_Stored):
+    """A feature over the clean held-out cases: median, robust standard deviation, and range."""
+
+    middle: float
+    spread: float
+    low: float
+    high: float
+
+    def deviation(self, value: float) -> float:
+        """Return how many standard deviations a value is from the median, at most 8."""
+        return float(np.clip((value - self.middle) / self.spread, -_FARTHEST, _FARTHEST))
+
+
+class Tree(_Stored):
+    """A regression tree, node by node; `feature` is negative in a leaf."""
+
+    feature: tuple[int, ...]
+    threshold: tuple[float, ...]
+    left: tuple[int, ...]
+    right: tuple[int, ...]
+    value: tuple[float, ...]
+
+    def predict(self, x: np.ndarray) -> float:
+        """Return the value of the leaf of a vector."""
+        node = 0
+        while self.feature[node] >= 0:
+            node = (self.left if x[self.feature[node]] <= self.threshold[node] else self.right)[node]
+        return self.value[node]
+
+
+class Quality(_Stored):
+    """What held-out cases say about predictions: the content of quality.json in a model folder.
+
+    Parameters
+    ----------
+    format : str
+        The format of the file.
+    weights : dict
+        Model -> fold -> fingerprint of its weights: which networks it holds for.
+    n_cases, n_degraded : int
+        How many held-out cases, and degraded copies of them, it was fitted on.
+    channels : tuple of str
+        Names of the channels of the training's images.
+    image : dict
+        Feature of the image -> its usual values.
+    labels : dict
+        Label -> feature -> its usual values in predictions.
+    volumes : dict
+        Label -> logarithms of the smallest and largest volume (mm3; of pictures mm2 or pixels) in the training.
+    presence : dict
+        Label -> share of the training cases that have it.
+    spacing : tuple
+        Smallest and largest spacing (z, y, x) in the training, mm.
+    location, precision : tuple
+        Of the Mahalanobis distance: the mean, and the inverse of the covariance.
+    coefficients, intercept, threshold : tuple, float, float
+        Of the logistic regression; a case is unusual from the threshold on.
+    forest : tuple of Tree
+        Their mean is the expected Dice.
+    errors : dict
+        "usual" and "unusual" -> 5th and 95th percentile of (Dice - expected) / (1.02 - expected).
+    """
+
+    format: Literal["nnlite-quality-1"] = "nnlite-quality-1"
+    weights: dict[str, dict[str, str]]
+    n_cases: int
+    n_degraded: int
+    channels: tuple[str, ...]
+    image: dict[str, Usual]
+    labels: dict[str, dict[str, Usual]]
+    volumes: dict[str, tuple[float, float]]
+    presence: dict[str, float]
+    spacing: tuple[tuple[float, float, float], tuple[float, float, float]]
+    location: tuple[float, ...]
+    precision: tuple[tuple[float, ...], ...]
+    coefficients: tuple[float, ...]
+    intercept: float
+    threshold: float
+    forest: tuple[Tree, ...] = Field(min_length=1)
+    errors: dict[Literal["usual", "unusual"], tuple[float, float]]
+
+    @cached_property
+    def fingerprints(self) -> set[str]:
+        """The fingerprints of all networks that it holds for."""
+        return {fingerprint for folds in self.weights.values() for fingerprint in folds.values()}
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The Dice to expect of a label, with its 90 % interval."""
+
+    dice: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class CaseQuality:
+    """What is expected of a prediction.
+
+    Parameters
+    ----------
+    expected : dict
+        Label -> its Dice; None for a label that is not predicted and need not be there.
+    unusual : float
+        From 0 to 1; from 0.5 on the case is flagged as unlike the training.
+    flags : tuple of str
+        In words what is unusual; empty for a usual case.
+    """
+
+    expected: dict[str, Expected | None]
+    unusual: float
+    flags: tuple[str, ...]
+
+    @property
+    def mean(self) -> float | None:
+        """The mean over labels of the expected Dice; None if no label is predicted."""
+        values = [one.dice for one in self.expected.values() if one is not None]
+        return sum(values) / len(values) if values else None
+
+    def in_cells(self) -> tuple[str, str, str]:
+        """Return the cells of a table: means over labels of the Dice and of the ends of its interval; flags."""
+        intervals = [one for one in self.expected.values() if one is not None]
+        if self.mean is None:
+            return "none", "", "; ".join(self.flags)
+        ends = (sum(one.low for one in intervals), sum(one.high for one in intervals))
+        low, high = (f"{end / len(intervals):.2f}" for end in ends)
+        return f"{self.mean:.2f}", f"{low} to {high}", "; ".join(self.flags)
+
+    def to_json(self) -> dict[str, Any]:
+        mean = None if self.mean is None else round(self.mean, 4)
+        return {"expected_mean": mean, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> CaseQuality:
+        """Read what `to_json` wrote."""
+        expected = {name: None if one is None else Expected(**one) for name, one in value["expected"].items()}
+        return cls(expected, float(value["unusual"]), tuple(value["flags"]))
+
+
+def read_quality(folder: Path) -> Quality | None:
+    """Read the quality.json of a model folder; None if there is none.
+
+    Raises
+    ------
+    UserError
+        The file is not as nnlite writes it.
+    """
+    file = folder / QUALITY
+    if not file.is_file():
+        return None
+    try:
+        return Quality.model_validate(read_json(file))
+    except ValidationError as error:
+        what = f"is no calibrated quality ({first_problem(error)})"
+        raise UserError(what, file, "Delete it, or run `nnlite select` again.") from None
+
+
+def quality_table(cases: Mapping[str, CaseQuality]) -> str:
+    """Return a CSV table with a row for each case and label, the lowest expected mean first."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("case", "label", "expected_dice", "low", "high", "case_mean", "unusual", "flags"))
+    for case, quality in worst_first(cases):
+        about = ("" if quality.mean is None else f"{quality.mean:.4f}", f"{quality.unusual:.4f}")
+        for label, one in quality.expected.items():
+            dice = ("", "", "") if one is None else tuple(f"{value:.4f}" for value in (one.dice, one.low, one.high))
+            writer.writerow((case, label, *dice, *about, "; ".join(quality.flags)))
+    return text.getvalue()
+
+
+def worst_first(cases: Mapping[str, CaseQuality]) -> list[tuple[str, CaseQuality]]:
+    """Sort cases by their expected mean, the lowest first; cases without a predicted label come before."""
+    return sorted(cases.items(), key=lambda item: -1.0 if item[1].mean is None else item[1].mean)
+
+
+# ------------------------------------------------------------------------------------------------------------- vectors
+
+
+def image_vector(image: Mapping[str, Usual], found: Values) -> np.ndarray:
+    """Return the deviation of each feature of an image from the usual; 0 for a feature that it lacks."""
+    return np.array([usual.deviation(found[name]) if name in found else 0.0 for name, usual in image.items()])
+
+
+def case_vector(
+    image: Mapping[str, Usual], labels: Mapping[str, Mapping[str, Usual]], features: CaseFeatures
+) -> np.ndarray:
+    """Return the deviations of an image, then the largest ones of its labels in volume, shape and position."""
+    shapes = [_shape_vector(labels[name], found) for name, found in features.labels.items() if found and labels[name]]
+    worst = np.max(shapes, axis=0) if shapes else np.full(len(_SHAPE), _FARTHEST)
+    return np.concatenate([image_vector(image, features.image), worst])
+
+
+def suspicion_vector(case: np.ndarray, distance: float) -> np.ndarray:
+    """Return what the logistic regression takes: deviations, their sizes, and the logarithm of the distance."""
+    return np.concatenate([case, np.abs(case), [3 * np.log(distance + 1e-6)]])
+
+
+def label_vector(
+    usual: Mapping[str, Usual], found: Values, case: np.ndarray, distance: float, suspicion: float
+) -> np.ndarray:
+    """Return what the forest takes of a label that is predicted; the first `N_MONOTONE` entries only lower the Dice."""
+    doubts = [found[name] for name in _DOUBTS]
+    names = [name for group in _SHAPE.values() for name in group]
+    own = [usual[name].deviation(found[name]) if name in usual else _FARTHEST for name in names]
+    image, worst = case[: -len(_SHAPE)], case[-len(_SHAPE) :]
+    return np.concatenate([doubts, _shape_vector(usual, found), worst, [distance, suspicion], own, image])
+
+
+def _shape_vector(usual: Mapping[str, Usual], found: Values) -> np.ndarray:
+    """Return the largest deviation in each group of features of a label."""
+    return np.array(
+        [
+            max(abs(usual[name].deviation(found[name])) if name in usual else _FARTHEST for name in names)
+            for names in _SHAPE.values()
+        ]
+    )
+
+
+def mahalanobis(case: np.ndarray, location: np.ndarray, precision: np.ndarray) -> float:
+    """Return the distance of a vector from the mean of the clean held-out cases, for each of its entries."""
+    offset = case - location
+    return float(np.sqrt(max(0.0, offset @ precision @ offset) / len(offset)))
+
+
+# ------------------------------------------------------------------------------------------------------------- judging
+
+
+def judge(quality: Quality, features: CaseFeatures) -> CaseQuality:
+    """Return the Dice to expect of each label of a prediction, and what is unusual about the case.
+
+    Parameters
+    ----------
+    quality : Quality
+        Of the model that predicted.
+    features : CaseFeatures
+        Of the prediction.
+    """
+    case = case_vector(quality.image, quality.labels, features)
+    distance = mahalanobis(case, np.array(quality.location), np.array(quality.precision))
+    score = float(np.dot(quality.coefficients, suspicion_vector(case, distance)) + quality.intercept)
+    suspicion = score - quality.threshold
+    flags = _flags(quality, features, suspicion >= 0)
+    low, high = quality.errors["unusual" if suspicion >= 0 else "usual"]
+    expected: dict[str, Expected | None] = {}
+    for name, found in features.labels.items():
+        if not found:
+            expected[name] = Expected(0.0, 0.0, 0.0) if quality.presence[name] >= _USUAL_SHARE else None
+            continue
+        vector = label_vector(quality.labels[name], found, case, distance, score)
+        dice = float(np.mean([tree.predict(vector) for tree in quality.forest]))
+        ends = np.clip([dice + error * (1 + _BENDING - dice) for error in (low, high)], 0, 1)
+        expected[name] = Expected(*(round(float(value), 4) for value in (dice, *ends)))
+    return CaseQuality(expected, round(float(1 / (1 + np.exp(-suspicion))), 6), flags)
+
+
+def scaled_error(dice: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """Return the errors of expected Dice on the scale on which they are spread equally: the expected loss."""
+    return (dice - expected) / (1 + _BENDING - expected)
+
+
+def _flags(quality: Quality, features: CaseFeatures, is_unusual: bool) -> tuple[str, ...]:
+    flags = [*_spacing_flags(quality, features), *_label_flags(quality, features)]
+    if is_unusual:
+        flags += _unusual_flags(quality, features)
+        flags = flags or ["features of the image are combined as in no training case"]
+    return tuple(flags)
+
+
+def _spacing_flags(quality: Quality, features: CaseFeatures) -> list[str]:
+    flags = []
+    for axis, low, high in zip(AXES, *quality.spacing, strict=True):
+        own = float(np.exp(features.image[f"spacing/{axis}"]))
+        if own > _LARGER * high or own * _LARGER < low:
+            trained = f"{low:.3g}" if high < 1.01 * low else f"{low:.3g} to {high:.3g}"
+            flags.append(f"spacing {own:.3g} mm along {axis}, trained on {trained} mm")
+    return flags
+
+
+def _label_flags(quality: Quality, features: CaseFeatures) -> list[str]:
+    if not any(features.labels.values()):
+        return ["no foreground found"]
+    flags = []
+    for name, found in features.labels.items():
+        if not found:
+            flags += [f"no {name} found"] if quality.presence[name] >= _USUAL_SHARE else []
+        elif name in quality.volumes:
+            low, high = (float(np.exp(found["volume"] - end)) for end in quality.volumes[name])
+            if max(1 / low, high) > _LARGER:
+                factor, how = (1 / low, "smaller") if low < 1 else (high, "larger")
+                flags.append(f"{name} is {factor:.2g} times {how} than in any training case")
+    return flags
+
+
+def _unusual_flags(quality: Quality, features: CaseFeatures) -> list[str]:
+    """Return in words what deviates most, the largest deviation first."""
+    strength, axes = defaultdict[str, float](float), defaultdict[str, list[str]](list)
+    for name, usual in quality.image.items():
+        value = features.image.get(name, usual.middle)
+        deviation = usual.deviation(value)
+        words = _IMAGE_WORDS.get((name.split("/")[-2], deviation > 0), "")
+        if words and abs(deviation) >= _NOTABLE and not usual.low <= value <= usual.high:
+            strength[words] = max(strength[words], abs(deviation))
+            axes[words] += [axis for axis in AXES if axis == name[-1] and axis not in axes[words]]
+    for group, words in _LABEL_WORDS.items():
+        for label, found in features.labels.items():
+            usual_values = quality.labels[label]
+            if found and usual_values:
+                far = max(abs(usual_values[name].deviation(found[name])) for name in _SHAPE[group])
+                if far > _NOTABLE:
+                    strength[words] = max(strength[words], far)
+                    axes[words].append(label)
+    ranked = sorted(strength, key=lambda words: -strength[words])[:_MOST_REASONS]
+    return [words.format(where=few(axes[words], 3), channels=", ".join(quality.channels)) for words in ranked]
