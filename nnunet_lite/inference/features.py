@@ -19,6 +19,8 @@ from nnunet_lite.preprocessing.pipeline import Preprocessed
 
 Values = dict[str, float]
 
+FEATURES = 1  # counts the changes of what is computed here: what was calibrated with other features is made again
+
 AXES = ("z", "y", "x")
 _BLOCK = 32  # voxels of an axis of a block in which neighbours are compared
 _BLOCKS = 4  # at most so many blocks along each axis

@@ -360,7 +360,13 @@ def plot_intervals(title: str, rows: Sequence[Interval], label: str, *, has_zero
     return Chart("intervals", title, x, y, intervals)
 
 
-def plot_agreement(title: str, volumes: Mapping[str, tuple[float, float]], unit: str, model: str) -> Chart | None:
+def plot_agreement(
+    title: str,
+    volumes: Mapping[str, tuple[float, float]],
+    unit: str,
+    model: str,
+    names: tuple[str, str] = ("prediction", "reference"),
+) -> Chart | None:
     """Draw the difference of two volumes of each case over their mean, with the bias and its 95 % limits of agreement.
 
     Source: Bland and Altman, Lancet 1986.
@@ -375,6 +381,8 @@ def plot_agreement(title: str, volumes: Mapping[str, tuple[float, float]], unit:
         Their unit.
     model : str
         Whose cases they are.
+    names : tuple of str
+        What is compared: the second of each pair, and the first.
 
     Returns
     -------
@@ -389,7 +397,7 @@ def plot_agreement(title: str, volumes: Mapping[str, tuple[float, float]], unit:
     bias, spread = float(np.mean(differences)), _LIMITS * float(np.std(differences, ddof=1))
     lines = [("no difference", 0.0), ("bias", bias), ("lower limit", bias - spread), ("upper limit", bias + spread)]
     heights = _range([*differences, *(height for _, height in lines)], _MARGIN)
-    y = Axis(heights, (196, 10), f"prediction - reference ({unit})", 4)
+    y = Axis(heights, (196, 10), f"{names[0]} - {names[1]} ({unit})", 4)
     left = 30 + _LETTER_WIDTH * max(len(text) for _, text in y.ticks)
     x = Axis(_range([mean for _, mean, _ in points], _MARGIN), (left, 438), f"mean of both ({unit})", 5)
     center, low, high = (f"{rounded(value, 3):+g}" for value in (bias, bias - spread, bias + spread))

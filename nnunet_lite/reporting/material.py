@@ -25,6 +25,7 @@ from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import read_geometry, read_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError, describe
+from nnunet_lite.evaluation.calibration_rows import Row, read_rows
 from nnunet_lite.evaluation.scores import CaseScore, Scores, read_summaries
 from nnunet_lite.evaluation.selection import Selection, changed_models, read_selection
 from nnunet_lite.files import read_json, understood
@@ -238,6 +239,8 @@ class Material:
         None before `nnlite select`.
     notes : tuple of str
         What is left out, and why.
+    calibration : tuple of Row
+        What is expected of held-out cases, and of degraded copies of them.
     pictures : dict
         Case -> its pictures.
     overlays : dict
@@ -252,6 +255,7 @@ class Material:
     models: tuple[ModelResults, ...]
     selection: Selection | None
     notes: tuple[str, ...]
+    calibration: tuple[Row, ...] = ()
     pictures: dict[str, CasePictures] = field(default_factory=dict)
     overlays: dict[str, dict[str, list[Picture]]] = field(default_factory=dict)
 
@@ -301,6 +305,7 @@ def read_material(paths: Paths) -> Material:
         tuple(models),
         selection,
         tuple(notes),
+        tuple(row for row in read_rows(paths.calibration) if row.quality is not None),
     )
 
 

@@ -25,11 +25,13 @@ import nnunet_lite
 from nnunet_lite import log
 from nnunet_lite.data.labels import label_colours
 from nnunet_lite.data.problems import plural
+from nnunet_lite.evaluation.calibration_rows import Row
 from nnunet_lite.evaluation.metrics import METRICS
 from nnunet_lite.evaluation.scores import CaseScore
 from nnunet_lite.evaluation.selection import Candidate
 from nnunet_lite.evaluation.statistics import Margin, Statistic
 from nnunet_lite.files import write_text
+from nnunet_lite.inference.quality import CaseQuality, Expected
 from nnunet_lite.models.folder import first_training
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.planning.show import length_unit, plan_head, plan_reasons, plan_rows, plan_title
@@ -49,6 +51,7 @@ _VOLUME_LABELS = 12  # labels whose volumes are drawn
 _ROUNDING = 1e-4  # up to this relative difference, a quantity is equal in all cases
 _DICE_LABELS = 12  # labels with a Dice for each case
 _INTENSITY_BINS = 60
+_CASES_TO_LOOK_AT = 8
 _PALETTE = 10  # colours of report.css
 _SEVERITIES = ("error", "warning", "notice")
 
@@ -130,6 +133,7 @@ def render_page(material: Material) -> str:
         methods=_methods_section(material),
         models=_scores_section(material),
         comparison=_comparison_section(material),
+        quality=_quality_section(material),
         costs=costs_table(material),
         settings=_settings_section(material),
     )
@@ -749,6 +753,81 @@ def write_margin(margin: Margin) -> Value:
         return None
     ends = "" if margin.low is None or margin.high is None else f" ({margin.low:+.4f} to {margin.high:+.4f})"
     return f"{margin.mean:+.4f}{ends}", margin.mean
+
+
+# ---------------------------------------------------------------------------------------------- the expected quality
+
+
+def _quality_section(material: Material) -> dict[str, Any]:
+    """Return how the Dice that `nnlite predict` expects agrees with the real one; empty before it is calibrated.
+
+    All is said by what was fitted without the case.
+    """
+    rows = [(row, row.judged) for row in material.calibration]
+    clean = [(row, judged) for row, judged in rows if row.kind == "clean"]
+    if not clean:
+        return {}
+    labels = material.dataset.labels.region_names
+    pairs = {kind: _expected_pairs([pair for pair in rows if pair[0].kind == kind]) for kind in dict.fromkeys(
+        row.kind for row in material.calibration)}  # fmt: skip
+    by_kind: list[list[Value]] = []
+    for kind, found in pairs.items():
+        flagged = [bool(judged.flags) for row, judged in rows if row.kind == kind]
+        error, covered = _errors(found)
+        real = float(np.mean([dice for _, dice in found])) if found else None
+        by_kind.append([kind, len(flagged), real, error, covered, float(np.mean(flagged))])
+    by_label: list[list[Value]] = []
+    for label in labels:
+        found = _expected_pairs(clean, (label,))
+        by_label.append([label, len(found), *_errors(found)])
+    first = sorted(clean, key=lambda pair: _surprise(*pair))[:_CASES_TO_LOOK_AT]
+    cases: list[list[Value]] = [
+        [row.case, judged.mean, row.mean_dice, judged.in_cells()[1], "; ".join(judged.flags)] for row, judged in first
+    ]
+    means = {row.case: (row.mean_dice or 0.0, judged.mean or 0.0) for row, judged in clean}
+    kinds = (Column("Images"), Column("number", "d"), share_column("real Dice"), Column("mean error", ".3f"),
+             Column("in the 90 % interval", ".0%"), Column("flagged", ".0%"))  # fmt: skip
+    of_labels = (
+        Column("Label"),
+        Column("cases", "d"),
+        Column("mean error", ".3f"),
+        Column("in the 90 % interval", ".0%"),
+    )
+    looked_at = (Column("Case"), share_column("expected Dice"), share_column("real Dice"), Column("90 % interval"),
+                 Column("why"))  # fmt: skip
+    return {
+        "cases": plural(len(clean), "held-out case"),
+        "copies": f"{len(rows) - len(clean)} degraded copies",
+        "chart": figures.plot_agreement("Expected against real Dice", means, "Dice", "", ("expected", "real")),
+        "by_kind": Table("Held-out cases and degraded copies", kinds, by_kind),
+        "by_label": Table("Held-out cases by label", of_labels, by_label),
+        "first": Table("Cases to look at first: less like the reference than expected", looked_at, cases),
+    }
+
+
+def _expected_pairs(
+    rows: Sequence[tuple[Row, CaseQuality]], labels: Sequence[str] = ()
+) -> list[tuple[Expected, float]]:
+    """Return what is expected of each label, and its Dice."""
+    return [
+        (expected, dice)
+        for row, judged in rows
+        for label, dice in row.dice.items()
+        if dice is not None and (expected := judged.expected[label]) is not None and label in (labels or (label,))
+    ]
+
+
+def _errors(pairs: Sequence[tuple[Expected, float]]) -> tuple[float | None, float | None]:
+    """Return the mean absolute error of the expected Dice, and the share of real ones in the interval."""
+    if not pairs:
+        return None, None
+    covered = [expected.low <= dice <= expected.high for expected, dice in pairs]
+    return float(np.mean([abs(expected.dice - dice) for expected, dice in pairs])), float(np.mean(covered))
+
+
+def _surprise(row: Row, judged: CaseQuality) -> float:
+    """Return by how much a case is worse than expected, the most as the smallest number."""
+    return (row.mean_dice or 0.0) - (judged.mean or 0.0)
 
 
 # -------------------------------------------------------------------------------------- the methods and the settings
