@@ -20,11 +20,18 @@ from sklearn.model_selection import GroupKFold
 from nnunet_lite import log
 from nnunet_lite.data.dataset import Dataset
 from nnunet_lite.data.problems import plural
-from nnunet_lite.evaluation.calibration_rows import Row, TrainingRanges, predict_rows, training_ranges, write_rows
-from nnunet_lite.evaluation.comparison import HeldOut, find_members
+from nnunet_lite.evaluation.calibration_rows import (
+    Row,
+    TrainingRanges,
+    predict_rows,
+    training_ranges,
+    weights_of,
+    write_rows,
+)
+from nnunet_lite.evaluation.comparison import HeldOut, Team, find_members
 from nnunet_lite.evaluation.selection import Selection
-from nnunet_lite.files import hash_of, write_json
-from nnunet_lite.inference.features import FEATURES, CaseFeatures
+from nnunet_lite.files import write_json
+from nnunet_lite.inference.features import CaseFeatures
 from nnunet_lite.inference.quality import (
     N_MONOTONE,
     Quality,
@@ -36,7 +43,7 @@ from nnunet_lite.inference.quality import (
     scaled_error,
     suspicion_vector,
 )
-from nnunet_lite.models.folder import QUALITY, weights_fingerprint
+from nnunet_lite.models.folder import QUALITY
 from nnunet_lite.training.splits import read_split
 from nnunet_lite.workspace import Paths
 
@@ -81,33 +88,35 @@ def calibrate_quality(
     UserError
         A case cannot be predicted.
     """
-    members = {member.name: member for member in find_members(paths, dataset, selection.models)[0]}
-    team = tuple(members[name] for name in selection.models)
-    splits = tuple(read_split(paths.splits, dataset, fold) for fold in selection.folds)
-    held_out = HeldOut(paths, dataset, splits, device, workers)
+    held_out, team = find_held_out(paths, dataset, selection, device, workers)
     for member in team:
         (member.folder / QUALITY).unlink(missing_ok=True)  # it may be of other weights
-    cases = list(held_out.fold_of)
-    if len(cases) < MIN_CASES:
-        log.info(f"{plural(len(cases), 'held-out case')}: too few to say how good predictions are ({MIN_CASES} needed)")
+    n_cases = len(held_out.fold_of)
+    if n_cases < MIN_CASES:
+        log.info(f"{plural(n_cases, 'held-out case')}: too few to say how good predictions are ({MIN_CASES} needed)")
         return None
-    weights = {
-        member.name: {split.name: weights_fingerprint(member.folder, split.name) for split in held_out.splits}
-        for member in team
-    }
-    key = hash_of([weights, cases, FEATURES])
-    rows = predict_rows(held_out, team, key)
+    weights = weights_of(held_out, team)
+    rows = predict_rows(held_out, team)
     ranges = training_ranges(held_out, team[0].plan)
     fit = partial(fit_quality, ranges=ranges, weights=weights, channels=held_out.dataset.channels)
     judged: list[Row] = []
-    for train, test in _parts(rows):
+    for train, test in split_by_case(rows):
         of_others = fit([rows[i] for i in train])
         judged += [rows[i].judged_by(of_others) for i in test]
-    write_rows(held_out.paths.calibration, key, judged)
+    write_rows(held_out, team, judged)
     quality = fit(rows)
     for member in team:
         write_json(member.folder / QUALITY, quality.model_dump(mode="json"))
     return quality
+
+
+def find_held_out(
+    paths: Paths, dataset: Dataset, selection: Selection, device: str | None, workers: int | None
+) -> tuple[HeldOut, Team]:
+    """Return the held-out cases of a selection, and its models; the parameters are those of `calibrate_quality`."""
+    members = {member.name: member for member in find_members(paths, dataset, selection.models)[0]}
+    splits = tuple(read_split(paths.splits, dataset, fold) for fold in selection.folds)
+    return HeldOut(paths, dataset, splits, device, workers), tuple(members[name] for name in selection.models)
 
 
 # ------------------------------------------------------------------------------------------------------------- fitting
@@ -149,13 +158,13 @@ def fit_quality(
     is_clean = np.array([row.kind == "clean" for row in rows])
     suspicion = _fit_suspicion(cases, is_clean, rows)
     scores = np.empty((len(rows), 2))  # distance and score, by what was fitted without the case
-    for train, test in _parts(rows):
+    for train, test in split_by_case(rows):
         held_out = _fit_suspicion(cases[train], is_clean[train], [rows[i] for i in train])
         scores[test] = [held_out.score(cases[i]) for i in test]
     threshold = _upper_percentile(scores[is_clean, 1], 1 - _FALSE_ALARMS)
     x, dice, of = _label_table(rows, labels, cases, scores)
     expected = np.empty(len(dice))
-    for train, test in _parts([rows[i] for i in of]):
+    for train, test in split_by_case([rows[i] for i in of]):
         expected[test] = _fit_forest(x[train], dice[train], is_clean[of[train]]).predict(x[test])
     errors, unusual = scaled_error(dice, expected), scores[of, 1] >= threshold
     usual_errors = errors[is_clean[of] & ~unusual]
@@ -190,7 +199,7 @@ def _usual_values(clean: Sequence[CaseFeatures]) -> tuple[dict[str, Usual], dict
     return {name: usual(values) for name, values in image.items()}, by_label
 
 
-def _parts(rows: Sequence[Row]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def split_by_case(rows: Sequence[Row]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield the rows to fit, and the rows of other cases: each row is once among the latter."""
     yield from GroupKFold(_PARTS).split(np.zeros(len(rows)), groups=[row.case for row in rows])
 
@@ -202,7 +211,7 @@ def _fit_suspicion(cases: np.ndarray, is_clean: np.ndarray, rows: Sequence[Row])
     """
     normal = LedoitWolf().fit(cases[is_clean])
     distances = np.empty(len(cases))
-    for train, test in _parts(rows):
+    for train, test in split_by_case(rows):
         other = LedoitWolf().fit(cases[train][is_clean[train]])
         distances[test] = [mahalanobis(case, other.location_, other.precision_) for case in cases[test]]
     x = np.array([suspicion_vector(*pair) for pair in zip(cases, distances, strict=True)])

@@ -28,11 +28,12 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.comparison import HeldOut, Team, load_team
 from nnunet_lite.evaluation.cross_validation import read_reference
 from nnunet_lite.evaluation.degradation import DEGRADATIONS, Labelled
-from nnunet_lite.files import append, write_text
+from nnunet_lite.files import append, hash_of, write_text
 from nnunet_lite.inference.cases import read_case_image
-from nnunet_lite.inference.features import CaseFeatures, describe_prediction
+from nnunet_lite.inference.features import FEATURES, CaseFeatures, describe_prediction
 from nnunet_lite.inference.predictor import Predictor, prepare_image, segment
 from nnunet_lite.inference.quality import CaseQuality, Quality, judge
+from nnunet_lite.models.folder import weights_fingerprint
 from nnunet_lite.planning.fingerprint import Fingerprint
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.system import pairs_at_once
@@ -123,16 +124,35 @@ def read_rows(file: Path, key: str | None = None) -> list[Row]:
     return rows
 
 
-def write_rows(file: Path, key: str, rows: Sequence[Row]) -> None:
-    lines = [json.dumps({"of": key}), *(row.model_dump_json() for row in rows)]
-    write_text(file, "\n".join(lines) + "\n")
+def write_rows(held_out: HeldOut, team: Team, rows: Sequence[Row]) -> None:
+    """Replace calibration.jsonl."""
+    lines = [json.dumps({"of": _key(held_out, team)}), *(row.model_dump_json() for row in rows)]
+    write_text(held_out.paths.calibration, "\n".join(lines) + "\n")
 
 
-def predict_rows(held_out: HeldOut, team: Team, key: str) -> list[Row]:
-    """Predict held-out cases and degraded copies of them; those in calibration.jsonl are not predicted again."""
+def _key(held_out: HeldOut, team: Team) -> str:
+    return hash_of([weights_of(held_out, team), list(held_out.fold_of), FEATURES])
+
+
+def weights_of(held_out: HeldOut, team: Team) -> dict[str, dict[str, str]]:
+    """Return model -> fold -> fingerprint of its weights."""
+    folds = [split.name for split in held_out.splits]
+    return {member.name: {fold: weights_fingerprint(member.folder, fold) for fold in folds} for member in team}
+
+
+def predict_rows(held_out: HeldOut, team: Team) -> list[Row]:
+    """Predict held-out cases and degraded copies of them; those in calibration.jsonl are not predicted again.
+
+    Parameters
+    ----------
+    held_out : HeldOut
+        The cases.
+    team : tuple of Member
+        The models.
+    """
     file = held_out.paths.calibration
-    rows = read_rows(file, key)
-    write_rows(file, key, rows)
+    rows = read_rows(file, _key(held_out, team))
+    write_rows(held_out, team, rows)
     made = {(row.case, row.kind): row for row in rows}
     names = list(held_out.fold_of)
     names = names[:: -(-len(names) // _MOST_CASES)]
@@ -170,10 +190,27 @@ def _predict_row(predictor: Predictor, case: Case, kind: str, dataset: Dataset) 
     if kind != "clean":
         random = np.random.default_rng(zlib.crc32(f"{case.id} {kind}".encode()))  # the same in every run
         pair = DEGRADATIONS[kind](pair, random.random(), random)
+    return predict_pair(predictor, pair, case.id, kind, dataset.labels)
+
+
+def predict_pair(predictor: Predictor, pair: Labelled, case: str, kind: str, labels: Labels) -> Row:
+    """Predict an image, and compare it with its reference.
+
+    Parameters
+    ----------
+    predictor : Predictor
+        The networks.
+    pair : Labelled
+        The image and its reference.
+    case, kind : str
+        What the row is of.
+    labels : Labels
+        Of the reference.
+    """
     prepared = prepare_image(predictor, pair.image)
     label_map, maps = segment(predictor, prepared, maps=predictor.quality_maps)
     features = describe_prediction(prepared.arrays[0], label_map, maps, predictor.plan.labels)
-    return Row(case=case.id, kind=kind, features=features, dice=_dice(label_map, pair.reference, dataset.labels))
+    return Row(case=case, kind=kind, features=features, dice=_dice(label_map, pair.reference, labels))
 
 
 def _dice(label_map: np.ndarray, reference: np.ndarray, labels: Labels) -> dict[str, float | None]:
