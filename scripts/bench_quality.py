@@ -244,7 +244,7 @@ def quality_lines(judged: Judged, unknown: Judged) -> list[str]:
         *lines,
         "",
         f"All images together: mean error of a label {errors[0]:.3f}, of the mean of a case {errors[1]:.3f}; Spearman "
-        f"correlation {ranks[0]:.2f} by label, {ranks[1]:.2f} by case; {ranks[2]:.2f} by label of held-out images only.",
+        f"correlation {ranks[0]:.2f} by label, {ranks[1]:.2f} by case; {ranks[2]:.2f} by label of held-out ones only.",
     ]
 
 

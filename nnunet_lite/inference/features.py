@@ -26,6 +26,7 @@ _BLOCK = 32  # voxels of an axis of a block in which neighbours are compared
 _BLOCKS = 4  # at most so many blocks along each axis
 _GRID = 32  # voxels of an axis of the coarse image in which trends are fitted
 _PERIODS = (2, 3, 4, 5, 6)
+_FEWEST_LINES = 24  # voxels of an axis, from which its spectrum is compared
 _PERCENTILES = (1, 10, 25, 50, 75, 90, 99)
 _MARGIN = 2  # voxels around a label in which its border is searched
 _SMALL = 1e-6
@@ -157,11 +158,12 @@ def _combs(channel: np.ndarray) -> Values:
     """Compare every 2nd to 6th line of the spectrum along each axis with the others: ghosts weaken or stress them."""
     features = {}
     for number, axis in enumerate(AXES):
-        if channel.shape[number] < 4 * max(_PERIODS):
+        if channel.shape[number] < _FEWEST_LINES:
             continue
         steps = [1 if a == number else max(1, n // _GRID) for a, n in enumerate(channel.shape)]
-        lines = np.abs(np.fft.rfft(channel[tuple(slice(None, None, step) for step in steps)], axis=number))
-        power = np.log(np.moveaxis(lines, number, 0).reshape(len(lines), -1).mean(axis=1) + _SMALL)[1:]
+        coarse = channel[tuple(slice(None, None, step) for step in steps)]
+        lines = np.abs(np.fft.rfft(np.moveaxis(coarse, number, 0), axis=0)).reshape(channel.shape[number] // 2 + 1, -1)
+        power = np.log(lines[1:].mean(axis=1) + _SMALL)
         rough = power - ndimage.median_filter(power, 5, mode="nearest")
         on_line = [np.arange(1, len(lines)) % period == 0 for period in _PERIODS]
         features[f"comb/{axis}"] = max(abs(rough[on].mean() - rough[~on].mean()) for on in on_line)

@@ -1,0 +1,240 @@
+"""The quality that predict states is calibrated on held-out cases, travels with the model, and holds for it alone."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from samples import FAST, TINY, Command, first_cases
+from scipy.stats import spearmanr
+
+import nnunet_lite
+from nnunet_lite.errors import UserError
+from nnunet_lite.evaluation.calibration import MIN_CASES, fit_quality, split_by_case
+from nnunet_lite.evaluation.calibration_rows import Row, TrainingRanges, read_rows
+from nnunet_lite.evaluation.degradation import DEGRADATIONS
+from nnunet_lite.files import read_json, write_json
+from nnunet_lite.inference.features import CaseFeatures
+from nnunet_lite.inference.predictor import load
+from nnunet_lite.inference.quality import CaseQuality, judge
+from nnunet_lite.workspace import Paths
+
+SHORT = {**TINY, **FAST, "training.epochs": 1, "training.iterations": 60, "training.patch_size": [32, 32, 32],
+         "network.features_base": 8, "network.features_max": 16, "optimizer.name": "muon", "optimizer.lr": 5e-3,
+         "schedule.name": "constant", "training.validation_iterations": 0}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def selected(tmp_path_factory: pytest.TempPathFactory) -> Paths:
+    """A workspace whose only model holds out 12 of 24 cases, selected and calibrated. Not to be written to."""
+    raw, workspace = tmp_path_factory.mktemp("raw") / "Task04_Hippocampus", tmp_path_factory.mktemp("workspace")
+    first_cases(raw, 24)
+    nnunet_lite.plan(raw, workspace=workspace, workers=0)
+    paths = Paths(workspace / raw.name)
+    cases = sorted(file.name.removesuffix(".nii.gz") for file in (raw / "imagesTr").iterdir())
+    write_json(paths.splits, [{"train": cases[12:], "val": cases[:12]}])
+    nnunet_lite.train("3d_fullres", 0, settings=SHORT, workspace=workspace, name="short", device="cpu")
+    nnunet_lite.select(workspace=workspace, device="cpu", workers=1)
+    return paths
+
+
+@pytest.fixture
+def images(selected: Paths, hippocampus: Path, tmp_path: Path) -> Path:
+    """Two images that no fold has seen."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for file in sorted((hippocampus / "imagesTs").glob("*.nii.gz"))[:2]:
+        shutil.copy(file, folder)
+    return folder
+
+
+def predict(paths: Paths, images: Path, out: Path, **options: Any) -> Any:
+    return nnunet_lite.predict(images, out, workspace=paths.root.parent, device="cpu", **options)
+
+
+# ------------------------------------------------------------------------------------------- from select to predictions
+
+
+def test_select_predicts_each_held_out_case_and_degraded_copies_of_it(selected: Paths) -> None:
+    rows = read_rows(selected.calibration)
+    held_out = read_json(selected.splits)[0]["val"]
+    assert [row.case for row in rows if row.kind == "clean"] == held_out
+    assert {row.kind for row in rows} == {"clean", *DEGRADATIONS}
+    scores = read_json(selected.models / "short" / "fold_0" / "validation" / "summary.json")["metric_per_case"]
+    validated = {one["case"]: one["metrics"]["1"]["Dice"] for one in scores}
+    assert {row.case: row.dice["Anterior"] for row in rows if row.kind == "clean"} == pytest.approx(validated)
+
+
+def test_predict_states_the_expected_dice_of_each_label(selected: Paths, images: Path, tmp_path: Path) -> None:
+    made = predict(selected, images, tmp_path / "out")
+    table = list(csv.DictReader((tmp_path / "out" / "quality.csv").open()))
+    stored = read_json(tmp_path / "out" / "quality.json")["cases"]
+    assert {row["case"] for row in table} == set(stored) == set(made.quality) == {f.name[:15] for f in made.files}
+    assert {row["label"] for row in table} == {"Anterior", "Posterior"}
+    for row in table:
+        assert 0 <= float(row["low"]) <= float(row["expected_dice"]) <= float(row["high"]) <= 1
+    means = [one["expected_mean"] for one in stored.values()]
+    assert means == sorted(means)  # the worst first
+    assert CaseQuality.from_json(stored[table[0]["case"]]).expected["Anterior"] is not None
+    assert "expected quality, worst first" in made.to_text()
+
+
+def test_label_maps_are_the_same_without(selected: Paths, images: Path, tmp_path: Path) -> None:
+    first = predict(selected, images, tmp_path / "with")
+    second = predict(selected, images, tmp_path / "without", quality=False)
+    assert not second.quality and not (tmp_path / "without" / "quality.csv").exists()
+    for one, other in zip(first.files, second.files, strict=True):
+        assert one.read_bytes() == other.read_bytes()
+    assert not (tmp_path / "with" / "uncertainty").exists()
+
+
+def test_a_removed_label_map_and_its_quality_are_made_again(selected: Paths, images: Path, tmp_path: Path) -> None:
+    files = predict(selected, images, tmp_path / "out").files
+    before = read_json(tmp_path / "out" / "quality.json")
+    files[0].unlink()
+    predict(selected, images, tmp_path / "out", skip_existing=True)
+    assert read_json(tmp_path / "out" / "quality.json") == before
+
+
+def test_the_zip_of_a_model_contains_its_quality(selected: Paths, images: Path, tmp_path: Path) -> None:
+    nnunet_lite.export(selected.models / "short", tmp_path / "model.zip")
+    from_zip = predict(selected, images, tmp_path / "zip", model=tmp_path / "model.zip")
+    assert from_zip.quality == predict(selected, images, tmp_path / "out").quality != {}
+    text = (selected.models / "short" / "quality.json").read_text()
+    assert not any(case in text for case in read_json(selected.splits)[0]["val"])  # a zip names no case
+
+
+def test_other_weights_have_no_quality(selected: Paths, images: Path, tmp_path: Path, capfd: Any) -> None:
+    folder = Path(shutil.copytree(selected.models / "short", tmp_path / "models" / "short"))
+    weights = folder / "fold_0" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert load(folder, device="cpu").quality is None
+    assert "is of other weights" in capfd.readouterr().err
+
+
+def test_a_broken_quality_file_is_refused(selected: Paths, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(selected.models / "short", tmp_path / "models" / "short"))
+    write_json(folder / "quality.json", {**read_json(folder / "quality.json"), "threshold": "high"})
+    with pytest.raises(UserError, match=r"no calibrated quality.*threshold"):
+        load(folder, device="cpu")
+
+
+def test_an_output_with_another_quality_file_is_refused(
+    selected: Paths, images: Path, tmp_path: Path, command: Command
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "quality.json").write_text("[]")
+    where = ["-w", selected.root.parent, "--device", "cpu"]
+    code, _, err = command("predict", "-i", images, "-o", tmp_path / "out", *where, cwd=tmp_path)
+    assert code == 2 and "quality.json" in err and "Move it elsewhere" in err
+    assert (tmp_path / "out" / "quality.json").read_text() == "[]"
+
+
+def test_a_calibration_is_resumed(selected: Paths, tmp_path: Path) -> None:
+    workspace = Path(shutil.copytree(selected.root.parent, tmp_path / "workspace"))
+    paths = Paths(workspace / selected.name)
+    quality = (paths.models / "short" / "quality.json").read_text()
+    lines = paths.calibration.read_text().splitlines()
+    paths.calibration.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:40])  # a killed run
+    nnunet_lite.select(workspace=workspace, device="cpu", workers=1)
+    assert paths.calibration.read_text().splitlines() == lines
+    assert (paths.models / "short" / "quality.json").read_text() == quality
+
+
+def test_few_held_out_cases_say_nothing(tiny_workspace: Path, tiny_model: Path, tmp_path: Path, capfd: Any) -> None:
+    workspace = tmp_path / "workspace"
+    shutil.copytree(tiny_workspace, workspace, ignore=shutil.ignore_patterns("models", "preprocessed"))
+    folder = Path(shutil.copytree(tiny_model, workspace / "Task04_Hippocampus" / "models" / "tiny"))
+    (folder / "quality.json").write_text("{}")  # of an earlier selection
+    nnunet_lite.select(workspace=workspace, device="cpu", workers=1, postprocess=False)
+    assert f"too few to say how good predictions are ({MIN_CASES} needed)" in capfd.readouterr().err
+    assert not (folder / "quality.json").exists()
+
+
+def test_the_report_compares_expected_and_real_dice(selected: Paths, tmp_path: Path) -> None:
+    page = nnunet_lite.report(tmp_path / "page.html", workspace=selected.root.parent).read_text()
+    assert "Expected quality" in page and "Cases to look at first" in page and "thick slices" in page
+
+
+# ------------------------------------------------------------------------------------------------------------- the fit
+
+
+def made_up_rows(n_cases: int, seed: int = 0) -> list[Row]:
+    """Cases whose Dice falls with the error that the networks state, and copies with a sharper image."""
+    random = np.random.default_rng(seed)
+    rows = []
+    for case in range(n_cases):
+        for kind, error, step in (("clean", 0.08, -2.0), ("noise", 0.1, -1.0), ("blur", 0.3, -3.0)):
+            error = error * random.uniform(0.5, 1.5)
+            dice = float(np.clip(1 - 1.2 * error + random.normal(0, 0.01), 0, 1))
+            shape = {f"{what}/{axis}": random.normal() for what in ("position", "length") for axis in "zyx"}
+            found = {"voxels": 500.0, "volume": random.normal(6, 0.1), "compactness": random.normal(2, 0.1),
+                     "parts": 0.0, "scattered": 0.0, "edge": 0.0, "disagreement": 0.0, "error": error,
+                     "inner": error / 3, **shape}  # fmt: skip
+            image = {"spacing/z": 0.0, "spacing/y": 0.0, "spacing/x": 0.0, "0/step/z": random.normal(step, 0.1)}
+            features = CaseFeatures(image, {"liver": found})
+            rows.append(Row(case=f"case_{case}", kind=kind, features=features, dice={"liver": dice}))
+    return rows
+
+
+RANGES = TrainingRanges({"liver": (5.5, 6.5)}, {"liver": 1.0}, ((1.0, 1.0, 1.0), (1.0, 1.0, 1.0)))
+
+
+def test_expected_dice_intervals_and_flags_hold_for_other_cases() -> None:
+    rows, others = made_up_rows(40), made_up_rows(100, seed=1)
+    quality = fit_quality(rows, RANGES, {"model": {"0": "f"}}, ("CT",))
+    judged = [judge(quality, row.features) for row in others]
+    real = np.array([row.dice["liver"] for row in others], float)
+    expected = [one.expected["liver"] for one in judged]
+    assert all(one is not None for one in expected)
+    dice, low, high = np.array([(one.dice, one.low, one.high) for one in expected if one]).T
+    assert np.abs(dice - real).mean() < 0.03 and spearmanr(dice, real)[0] > 0.9
+    clean = np.array([row.kind == "clean" for row in others])
+    assert 0.82 < np.mean((low <= real) & (real <= high), where=clean) <= 1
+    flagged = np.array([bool(one.flags) for one in judged])
+    assert flagged[clean].mean() < 0.1 and flagged[~clean].mean() > 0.95
+    blurred = next(one for row, one in zip(others, judged, strict=True) if row.kind == "blur")
+    assert any("blurred" in flag for flag in blurred.flags)
+
+
+def test_more_doubt_never_raises_the_expected_dice() -> None:
+    rows = made_up_rows(30)
+    quality = fit_quality(rows, RANGES, {"model": {"0": "f"}}, ("CT",))
+    features = rows[0].features
+    dice = []
+    for error in np.linspace(0, 0.6, 30):
+        found = features.labels["liver"] | {"error": float(error)}
+        one = judge(quality, CaseFeatures(features.image, {"liver": found})).expected["liver"]
+        dice.append(one.dice if one else 0.0)
+    assert np.all(np.diff(dice) <= 0) and dice[0] > dice[-1] + 0.1
+
+
+def test_flags_say_in_words_what_is_unusual() -> None:
+    rows = made_up_rows(30)
+    quality = fit_quality(rows, RANGES, {"model": {"0": "f"}}, ("CT",))
+    clean = rows[0].features
+    small = clean.labels["liver"] | {"volume": RANGES.volumes["liver"][0] - np.log(3)}
+    assert "liver is 3 times smaller than in any training case" in judge(
+        quality, CaseFeatures(clean.image, {"liver": small})
+    ).flags  # fmt: skip
+    thick = CaseFeatures({**clean.image, "spacing/z": float(np.log(5))}, clean.labels)
+    assert "spacing 5 mm along z, trained on 1 mm" in judge(quality, thick).flags
+    nothing = judge(quality, CaseFeatures(clean.image, {"liver": {}}))
+    assert "no foreground found" in nothing.flags and nothing.mean == 0
+    optional = quality.model_copy(update={"presence": {"liver": 0.3}})
+    assert judge(optional, CaseFeatures(clean.image, {"liver": {}})).expected["liver"] is None
+
+
+def test_a_case_is_never_in_both_parts() -> None:
+    rows = made_up_rows(11)
+    tested = []
+    for train, test in split_by_case(rows):
+        assert not {rows[i].case for i in train} & {rows[i].case for i in test}
+        tested += list(test)
+    assert sorted(tested) == list(range(len(rows)))
