@@ -99,10 +99,11 @@ def calibrate_quality(
     rows = predict_rows(held_out, team)
     ranges = training_ranges(held_out, team[0].plan)
     fit = partial(fit_quality, ranges=ranges, weights=weights, channels=held_out.dataset.channels)
-    judged: list[Row] = []
+    judged = list(rows)
     for train, test in split_by_case(rows):
         of_others = fit([rows[i] for i in train])
-        judged += [rows[i].judged_by(of_others) for i in test]
+        for i in test:
+            judged[i] = rows[i].judged_by(of_others)
     write_rows(held_out, team, judged)
     quality = fit(rows)
     for member in team:
@@ -174,6 +175,7 @@ def fit_quality(
         image=image, labels=labels, volumes=ranges.volumes, presence=ranges.presence, spacing=ranges.spacing,
         location=tuple(suspicion.location.tolist()), precision=tuple(map(tuple, suspicion.precision.tolist())),
         coefficients=tuple(suspicion.coefficients.tolist()), intercept=suspicion.intercept, threshold=threshold,
+        lowest=min(expected[of == i].mean() for i in np.unique(of[is_clean[of]])),
         forest=_as_trees(_fit_forest(x, dice, is_clean[of])),
         errors={"usual": _central_range(usual_errors), "unusual": _central_range(unusual_errors)},
     )  # fmt: skip
@@ -205,7 +207,7 @@ def split_by_case(rows: Sequence[Row]) -> Iterator[tuple[np.ndarray, np.ndarray]
 
 
 def _fit_suspicion(cases: np.ndarray, is_clean: np.ndarray, rows: Sequence[Row]) -> _Suspicion:
-    """Fit the distance from clean cases, and the regression that tells degraded copies from them.
+    """Fit the distance from clean cases, and the regression that separates degraded copies from them.
 
     The regression gets the distances of cases that did not fit them, as it will later.
     """

@@ -48,7 +48,7 @@ def add_noise(pair: Labelled, strength: float, random: Random) -> Labelled:
     return pair.with_channels(lambda x, low, span: x + random.normal(0, sigma * span, x.shape))
 
 
-def blur(pair: Labelled, strength: float, random: Random) -> Labelled:
+def blur_image(pair: Labelled, strength: float, random: Random) -> Labelled:
     """Smooth with a Gaussian of 0.7 to 2.5 voxels."""
     sigma = [0.0 if n == 1 else 0.7 + 1.8 * strength for n in pair.reference.shape]
     return pair.with_channels(lambda x, low, span: ndimage.gaussian_filter(x, sigma))
@@ -82,7 +82,7 @@ def thicken_slices(pair: Labelled, strength: float, random: Random) -> Labelled:
     shape = pair.reference.shape
     factor = min(2 + round(4 * strength), shape[axis] // 4)
     if factor < 2:
-        return blur(pair, strength, random)
+        return blur_image(pair, strength, random)
     starts = np.arange(0, shape[axis] - factor + 1, factor)
     cut = np.take(pair.image.array, range(starts[-1] + factor), axis + 1).astype(np.float32)
     array = np.add.reduceat(cut, starts, axis + 1) / factor
@@ -125,7 +125,7 @@ def change_contrast(pair: Labelled, strength: float, random: Random) -> Labelled
 
 DEGRADATIONS: dict[str, Callable[[Labelled, float, Random], Labelled]] = {
     "noise": add_noise,
-    "blur": blur,
+    "blur": blur_image,
     "bias field": add_bias_field,
     "ghosts": add_ghosts,
     "thick slices": thicken_slices,

@@ -23,7 +23,7 @@ FEATURES = 1  # counts the changes of what is computed here: what was calibrated
 
 AXES = ("z", "y", "x")
 _BLOCK = 32  # voxels of an axis of a block in which neighbours are compared
-_BLOCKS = 4  # at most so many blocks along each axis
+_BLOCKS = 4  # blocks along each axis, at most
 _GRID = 32  # voxels of an axis of the coarse image in which trends are fitted
 _PERIODS = (2, 3, 4, 5, 6)
 _FEWEST_LINES = 24  # voxels of an axis, from which its spectrum is compared

@@ -311,7 +311,7 @@ def _load_model(
 
 
 def _find_quality(folder: Path, folds: Iterable[str]) -> Quality | None:
-    """Read what was calibrated for a model; None if its weights are other ones by now."""
+    """Read what was calibrated for a model; None if its weights have changed since."""
     quality = read_quality(folder)
     if quality is None or {weights_fingerprint(folder, fold) for fold in folds} <= quality.fingerprints:
         return quality

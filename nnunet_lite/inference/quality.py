@@ -4,7 +4,7 @@
 stores it as quality.json in the model folder. `judge` applies it to the features of a prediction (features.py):
 
 1. Features are compared with those of the clean held-out cases, in robust standard deviations.
-2. Their Mahalanobis distance, and a logistic regression that tells degraded copies from clean cases, say how unusual
+2. Their Mahalanobis distance, and a logistic regression of degraded copies against clean cases, say how unusual
    the case is. More than 97 % of the clean cases are less unusual than what is flagged.
 3. A forest of small trees gives the Dice of each label. It is monotone: where the networks are less sure, where volume
    and shape are further from the usual, or the case is more unusual, it is never higher.
@@ -130,6 +130,8 @@ class Quality(_Stored):
         Of the Mahalanobis distance: the mean, and the inverse of the covariance.
     coefficients, intercept, threshold : tuple, float, float
         Of the logistic regression; a case is unusual from the threshold on.
+    lowest : float
+        Lowest expected mean Dice of a clean held-out case; a case is unusual below it, too.
     forest : tuple of Tree
         Their mean is the expected Dice.
     errors : dict
@@ -151,6 +153,7 @@ class Quality(_Stored):
     coefficients: tuple[float, ...]
     intercept: float
     threshold: float
+    lowest: float
     forest: tuple[Tree, ...] = Field(min_length=1)
     errors: dict[Literal["usual", "unusual"], tuple[float, float]]
 
@@ -314,19 +317,26 @@ def judge(quality: Quality, features: CaseFeatures) -> CaseQuality:
     case = case_vector(quality.image, quality.labels, features)
     distance = mahalanobis(case, np.array(quality.location), np.array(quality.precision))
     score = float(np.dot(quality.coefficients, suspicion_vector(case, distance)) + quality.intercept)
-    suspicion = score - quality.threshold
-    flags = _flags(quality, features, suspicion >= 0)
-    low, high = quality.errors["unusual" if suspicion >= 0 else "usual"]
-    expected: dict[str, Expected | None] = {}
+    dice: dict[str, float | None] = {}
     for name, found in features.labels.items():
-        if not found:
-            expected[name] = Expected(0.0, 0.0, 0.0) if quality.presence[name] >= _USUAL_SHARE else None
-            continue
-        vector = label_vector(quality.labels[name], found, case, distance, score)
-        dice = float(np.mean([tree.predict(vector) for tree in quality.forest]))
-        ends = np.clip([dice + error * (1 + _BENDING - dice) for error in (low, high)], 0, 1)
-        expected[name] = Expected(*(round(float(value), 4) for value in (dice, *ends)))
+        dice[name] = 0.0 if quality.presence[name] >= _USUAL_SHARE else None
+        if found:
+            vector = label_vector(quality.labels[name], found, case, distance, score)
+            dice[name] = float(np.mean([tree.predict(vector) for tree in quality.forest]))
+    known = [value for value in dice.values() if value is not None]
+    mean = float(np.mean(known)) if known else quality.lowest
+    suspicion = max(score - quality.threshold, (quality.lowest - mean) / _BENDING - 1)
+    errors = quality.errors["unusual" if suspicion >= 0 else "usual"]
+    expected = {name: None if value is None else _interval(value, errors) for name, value in dice.items()}
+    flags = _flags(quality, features, suspicion >= 0)
+    if mean < quality.lowest - _BENDING:
+        flags = (*flags, "the networks are less sure than of any held-out case")
     return CaseQuality(expected, round(float(1 / (1 + np.exp(-suspicion))), 6), flags)
+
+
+def _interval(dice: float, errors: tuple[float, float]) -> Expected:
+    ends = np.clip([dice + error * (1 + _BENDING - dice) for error in errors], 0, 1)
+    return Expected(*(round(float(value), 4) for value in (dice, *ends)))
 
 
 def scaled_error(dice: np.ndarray, expected: np.ndarray) -> np.ndarray:
@@ -338,7 +348,7 @@ def _flags(quality: Quality, features: CaseFeatures, is_unusual: bool) -> tuple[
     flags = [*_spacing_flags(quality, features), *_label_flags(quality, features)]
     if is_unusual:
         flags += _unusual_flags(quality, features)
-        flags = flags or ["features of the image are combined as in no training case"]
+        flags = flags or ["image and labels are combined as in no held-out case"]
     return tuple(flags)
 
 
