@@ -243,7 +243,7 @@ def _vote(
         votes = [decode_logits(logits, labels, rounded=rounded) != decided for folds in models for logits in folds]
         values[DISAGREEMENT] = _as_steps(np.mean(votes, axis=0))
     if maps.uncertainty:
-        values[ENTROPY] = _as_steps(_entropy(_to_numpy(shares), labels.has_regions))
+        values[ENTROPY] = _as_steps(_entropy(shares, labels.has_regions))
     return decided, values
 
 
@@ -265,13 +265,16 @@ def _probabilities(logits: Any, regions: bool) -> Any:
     return shares
 
 
-def _entropy(shares: np.ndarray, regions: bool) -> np.ndarray:
-    """Return the entropy of (channels, *positions) probabilities, between 0 and 1."""
-    from scipy.special import entr  # slow to load, and needed by few predictions
+def _entropy(shares: Any, regions: bool) -> Any:
+    """Return the entropy of (channels, *positions) probabilities, between 0 and 1; on a GPU there."""
+    entr: Callable[[Any], Any] = torch.special.entr
+    if isinstance(shares, np.ndarray):
+        from scipy import special  # slow to load, and needed by few predictions
 
+        entr = special.entr
     if regions:
-        return (entr(shares) + entr(1 - shares)).mean(axis=0) / np.log(2)
-    return entr(shares).sum(axis=0) / np.log(len(shares))
+        return (entr(shares) + entr(1 - shares)).mean(0) / np.log(2)
+    return entr(shares).sum(0) / np.log(len(shares))
 
 
 def _as_steps(values: Any) -> np.ndarray:
