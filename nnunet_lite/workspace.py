@@ -59,6 +59,7 @@ class Paths:
     models = _PathOf("models")
     ensembles = _PathOf("ensembles")
     inference = _PathOf("inference.json")
+    audit = _PathOf("audit.json")
 
     @property
     def name(self) -> str:

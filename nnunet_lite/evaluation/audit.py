@@ -1,0 +1,430 @@
+"""Find errors in the references of a dataset: where held-out predictions agree with each other and not with them.
+
+`audit_labels` collects the evidence of each case (contradictions.py). `rank_cases` measures Dice in what is usual for a
+label over all cases, so that a label that is hard in every case is no finding: the score of a finding is by how many
+usual deviations its correction raises the Dice of a label. Nothing is changed in the references.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import date
+from math import prod
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+import nnunet_lite
+from nnunet_lite import log
+from nnunet_lite.data.cases import Case
+from nnunet_lite.data.dataset import Dataset, map_labels
+from nnunet_lite.data.images import read_label
+from nnunet_lite.data.problems import align, few, html_table, plural
+from nnunet_lite.data.raw_files import read_stamps, scan_raw_cases
+from nnunet_lite.errors import UserError, describe
+from nnunet_lite.evaluation.contradictions import Evidence, Kind, Place, collect_evidence, dice_of_counts
+from nnunet_lite.evaluation.members import Member, find_members
+from nnunet_lite.files import first_problem, hash_of, read_json, write_json, write_text
+from nnunet_lite.inference.cases import output_file
+from nnunet_lite.models.folder import VALIDATION, validation_dice
+from nnunet_lite.system import cases_in_flight
+from nnunet_lite.training.splits import read_split
+from nnunet_lite.workspace import Paths
+
+STRONG = 5.0  # a score that is rare in correct data
+_WEAK = 1.0  # a smaller one is usual
+_OF_THE_MAP = ("left/right swap", "swapped labels", "flipped map", "shifted map", "map of another case")
+_SMALLEST_SPREAD = 0.02  # of the Dice of a label over cases
+_EXPLAINING = 0.6  # share of what Dice lacks that a correction of the whole map must restore
+_UNEXPLAINED = 0.5  # weight of what no correction restores: the image may be hard
+_UNLIKE = 0.25  # share of both foregrounds outside of the other, from which two maps may be of two cases
+_DRIFT = 0.1  # share of its volume by which a label is larger or smaller
+_MOST_FINDINGS = 3
+_WEAK_MODEL = 0.9  # of the best model's Dice
+_FEW_CASES = 10  # of fewer, what is usual is not known well
+_BYTES_PER_VOXEL = 12  # in memory while a case is compared, without the predictions
+_COLUMNS = ("case", "score", "found", "label", "z y x", "what")
+AUDIT_CSV = "audit.csv"
+
+
+class Finding(BaseModel):
+    """A probable error of a reference.
+
+    Parameters
+    ----------
+    kind : str
+        Such as "missing structure".
+    label : str
+        The label that it is about; empty for the whole map.
+    text : str
+        What is wrong, in words.
+    place : tuple of int
+        A voxel (z, y, x) of the image as stored.
+    score : float
+        By how many usual deviations the reference disagrees more than it would after a correction.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    kind: Kind
+    label: str
+    text: str
+    place: Place
+    score: float
+
+
+class AuditedCase(BaseModel):
+    """A case with what may be wrong with its reference.
+
+    Parameters
+    ----------
+    case : str
+        Its id.
+    score : float
+        The highest of its findings; 0 without any.
+    dice : dict
+        Label -> Dice with what the models agree on; None if neither has it.
+    findings : tuple of Finding
+        The most likely first.
+    files : str
+        Hash of its files.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    case: str
+    score: float
+    dice: dict[str, float | None]
+    findings: tuple[Finding, ...]
+    files: str = ""
+
+
+class Audit(BaseModel):
+    """All cases that a model held out, the most suspicious first: the content of audit.json.
+
+    Parameters
+    ----------
+    format : str
+        The format of the file.
+    cases : tuple of AuditedCase
+        The worst first.
+    models : tuple of str
+        The models whose predictions were compared with the references, the best first.
+    notes : tuple of str
+        What was left out, and why.
+    made, version : str
+        The date (ISO), and the version of nnunet_lite.
+    top : int
+        The most cases that are shown as text.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    format: Literal["nnlite-audit-1"] = "nnlite-audit-1"
+    cases: tuple[AuditedCase, ...]
+    models: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    made: str
+    version: str
+    top: int = Field(20, exclude=True)
+
+    @property
+    def suspicious(self) -> list[AuditedCase]:
+        """The cases with a finding."""
+        return [case for case in self.cases if case.findings]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of audit.json."""
+        return self.model_dump(mode="json")
+
+    def to_csv(self) -> str:
+        """Write a row for each finding."""
+        out = io.StringIO()
+        rows = csv.writer(out, lineterminator="\n")
+        rows.writerow(("case", "score", "kind", "label", "z", "y", "x", "text"))
+        for case in self.cases:
+            rows.writerows((case.case, f.score, f.kind, f.label, *f.place, f.text) for f in case.findings)
+        return out.getvalue()
+
+    def to_text(self) -> str:
+        """Write the first cases as plain text, the worst first, each with its first finding; then the notes."""
+        table = [align(self._lines(), left=len(_COLUMNS))] if self.suspicious else []
+        return "\n".join([*table, *self._remarks()])
+
+    def __repr__(self) -> str:
+        return f"Audit: {self._remarks()[0]}"
+
+    def _repr_html_(self) -> str:
+        return html_table(self._lines(), self._remarks())
+
+    def _lines(self) -> list[tuple[str, ...]]:
+        lines: list[tuple[str, ...]] = [_COLUMNS]
+        for case in self.suspicious[: self.top]:
+            first = case.findings[0]
+            place = " ".join(map(str, first.place))
+            lines.append((case.case, f"{case.score:.1f}", first.kind, first.label, place, first.text))
+        return lines
+
+    def _remarks(self) -> list[str]:
+        strong, more = sum(case.score >= STRONG for case in self.cases), len(self.suspicious) - self.top
+        counts = f"{plural(strong, 'case')} of {len(self.cases)} with a score of {STRONG:g} or more"
+        shown = f"; {plural(more, 'more case')} in {AUDIT_CSV}" if more > 0 else ""
+        return [counts + shown, *(f"note: {note}" for note in self.notes)]
+
+
+def audit_labels(paths: Paths, dataset: Dataset, only: Sequence[str] | None, workers: int | None, top: int) -> Audit:
+    """Compare the references of a dataset with the held-out predictions of its models; write audit.json and audit.csv.
+
+    Parameters
+    ----------
+    paths : Paths
+        The workspace of the dataset.
+    dataset : Dataset
+        The planned dataset.
+    only : sequence of str or None
+        Configurations, or names of model folders; None for all.
+    workers : int or None
+        Threads; None for all CPUs.
+    top : int
+        The most cases that the audit shows as text.
+
+    Raises
+    ------
+    UserError
+        No model is trained, or none has predicted the cases that it holds out.
+    """
+    members, notes = find_members(paths, dataset, only)
+    members = _leave_out_weak_models(members, notes)
+    files = _held_out_files(members, paths, dataset, notes)
+    if not files:
+        fix = "Run `nnlite select`, which predicts the cases that each model holds out."
+        raise UserError(f"no held-out case of {paths.name} is predicted", paths.models, fix)
+    if len(files) < _FEW_CASES:
+        notes.append(f"what is usual is not known well from {plural(len(files), 'case')}")
+    cases = [case for case in dataset.cases if case.id in files]
+    stamps, _ = scan_raw_cases(cases, read_stamps(paths.raw), workers)
+    voxels = max((prod(stamp.shape) for stamp in stamps.values()), default=0)
+    at_once = cases_in_flight(voxels * (_BYTES_PER_VOXEL + len(members)), workers)
+
+    def compare(case: Case) -> Evidence | str:
+        try:
+            return _compare(case, files[case.id], dataset)
+        except (UserError, OSError, MemoryError) as error:
+            return f"{case.id} is left out: {describe(error)}"
+
+    with ThreadPoolExecutor(at_once, "audit") as pool:
+        compared = list(log.progress(pool.map(compare, cases), len(cases), "audit"))
+    evidence = [one for one in compared if isinstance(one, Evidence)]
+    if not evidence:
+        raise UserError(f"no case of {paths.name} can be compared; {compared[0]}", paths.models)
+    ranked = rank_cases(evidence, dataset.labels.class_names)
+    digests = {case_id: hash_of(stamp.digests) for case_id, stamp in stamps.items()}
+    audit = Audit(
+        cases=tuple(one.model_copy(update={"files": digests.get(one.case, "")}) for one in ranked),
+        models=tuple(member.name for member in members),
+        notes=(*notes, *(one for one in compared if isinstance(one, str))),
+        made=date.today().isoformat(),
+        version=nnunet_lite.__version__,
+        top=top,
+    )
+    write_json(paths.audit, audit.to_json())
+    write_text(paths.audit.with_suffix(".csv"), audit.to_csv())
+    return audit
+
+
+def read_audit(paths: Paths) -> Audit | None:
+    """Read the audit.json of a dataset; None if there is none.
+
+    Parameters
+    ----------
+    paths : Paths
+        The workspace of the dataset.
+
+    Raises
+    ------
+    UserError
+        The file cannot be read.
+    """
+    if not paths.audit.is_file():
+        return None
+    try:
+        return Audit.model_validate(read_json(paths.audit))
+    except ValidationError as error:
+        what = f"is no audit of the form nnlite-audit-1 ({first_problem(error)})"
+        raise UserError(what, paths.audit, "Run `nnlite audit` again.") from None
+
+
+def changed_since(audit: Audit, paths: Paths, cases: Sequence[Case]) -> list[str]:
+    """Return the cases whose files changed after an audit.
+
+    Parameters
+    ----------
+    audit : Audit
+        The audit of the dataset.
+    paths : Paths
+        The workspace of the dataset.
+    cases : sequence of Case
+        Those to look at.
+    """
+    stamps, _ = scan_raw_cases(cases, read_stamps(paths.raw))
+    audited = {case.case: case.files for case in audit.cases}
+    return [case.id for case in cases if case.id not in stamps or hash_of(stamps[case.id].digests) != audited[case.id]]
+
+
+# --------------------------------------------------------------------------------------------------------- predictions
+
+
+def _leave_out_weak_models(members: Sequence[Member], notes: list[str]) -> list[Member]:
+    """Return the models whose held-out Dice is near that of the best one, the best first."""
+    dice = {}
+    for member in members:
+        known = [value for fold in member.folds if (value := validation_dice(member.folder, fold)) is not None]
+        dice[member.name] = float(np.mean(known)) if known else 0.0
+    best = max(dice.values())
+    weak = [name for name, value in dice.items() if value < _WEAK_MODEL * best]
+    if weak:
+        notes.append(f"{few(weak)} left out: Dice below {_WEAK_MODEL:.0%} of the best model's, {best:.3f}")
+    return sorted((one for one in members if one.name not in weak), key=lambda one: (-dice[one.name], one.name))
+
+
+def _held_out_files(
+    members: Sequence[Member], paths: Paths, dataset: Dataset, notes: list[str]
+) -> dict[str, list[Path]]:
+    """Return for each case the label maps of the models that hold it out; a note names the models that lack some."""
+    files = defaultdict[str, list[Path]](list)
+    for member in members:
+        lacking = 0
+        for fold in member.folds:
+            held_out = read_split(paths.splits, dataset, fold).validation
+            for case in (case for case in dataset.cases if case.id in held_out):
+                file = output_file(case, member.folder / f"fold_{fold}" / VALIDATION)
+                if file.is_file():
+                    files[case.id].append(file)
+                else:
+                    lacking += 1
+        if lacking:
+            cases = plural(lacking, "held-out case")
+            notes.append(f"{member.name} has not predicted {cases}; `nnlite select` predicts them")
+    if left := len(dataset.cases) - len(files):
+        notes.append(f"{plural(left, 'case')} in folds that are not trained: no model can judge them")
+    return dict(files)
+
+
+def _compare(case: Case, files: Sequence[Path], dataset: Dataset) -> Evidence:
+    """Read the maps of a case as classes, and compare them."""
+    assert case.label is not None  # every case of a planned dataset has one
+    labels, (first, grid, _) = dataset.labels, read_label(files[0])
+    reference, geometry, _ = read_label(case.label, grid)
+    maps = [map_labels(reference, dataset.value_map), first, *(read_label(file, grid)[0] for file in files[1:])]
+    if any(one.shape != first.shape for one in maps):
+        raise UserError(f"has shape {geometry.shape}, its predictions {grid.shape}", case.label)
+    own, *others = map(labels.encode, maps)
+    return collect_evidence(case.id, own, others, labels.class_names, labels.ignore_class)
+
+
+# ------------------------------------------------------------------------------------------------------------- ranking
+
+
+def rank_cases(evidence: Sequence[Evidence], names: Sequence[str]) -> list[AuditedCase]:
+    """Score the corrections of all cases by what is usual for their labels.
+
+    Parameters
+    ----------
+    evidence : sequence of Evidence
+        Of the held-out cases.
+    names : sequence of str
+        The name of each class, with the background.
+
+    Returns
+    -------
+    list of AuditedCase
+        The worst first.
+    """
+    dice = np.array([dice_of_counts(one.counts) for one in evidence])
+    counts = np.array([one.counts for one in evidence])
+    growth = np.log((counts.sum(2)[:, 1:] + 1) / (counts.sum(1)[:, 1:] + 1))
+    depths, twins = np.zeros((len(evidence), len(names))), defaultdict[str, list[str]](list)
+    for row, one in zip(depths, evidence, strict=True):
+        twins[one.digest].append(one.case_id)
+        for correction in one.corrections:
+            row[correction.label] = max(row[correction.label], correction.depth)
+    depth, deep = np.quantile(depths, (0.5, 0.9), axis=0)
+    usual = _Usual(*_middle_and_spread(dice, _SMALLEST_SPREAD), *_middle_and_spread(growth, _DRIFT / 2), depth, deep)
+    cases = []
+    for one, own_dice, own_growth in zip(evidence, dice, growth, strict=True):
+        others = [name for name in twins[one.digest] if one.digest and name != one.case_id]
+        findings = tuple(_judge_case(one, own_dice, own_growth, usual, names, others))
+        score = max((finding.score for finding in findings), default=0.0)
+        rounded = [None if np.isnan(value) else round(float(value), 4) for value in own_dice]
+        by_label = dict(zip(names[1:], rounded, strict=True))
+        cases.append(AuditedCase(case=one.case_id, score=score, dice=by_label, findings=findings))
+    return sorted(cases, key=lambda case: (-case.score, case.case))
+
+
+class _Usual(NamedTuple):
+    """What is usual of each foreground class; of each class the median and the 90 % quantile of the deepest regions."""
+
+    dice: np.ndarray
+    spread: np.ndarray
+    growth: np.ndarray
+    growth_spread: np.ndarray
+    depth: np.ndarray
+    deep: np.ndarray
+
+    def lack(self, dice: np.ndarray) -> np.ndarray:
+        """Return by how many spreads Dice is below the usual one; 0 for classes that are nowhere."""
+        return np.nan_to_num(np.maximum((self.dice - dice) / self.spread, 0))
+
+
+def _middle_and_spread(values: np.ndarray, smallest: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return median and robust standard deviation of each column, without NaN."""
+    known = np.where(np.isnan(values).all(0), 0, values)
+    middle = np.nanmedian(known, axis=0)
+    return middle, np.maximum(1.4826 * np.nanmedian(np.abs(known - middle), axis=0), smallest)
+
+
+def _judge_case(
+    one: Evidence, dice: np.ndarray, growth: np.ndarray, usual: _Usual, names: Sequence[str], twins: Sequence[str]
+) -> list[Finding]:
+    """Return the findings of a case, the strongest first."""
+    lack = usual.lack(dice)
+    total, worst = float(lack.max()), int(lack.argmax())
+    findings = []
+
+    def add(kind: Kind, label: str, text: str, place: Place, score: float) -> None:
+        if score >= _WEAK:
+            findings.append(Finding(kind=kind, label=label, text=text, place=place, score=round(score, 2)))
+
+    for kind, text, place, after, label, depth in one.corrections:
+        left = usual.lack(after)
+        score = float((lack - left).max())
+        if kind in _OF_THE_MAP:
+            score = total - float(left.max())
+            score *= score >= _EXPLAINING * total
+        elif depth:  # of a thin region all is usual
+            thicker = float((depth - usual.deep[label]) / max(usual.deep[label] - usual.depth[label], 1))
+            score = max(score, thicker) * (depth > usual.depth[label])
+        add(kind, names[label] if label else "", text, place, score)
+    if twins and not any(finding.kind in _OF_THE_MAP for finding in findings):
+        text = f"the map has the same voxels as that of {' and '.join(twins)}"
+        add("map of another case", "", text, one.place, total)
+    if max((finding.score for finding in findings), default=0.0) < _EXPLAINING * total:
+        own, other, both = one.counts[1:].sum(), one.counts[:, 1:].sum(), one.counts[1:, 1:].sum()
+        change, name = float(growth[worst] - usual.growth[worst]), names[worst + 1]
+        if both < (1 - _UNLIKE) * min(own, other):
+            text = "no correction makes the map fit: it may be that of another case"
+            add("map of another case", "", text, one.place, total)
+        elif abs(change) > max(_DRIFT, 3 * usual.growth_spread[worst]):
+            share = f"{abs(np.expm1(change)):.0%} {'larger' if change > 0 else 'smaller'}"
+            add("boundary drift", name, f"{share} than the models usually see it", one.place, _UNEXPLAINED * total)
+        else:
+            text = f"Dice with the models is {dice[worst]:.2f}, usual is {usual.dice[worst]:.2f}"
+            add("low agreement", name, text, one.place, _UNEXPLAINED * total)
+    findings.sort(key=lambda finding: (finding.kind not in _OF_THE_MAP, -finding.score))
+    return findings[: 1 if findings and findings[0].kind in _OF_THE_MAP else _MOST_FINDINGS]

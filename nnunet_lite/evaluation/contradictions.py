@@ -1,0 +1,333 @@
+"""Compare the reference of a case with held-out predictions, and try corrections that would make them agree.
+
+A correction of the whole map, such as an exchange of two labels, and one of a place, such as a region that the models
+see and the reference lacks, are measured in the same way: by the Dice that each class would have after it. `audit.py`
+compares the corrections of all cases.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import cc3d
+import numpy as np
+from scipy import ndimage
+from scipy.optimize import linear_sum_assignment
+
+from nnunet_lite.data.geometry import bounding_box, slices
+from nnunet_lite.data.problems import plural
+
+Kind = Literal[
+    "left/right swap", "swapped labels", "flipped map", "shifted map", "map of another case", "missing structure",
+    "slices without labels", "surplus structure", "other label", "boundary drift", "low agreement",
+]  # fmt: skip
+Place = tuple[int, int, int]
+
+_AGREEING = 0.75  # share of the models that must predict the same
+_THIN_SLICE = 0.25  # of the usual voxels of a label in a slice; a thinner end of it may well be left out
+_LONG_GAP = 3  # slices at the end of a label
+_FEW_VOXELS = 20  # smaller maps of two cases may be equal by chance
+_MOST_REGIONS = 12  # of a case that are corrected one by one
+_SIDE = re.compile(r"(?<![a-z])(left|right|l|r)(?![a-z])")
+
+
+class Correction(NamedTuple):
+    """A change of the reference that might make it more like the predictions.
+
+    Parameters
+    ----------
+    kind : str
+        What is wrong then.
+    text : str
+        The same in words.
+    place : tuple of int
+        A voxel (z, y, x) as stored.
+    dice : ndarray
+        Dice of each foreground class after it.
+    label : int
+        The class that it is about; 0 for all.
+    depth : int
+        Of a region: its `thickness`.
+    """
+
+    kind: Kind
+    text: str
+    place: Place
+    dice: np.ndarray
+    label: int = 0
+    depth: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What held-out predictions say about the reference of a case.
+
+    Parameters
+    ----------
+    case_id : str
+        The case.
+    counts : ndarray, shape (n, n)
+        Voxels by class in the reference and in the predictions.
+    corrections : tuple of Correction
+        All that were tried.
+    place : tuple of int
+        The thickest contradiction, a voxel (z, y, x) as stored.
+    digest : str
+        Hash of the reference's foreground; empty for a small one.
+    """
+
+    case_id: str
+    counts: np.ndarray
+    corrections: tuple[Correction, ...]
+    place: Place
+    digest: str
+
+
+def collect_evidence(
+    case_id: str, reference: np.ndarray, predictions: Sequence[np.ndarray], names: Sequence[str], ignore: int | None
+) -> Evidence:
+    """Compare the reference of a case with the predictions of models that hold it out.
+
+    Parameters
+    ----------
+    case_id : str
+        The case.
+    reference : ndarray of int, shape (z, y, x)
+        Classes; 0 is the background.
+    predictions : sequence of ndarray
+        Classes that each model predicts.
+    names : sequence of str
+        The name of each class, with the background.
+    ignore : int or None
+        The class of voxels that are not annotated.
+    """
+    agreed = agreed_classes(reference, predictions)
+    if ignore is not None:
+        hidden = reference == ignore
+        reference, agreed = np.where(hidden, 0, reference), np.where(hidden, 0, agreed)
+    box = bounding_box((reference != 0) | (agreed != 0))
+    ours, theirs = (np.ascontiguousarray(array[slices(box)]) for array in (reference, agreed))
+    pair = _Pair(ours, theirs, count_pairs(ours, theirs, len(names)), [low for low, _ in box], names)
+    depth = thickness(ours != theirs)
+    place = pair.place(np.unravel_index(int(depth.argmax()), depth.shape))
+    corrections = (
+        *_exchanges(pair, place), *_flips(reference, agreed, place, len(names)), *_shifts(pair, place),
+        *_absences(pair), *_gaps(pair), *_regions(pair, depth),
+    )  # fmt: skip
+    return Evidence(case_id, pair.counts, corrections, place, _digest(ours))
+
+
+def agreed_classes(reference: np.ndarray, predictions: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the classes on which the models agree; where they do not, those of the reference.
+
+    Parameters
+    ----------
+    reference : ndarray of int, shape (z, y, x)
+        Classes.
+    predictions : sequence of ndarray
+        Classes that each model predicts.
+    """
+    agreed = predictions[0].astype(reference.dtype)
+    differ = np.zeros(agreed.shape, bool)
+    for other in predictions[1:]:
+        differ |= other != agreed
+    votes = np.sort(np.stack([one[differ] for one in predictions]), axis=0)
+    middle = votes[len(votes) // 2]  # a class with most of the votes is there
+    sure = (votes == middle).sum(axis=0) >= _AGREEING * len(votes)
+    agreed[differ] = np.where(sure, middle, reference[differ])
+    return agreed
+
+
+def count_pairs(reference: np.ndarray, prediction: np.ndarray, n: int) -> np.ndarray:
+    """Count the voxels of each pair of classes.
+
+    Parameters
+    ----------
+    reference, prediction : ndarray of int, shape (z, y, x)
+        Classes below n.
+    n : int
+        Number of classes.
+
+    Returns
+    -------
+    ndarray of int, shape (n, n)
+        By class in the reference and in the prediction.
+    """
+    counts = np.zeros(n * n, np.int64)
+    for own, other in zip(reference, prediction, strict=True):
+        counts += np.bincount((own * np.intp(n) + other).ravel(), minlength=n * n)
+    return counts.reshape(n, n)
+
+
+def dice_of_counts(counts: np.ndarray) -> np.ndarray:
+    """Return Dice of each foreground class; NaN for one that neither map has.
+
+    Parameters
+    ----------
+    counts : ndarray, shape (n, n)
+        From `count_pairs`.
+    """
+    total = (counts.sum(0) + counts.sum(1))[1:]
+    return np.where(total > 0, 2 * counts.diagonal()[1:] / np.maximum(total, 1), np.nan)
+
+
+def thickness(mask: np.ndarray) -> np.ndarray:
+    """Return how many layers of a mask cover each voxel, this one included; 0 outside.
+
+    Parameters
+    ----------
+    mask : ndarray of bool, shape (z, y, x)
+        Voxels beyond its ends count as inside.
+    """
+    layers = mask.astype(np.uint8)
+    for _ in range(254):
+        inner = mask.copy()
+        for axis in range(mask.ndim):
+            to, source = np.moveaxis(inner, axis, 0), np.moveaxis(mask, axis, 0)
+            to[1:] &= source[:-1]
+            to[:-1] &= source[1:]
+        if not inner.any():
+            break
+        layers += inner
+        mask = inner
+    return layers
+
+
+class _Pair(NamedTuple):
+    """The reference and what the models agree on, cropped to the foreground of both."""
+
+    reference: np.ndarray
+    agreed: np.ndarray
+    counts: np.ndarray
+    corner: list[int]
+    names: Sequence[str]
+
+    def place(self, voxel: Sequence[Any]) -> Place:
+        """Return a voxel of the crop as one of the image."""
+        z, y, x = (int(low + n) for low, n in zip(self.corner, voxel, strict=True))
+        return z, y, x
+
+    def middle(self, mask: np.ndarray) -> Place:
+        """Return the voxel of a mask of the crop that is nearest to its centre."""
+        voxels = np.argwhere(mask)
+        return self.place(voxels[np.square(voxels - voxels.mean(0)).sum(1).argmin()])
+
+    def corrected_dice(self, moved: np.ndarray) -> np.ndarray:
+        """Return Dice after some voxels, counted as in `counts`, got the class that the models see."""
+        return dice_of_counts(self.counts - moved + np.diag(moved.sum(0)))
+
+
+def _exchanges(pair: _Pair, place: Place) -> Iterator[Correction]:
+    """Give each class of the reference the name under which it agrees best."""
+    counts, names = pair.counts, pair.names
+    totals = counts.sum(1)[1:, None] + counts.sum(0)[None, 1:]
+    best = [0, *(linear_sum_assignment(-counts[1:, 1:] / np.maximum(totals, 1))[1] + 1)]
+    moved = [k for k, other in enumerate(best) if k != other and counts[k].any()]
+    if moved:
+        sided = all(_other_side(names[k]) == names[best[k]].lower() for k in moved)
+        text = "; ".join(f"{names[k]} is where the models see {names[best[k]]}" for k in moved)
+        dice = dice_of_counts(counts[np.argsort(best)])
+        yield Correction("left/right swap" if sided else "swapped labels", text, place, dice)
+
+
+def _other_side(name: str) -> str:
+    """Exchange left and right in the name of a label, in lower case."""
+    sides = {"left": "right", "right": "left", "l": "r", "r": "l"}
+    return _SIDE.sub(lambda word: sides[word[0]], name.lower())
+
+
+def _flips(reference: np.ndarray, agreed: np.ndarray, place: Place, n: int) -> Iterator[Correction]:
+    """Flip the whole map along each axis."""
+    for axis in (axis for axis, size in enumerate(reference.shape) if size > 1):
+        flipped = np.flip(reference, axis)
+        box = slices(bounding_box((flipped != 0) | (agreed != 0)))
+        dice = dice_of_counts(count_pairs(flipped[box], agreed[box], n))
+        yield Correction("flipped map", f"the map fits if it is flipped along {'zyx'[axis]}", place, dice)
+
+
+def _shifts(pair: _Pair, place: Place) -> Iterator[Correction]:
+    """Move the reference by the distance between the centres of both foregrounds."""
+    if not (pair.reference.any() and pair.agreed.any()):
+        return
+    own, models = (pair.reference != 0, pair.agreed != 0)
+    steps = [round(_centre(models, axis) - _centre(own, axis)) for axis in range(3)]
+    if any(steps):
+        moved = np.zeros_like(pair.reference)
+        to = tuple(slice(max(step, 0), min(step, 0) or None) for step in steps)
+        source = tuple(slice(max(-step, 0), min(-step, 0) or None) for step in steps)
+        moved[to] = pair.reference[source]
+        by = " and ".join(f"{step:+d} along {axis}" for step, axis in zip(steps, "zyx", strict=True) if step)
+        dice = dice_of_counts(count_pairs(moved, pair.agreed, len(pair.names)))
+        yield Correction("shifted map", f"the map fits if it is moved by {by} (voxels)", place, dice)
+
+
+def _centre(mask: np.ndarray, axis: int) -> float:
+    sums = mask.sum(axis=tuple(other for other in range(3) if other != axis), dtype=np.int64)
+    return float(np.arange(len(sums)) @ sums / sums.sum())
+
+
+def _absences(pair: _Pair) -> Iterator[Correction]:
+    """Add a class that the reference does not have at all."""
+    for k in np.flatnonzero((pair.counts.sum(1) == 0) & (pair.counts.sum(0) > 0)).tolist():
+        moved = np.zeros_like(pair.counts)
+        moved[:, k] = pair.counts[:, k]
+        text = f"{pair.names[k]} is nowhere, and the models see {plural(int(moved.sum()), 'voxel')} of it"
+        yield Correction("missing structure", text, pair.middle(pair.agreed == k), pair.corrected_dice(moved), k)
+
+
+def _gaps(pair: _Pair) -> Iterator[Correction]:
+    """Fill runs of slices that have no voxel of a class, or of any (0), in which the models see it."""
+    n = len(pair.names)
+    for axis in (axis for axis, size in enumerate(pair.reference.shape) if size > 1):
+        own, models = (np.moveaxis(array, axis, 0) for array in (pair.reference, pair.agreed))
+        has, seen = (np.stack([np.bincount(one.ravel(), minlength=n) for one in array]) for array in (own, models))
+        has[:, 0], seen[:, 0] = has[:, 1:].sum(1), seen[:, 1:].sum(1)
+        for k in np.flatnonzero(has.any(0) & seen.any(0)).tolist():
+            first, last = np.flatnonzero(has[:, k])[[0, -1]]
+            empty = (has[:, k] == 0) & (seen[:, k] >= _THIN_SLICE * np.median(seen[seen[:, k] > 0, k]))
+            for start, stop in np.flatnonzero(np.diff(empty, prepend=False, append=False)).reshape(-1, 2).tolist():
+                lacking = (own[start:stop] == 0) & ((models[start:stop] == k) if k else (models[start:stop] != 0))
+                is_end = start < first or start > last
+                if 2 * lacking.sum() < seen[start:stop, k].sum() or stop - start < (_LONG_GAP if is_end else 1):
+                    continue  # it has another label there, or a label ends a little earlier
+                moved = np.zeros_like(pair.counts)
+                moved[0] = np.bincount(models[start:stop][lacking], minlength=n)
+                part = np.zeros(pair.agreed.shape, bool)
+                np.moveaxis(part, axis, 0)[start:stop] = lacking
+                low, name = pair.corner[axis] + start, pair.names[k] if k else "every label"
+                ends = f"{'zyx'[axis]} = {low} to {low + stop - start - 1}"
+                text = f"{name} is missing in {plural(stop - start, 'slice')}, {ends}"
+                yield Correction("slices without labels", text, pair.middle(part), pair.corrected_dice(moved), k)
+
+
+def _regions(pair: _Pair, depth: np.ndarray) -> Iterator[Correction]:
+    """Correct each thick region in which the reference has one class and the models see another."""
+    n, names = len(pair.names), pair.names
+    wrong, kinds = depth > 0, np.zeros(depth.shape, np.uint32)
+    kinds[wrong] = pair.reference[wrong] * np.uint32(n) + pair.agreed[wrong]
+    regions = cc3d.connected_components(kinds, connectivity=6)
+    sizes, boxes = np.bincount(regions[wrong]), ndimage.find_objects(regions)
+    for number in sorted(np.unique(regions[depth > 1]), key=lambda one: -sizes[one])[:_MOST_REGIONS]:
+        box = boxes[number - 1]
+        voxels = np.argwhere(regions[box] == number) + [side.start for side in box]
+        depths = depth[tuple(voxels.T)]
+        deepest = voxels[depths.argmax()]
+        a, b = int(pair.reference[tuple(deepest)]), int(pair.agreed[tuple(deepest)])
+        size = plural(len(voxels), "voxel")
+        kind: Kind = "missing structure" if a == 0 else "surplus structure" if b == 0 else "other label"
+        text = f"{size} are labelled {names[a]}, and the models see {names[b] if b else 'nothing'}"
+        text = f"{size} of {names[b]} are missing" if a == 0 else text
+        moved = np.zeros_like(pair.counts)
+        moved[a, b] = len(voxels)
+        yield Correction(kind, text, pair.place(deepest), pair.corrected_dice(moved), b or a, int(depths.max()))
+
+
+def _digest(reference: np.ndarray) -> str:
+    """Hash the foreground of a reference; empty for so few voxels that those of two cases may be equal."""
+    foreground = np.ascontiguousarray(reference[slices(bounding_box(reference))])
+    few = np.count_nonzero(foreground) < _FEW_VOXELS
+    return "" if few else hashlib.sha256(f"{foreground.shape}".encode() + foreground.tobytes()).hexdigest()
