@@ -56,7 +56,6 @@ def audit(
     --------
     nnlite audit
     nnlite audit -c 3d_fullres --top 50
-    nnlite view hippocampus_001 --at 12 30 17
     """
     paths = select_dataset(workspace, dataset)
     return audit_labels(paths, stored_dataset(paths.dataset), options.names_of(configuration), workers, top)
