@@ -18,7 +18,7 @@ import numpy as np
 from scipy import ndimage
 from scipy.optimize import linear_sum_assignment
 
-from nnunet_lite.data.geometry import bounding_box, slices
+from nnunet_lite.data.geometry import Box, bounding_box, slices
 from nnunet_lite.data.problems import plural
 
 Kind = Literal[
@@ -105,41 +105,49 @@ def collect_evidence(
     ignore : int or None
         The class of voxels that are not annotated.
     """
-    agreed = agreed_classes(reference, predictions)
+    voted, sure = vote(predictions)
     if ignore is not None:
         hidden = reference == ignore
-        reference, agreed = np.where(hidden, 0, reference), np.where(hidden, 0, agreed)
+        reference, voted, sure = np.where(hidden, 0, reference), np.where(hidden, 0, voted), sure | hidden
+    whole = _Vote(voted, sure, len(names))
+    agreed = whole.agreeing_with(reference)
     box = bounding_box((reference != 0) | (agreed != 0))
     ours, theirs = (np.ascontiguousarray(array[slices(box)]) for array in (reference, agreed))
-    pair = _Pair(ours, theirs, count_pairs(ours, theirs, len(names)), [low for low, _ in box], names)
+    pair = _Pair(
+        ours, theirs, whole.cropped(box), count_pairs(ours, theirs, len(names)), [low for low, _ in box], names
+    )
     depth = thickness(ours != theirs)
     place = pair.place(np.unravel_index(int(depth.argmax()), depth.shape))
     corrections = (
-        *_exchanges(pair, place), *_flips(reference, agreed, place, len(names)), *_shifts(pair, place),
+        *_exchanges(pair, place), *_flips(reference, whole, place), *_shifts(pair, place),
         *_absences(pair), *_gaps(pair), *_regions(pair, depth),
     )  # fmt: skip
     return Evidence(case_id, pair.counts, corrections, place, _digest(ours))
 
 
-def agreed_classes(reference: np.ndarray, predictions: Sequence[np.ndarray]) -> np.ndarray:
-    """Return the classes on which the models agree; where they do not, those of the reference.
+def vote(predictions: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the class that most models predict, and where enough of them do.
 
     Parameters
     ----------
-    reference : ndarray of int, shape (z, y, x)
-        Classes.
-    predictions : sequence of ndarray
+    predictions : sequence of ndarray of int, shape (z, y, x)
         Classes that each model predicts.
+
+    Returns
+    -------
+    voted : ndarray of int
+        Classes; any one where not enough models agree.
+    sure : ndarray of bool
+        Whether they do.
     """
-    agreed = predictions[0].astype(reference.dtype)
-    differ = np.zeros(agreed.shape, bool)
+    voted, differ = predictions[0].copy(), np.zeros(predictions[0].shape, bool)
     for other in predictions[1:]:
-        differ |= other != agreed
+        differ |= other != voted
     votes = np.sort(np.stack([one[differ] for one in predictions]), axis=0)
-    middle = votes[len(votes) // 2]  # a class with most of the votes is there
-    sure = (votes == middle).sum(axis=0) >= _AGREEING * len(votes)
-    agreed[differ] = np.where(sure, middle, reference[differ])
-    return agreed
+    voted[differ] = votes[len(votes) // 2]  # a class with most of the votes is there
+    sure = ~differ
+    sure[differ] = (votes == voted[differ]).sum(axis=0) >= _AGREEING * len(votes)
+    return voted, sure
 
 
 def count_pairs(reference: np.ndarray, prediction: np.ndarray, n: int) -> np.ndarray:
@@ -197,11 +205,31 @@ def thickness(mask: np.ndarray) -> np.ndarray:
     return layers
 
 
+class _Vote(NamedTuple):
+    """What most models predict, and where they agree."""
+
+    voted: np.ndarray
+    sure: np.ndarray
+    n: int
+
+    def agreeing_with(self, reference: np.ndarray) -> np.ndarray:
+        """Return the vote where the models agree; a reference has the benefit of the doubt elsewhere."""
+        return np.where(self.sure, self.voted, reference).astype(reference.dtype)
+
+    def dice(self, reference: np.ndarray) -> np.ndarray:
+        """Return Dice of a changed reference."""
+        return dice_of_counts(count_pairs(reference, self.agreeing_with(reference), self.n))
+
+    def cropped(self, box: Box) -> _Vote:
+        return _Vote(self.voted[slices(box)], self.sure[slices(box)], self.n)
+
+
 class _Pair(NamedTuple):
     """The reference and what the models agree on, cropped to the foreground of both."""
 
     reference: np.ndarray
     agreed: np.ndarray
+    vote: _Vote
     counts: np.ndarray
     corner: list[int]
     names: Sequence[str]
@@ -230,7 +258,7 @@ def _exchanges(pair: _Pair, place: Place) -> Iterator[Correction]:
     if moved:
         sided = all(_other_side(names[k]) == names[best[k]].lower() for k in moved)
         text = "; ".join(f"{names[k]} is where the models see {names[best[k]]}" for k in moved)
-        dice = dice_of_counts(counts[np.argsort(best)])
+        dice = pair.vote.dice(np.asarray(best, pair.reference.dtype)[pair.reference])
         yield Correction("left/right swap" if sided else "swapped labels", text, place, dice)
 
 
@@ -240,20 +268,20 @@ def _other_side(name: str) -> str:
     return _SIDE.sub(lambda word: sides[word[0]], name.lower())
 
 
-def _flips(reference: np.ndarray, agreed: np.ndarray, place: Place, n: int) -> Iterator[Correction]:
+def _flips(reference: np.ndarray, whole: _Vote, place: Place) -> Iterator[Correction]:
     """Flip the whole map along each axis."""
     for axis in (axis for axis, size in enumerate(reference.shape) if size > 1):
         flipped = np.flip(reference, axis)
-        box = slices(bounding_box((flipped != 0) | (agreed != 0)))
-        dice = dice_of_counts(count_pairs(flipped[box], agreed[box], n))
+        box = bounding_box((flipped != 0) | (whole.voted != 0))
+        dice = whole.cropped(box).dice(flipped[slices(box)])
         yield Correction("flipped map", f"the map fits if it is flipped along {'zyx'[axis]}", place, dice)
 
 
 def _shifts(pair: _Pair, place: Place) -> Iterator[Correction]:
     """Move the reference by the distance between the centres of both foregrounds."""
-    if not (pair.reference.any() and pair.agreed.any()):
+    if not (pair.reference.any() and pair.vote.voted.any()):
         return
-    own, models = (pair.reference != 0, pair.agreed != 0)
+    own, models = pair.reference != 0, pair.vote.voted != 0
     steps = [round(_centre(models, axis) - _centre(own, axis)) for axis in range(3)]
     if any(steps):
         moved = np.zeros_like(pair.reference)
@@ -261,8 +289,7 @@ def _shifts(pair: _Pair, place: Place) -> Iterator[Correction]:
         source = tuple(slice(max(-step, 0), min(-step, 0) or None) for step in steps)
         moved[to] = pair.reference[source]
         by = " and ".join(f"{step:+d} along {axis}" for step, axis in zip(steps, "zyx", strict=True) if step)
-        dice = dice_of_counts(count_pairs(moved, pair.agreed, len(pair.names)))
-        yield Correction("shifted map", f"the map fits if it is moved by {by} (voxels)", place, dice)
+        yield Correction("shifted map", f"the map fits if it is moved by {by} (voxels)", place, pair.vote.dice(moved))
 
 
 def _centre(mask: np.ndarray, axis: int) -> float:

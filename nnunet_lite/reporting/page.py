@@ -25,6 +25,8 @@ import nnunet_lite
 from nnunet_lite import log
 from nnunet_lite.data.labels import label_colours
 from nnunet_lite.data.problems import plural
+from nnunet_lite.errors import UserError, describe
+from nnunet_lite.evaluation.audit import AuditedCase, changed_since
 from nnunet_lite.evaluation.metrics import METRICS
 from nnunet_lite.evaluation.scores import CaseScore
 from nnunet_lite.evaluation.selection import Candidate
@@ -35,7 +37,7 @@ from nnunet_lite.planning.schema import Plan
 from nnunet_lite.planning.show import length_unit, plan_head, plan_reasons, plan_rows, plan_title
 from nnunet_lite.reporting import figures
 from nnunet_lite.reporting.figures import Chart, Column, Curve, Table, Value, share_column
-from nnunet_lite.reporting.material import FoldHistory, Material, ModelResults, draw_cases, read_material
+from nnunet_lite.reporting.material import FoldHistory, Material, ModelResults, draw_cases, draw_finding, read_material
 from nnunet_lite.reporting.pictures import ERROR_COLOURS, Picture
 from nnunet_lite.reporting.verdict import Verdict, judge_training
 from nnunet_lite.settings import Settings
@@ -50,6 +52,7 @@ _ROUNDING = 1e-4  # up to this relative difference, a quantity is equal in all c
 _DICE_LABELS = 12  # labels with a Dice for each case
 _INTENSITY_BINS = 60
 _PALETTE = 10  # colours of report.css
+_AUDITED_CASES, _AUDITED_PICTURES = 20, 6  # the first cases of the audit, and how many of them are drawn
 _SEVERITIES = ("error", "warning", "notice")
 
 # the metrics that the page shows of a case
@@ -130,6 +133,7 @@ def render_page(material: Material) -> str:
         methods=_methods_section(material),
         models=_scores_section(material),
         comparison=_comparison_section(material),
+        audit=_audit_section(material),
         costs=costs_table(material),
         settings=_settings_section(material),
     )
@@ -749,6 +753,49 @@ def write_margin(margin: Margin) -> Value:
         return None
     ends = "" if margin.low is None or margin.high is None else f" ({margin.low:+.4f} to {margin.high:+.4f})"
     return f"{margin.mean:+.4f}{ends}", margin.mean
+
+
+# ------------------------------------------------------------------------------------------------------ the label audit
+
+
+def _audit_section(material: Material) -> dict[str, Any] | None:
+    """Return the first cases of the audit, with pictures of the first places; None without an audit."""
+    if material.audit is None:
+        return None
+    cases = {case.id: case for case in material.dataset.cases}
+    first = [one for one in material.audit.suspicious if one.case in cases][:_AUDITED_CASES]
+    changed = changed_since(material.audit, material.paths, [cases[one.case] for one in first])
+    first = [one for one in first if one.case not in changed]
+    rows: list[list[Value]] = []
+    for one in first:
+        found = one.findings[0]
+        rows.append([one.case, one.score, found.kind, found.label, " ".join(map(str, found.place)), found.text])
+    columns = (Column("Case"), Column("score", ".1f"), *map(Column, ("found", "label", "z y x", "what")))
+    return {
+        "audit": material.audit,
+        "changed": changed,
+        "table": Table("Cases whose label maps the models contradict, worst first", columns, rows, sorted_by=1),
+        "examples": [_audit_example(material, one) for one in first[:_AUDITED_PICTURES]],
+    }
+
+
+def _audit_example(material: Material, audited: AuditedCase) -> dict[str, Any]:
+    """Return what the report shows of a finding: the best model's prediction, its pictures, and how to look at it."""
+    finding, case = audited.findings[0], next(one for one in material.dataset.cases if one.id == audited.case)
+    predictions = {
+        model.name: Path(row.prediction_file)
+        for model in material.scored for row in model.scores.rows if row.case == case.id and row.prediction_file
+    }  # fmt: skip
+    name = next((name for name in material.audit.models if name in predictions), None) if material.audit else None
+    planes: list[Picture] = []
+    if name is not None:
+        try:
+            planes = draw_finding(material, case, predictions[name], finding)
+        except (UserError, OSError) as error:
+            log.warn(f"{case.id}: {describe(error)}")
+    shown = [*(["-m", name] if name else []), "--at", *map(str, finding.place)]
+    command = shlex.join(["nnlite", "view", case.id, *shown]) + material.paths.where
+    return {"case": audited, "finding": finding, "planes": planes, "command": command}
 
 
 # -------------------------------------------------------------------------------------- the methods and the settings
