@@ -37,7 +37,7 @@ from nnunet_lite.system import cases_in_flight
 from nnunet_lite.training.splits import read_split
 from nnunet_lite.workspace import Paths
 
-STRONG = 5.0  # a score that is rare in correct data
+STRONG = 3.0  # a score that is rare in correct data
 _WEAK = 1.0  # a smaller one is usual
 _OF_THE_MAP = ("left/right swap", "swapped labels", "flipped map", "shifted map", "map of another case")
 _SMALLEST_SPREAD = 0.02  # of the Dice of a label over cases
@@ -359,11 +359,13 @@ def rank_cases(evidence: Sequence[Evidence], names: Sequence[str]) -> list[Audit
     cases = []
     for one, own_dice, own_growth in zip(evidence, dice, growth, strict=True):
         others = [name for name in twins[one.digest] if one.digest and name != one.case_id]
-        findings = tuple(_judge_case(one, own_dice, own_growth, usual, names, others))
+        findings = _judge_case(one, own_dice, own_growth, usual, names, others)
         score = max((finding.score for finding in findings), default=0.0)
         rounded = [None if np.isnan(value) else round(float(value), 4) for value in own_dice]
         by_label = dict(zip(names[1:], rounded, strict=True))
-        cases.append(AuditedCase(case=one.case_id, score=score, dice=by_label, findings=findings))
+        most = 1 if findings and findings[0].kind in _OF_THE_MAP else _MOST_FINDINGS
+        shown = tuple(finding for finding in findings[:most] if finding.score >= _WEAK)
+        cases.append(AuditedCase(case=one.case_id, score=score, dice=by_label, findings=shown))
     return sorted(cases, key=lambda case: (-case.score, case.case))
 
 
@@ -383,48 +385,52 @@ class _Usual(NamedTuple):
 
 
 def _middle_and_spread(values: np.ndarray, smallest: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return median and robust standard deviation of each column, without NaN."""
+    """Return median and robust standard deviation of each column, without NaN: the larger one of two estimates.
+
+    That of the lower quartile is larger where many cases are hard.
+    """
     known = np.where(np.isnan(values).all(0), 0, values)
-    middle = np.nanmedian(known, axis=0)
-    return middle, np.maximum(1.4826 * np.nanmedian(np.abs(known - middle), axis=0), smallest)
+    low, middle = np.nanquantile(known, (0.25, 0.5), axis=0)
+    spread = np.maximum(1.4826 * np.nanmedian(np.abs(known - middle), axis=0), (middle - low) / 0.6745)
+    return middle, np.maximum(spread, smallest * max(1, _FEW_CASES / len(known)))
 
 
 def _judge_case(
     one: Evidence, dice: np.ndarray, growth: np.ndarray, usual: _Usual, names: Sequence[str], twins: Sequence[str]
 ) -> list[Finding]:
-    """Return the findings of a case, the strongest first."""
+    """Return all findings of a case, the most likely first."""
     lack = usual.lack(dice)
     total, worst = float(lack.max()), int(lack.argmax())
     findings = []
 
-    def add(kind: Kind, label: str, text: str, place: Place, score: float) -> None:
-        if score >= _WEAK:
-            findings.append(Finding(kind=kind, label=label, text=text, place=place, score=round(score, 2)))
+    def add(kind: Kind, label: int, text: str, place: Place, score: float) -> None:
+        name = names[label] if label else ""
+        findings.append(Finding(kind=kind, label=name, text=text, place=place, score=round(score, 2)))
 
     for kind, text, place, after, label, depth in one.corrections:
         left = usual.lack(after)
         score = float((lack - left).max())
         if kind in _OF_THE_MAP:
-            score = total - float(left.max())
-            score *= score >= _EXPLAINING * total
-        elif depth:  # of a thin region all is usual
+            restored, gain = total - float(left.max()), float(np.nan_to_num(after - dice).mean())
+            fits = gain > 0 and restored >= _EXPLAINING * total
+            score = max(restored, gain / _SMALLEST_SPREAD) if fits else 0.0
+        elif depth:  # a region that is as thin as most is usual
             thicker = float((depth - usual.deep[label]) / max(usual.deep[label] - usual.depth[label], 1))
-            score = max(score, thicker) * (depth > usual.depth[label])
-        add(kind, names[label] if label else "", text, place, score)
+            score = max(score, thicker) if depth > usual.depth[label] else 0.0
+        if score > 0:
+            add(kind, label, text, place, score)
     if twins and not any(finding.kind in _OF_THE_MAP for finding in findings):
-        text = f"the map has the same voxels as that of {' and '.join(twins)}"
-        add("map of another case", "", text, one.place, total)
+        add("map of another case", 0, f"it has the same voxels as that of {' and '.join(twins)}", one.place, total)
     if max((finding.score for finding in findings), default=0.0) < _EXPLAINING * total:
         own, other, both = one.counts[1:].sum(), one.counts[:, 1:].sum(), one.counts[1:, 1:].sum()
         change, name = float(growth[worst] - usual.growth[worst]), names[worst + 1]
+        share = f"{abs(np.expm1(change)):.0%} {'larger' if change > 0 else 'smaller'}"
         if both < (1 - _UNLIKE) * min(own, other):
-            text = "no correction makes the map fit: it may be that of another case"
-            add("map of another case", "", text, one.place, total)
+            add("map of another case", 0, "no correction makes it fit: it may be of another case", one.place, total)
         elif abs(change) > max(_DRIFT, 3 * usual.growth_spread[worst]):
-            share = f"{abs(np.expm1(change)):.0%} {'larger' if change > 0 else 'smaller'}"
-            add("boundary drift", name, f"{share} than the models usually see it", one.place, _UNEXPLAINED * total)
+            text = f"{name} is {share} than the models usually see it"
+            add("boundary drift", worst + 1, text, one.place, _UNEXPLAINED * total)
         else:
-            text = f"Dice with the models is {dice[worst]:.2f}, usual is {usual.dice[worst]:.2f}"
-            add("low agreement", name, text, one.place, _UNEXPLAINED * total)
-    findings.sort(key=lambda finding: (finding.kind not in _OF_THE_MAP, -finding.score))
-    return findings[: 1 if findings and findings[0].kind in _OF_THE_MAP else _MOST_FINDINGS]
+            text = f"Dice of {name} with the models is {dice[worst]:.2f}, usual is {usual.dice[worst]:.2f}"
+            add("low agreement", worst + 1, text, one.place, _UNEXPLAINED * total)
+    return sorted(findings, key=lambda finding: (finding.kind not in _OF_THE_MAP, -finding.score))

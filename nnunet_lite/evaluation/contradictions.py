@@ -257,7 +257,9 @@ def _exchanges(pair: _Pair, place: Place) -> Iterator[Correction]:
     moved = [k for k, other in enumerate(best) if k != other and counts[k].any()]
     if moved:
         sided = all(_other_side(names[k]) == names[best[k]].lower() for k in moved)
-        text = "; ".join(f"{names[k]} is where the models see {names[best[k]]}" for k in moved)
+        text = " and ".join(names[k] for k in moved) + " are exchanged"
+        if len(moved) != 2:
+            text = "; ".join(f"{names[k]} is where the models see {names[best[k]]}" for k in moved)
         dice = pair.vote.dice(np.asarray(best, pair.reference.dtype)[pair.reference])
         yield Correction("left/right swap" if sided else "swapped labels", text, place, dice)
 
