@@ -43,6 +43,7 @@ _OF_THE_MAP = ("left/right swap", "swapped labels", "flipped map", "shifted map"
 _SMALLEST_SPREAD = 0.02  # of the Dice of a label over cases
 _EXPLAINING = 0.6  # share of what Dice lacks that a correction of the whole map must restore
 _UNEXPLAINED = 0.5  # weight of what no correction restores: the image may be hard
+_OF_A_REGION = 0.9  # weight of a correction of a region: one that has a reason, such as empty slices, comes first
 _UNLIKE = 0.25  # share of both foregrounds outside of the other, from which two maps may be of two cases
 _DRIFT = 0.1  # share of its volume by which a label is larger or smaller
 _MOST_FINDINGS = 3
@@ -416,7 +417,7 @@ def _judge_case(
             score = max(restored, gain / _SMALLEST_SPREAD) if fits else 0.0
         elif depth:  # a region that is as thin as most is usual
             thicker = float((depth - usual.deep[label]) / max(usual.deep[label] - usual.depth[label], 1))
-            score = max(score, thicker) if depth > usual.depth[label] else 0.0
+            score = _OF_A_REGION * max(score, thicker) if depth > usual.depth[label] else 0.0
         if score > 0:
             add(kind, label, text, place, score)
     if twins and not any(finding.kind in _OF_THE_MAP for finding in findings):

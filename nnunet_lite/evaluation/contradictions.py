@@ -280,23 +280,36 @@ def _flips(reference: np.ndarray, whole: _Vote, place: Place) -> Iterator[Correc
 
 
 def _shifts(pair: _Pair, place: Place) -> Iterator[Correction]:
-    """Move the reference by the distance between the centres of both foregrounds."""
-    if not (pair.reference.any() and pair.vote.voted.any()):
-        return
-    own, models = pair.reference != 0, pair.vote.voted != 0
-    steps = [round(_centre(models, axis) - _centre(own, axis)) for axis in range(3)]
+    """Move the reference to where its voxels of each class in each slice fit best, along each axis alone."""
+    sure, n = np.where(pair.vote.sure, pair.vote.voted, 0), len(pair.names)
+    steps = []
+    for axis in range(3):
+        own, models = (_profile(array, axis, n) for array in (pair.reference, sure))
+        fits = [
+            (int(np.minimum(own[_source(step)], models[_target(step)]).sum()), -abs(step), step)
+            for step in range(1 - len(own), len(own))
+        ]
+        steps.append(max(fits)[2])
     if any(steps):
         moved = np.zeros_like(pair.reference)
-        to = tuple(slice(max(step, 0), min(step, 0) or None) for step in steps)
-        source = tuple(slice(max(-step, 0), min(-step, 0) or None) for step in steps)
-        moved[to] = pair.reference[source]
+        moved[tuple(map(_target, steps))] = pair.reference[tuple(map(_source, steps))]
         by = " and ".join(f"{step:+d} along {axis}" for step, axis in zip(steps, "zyx", strict=True) if step)
         yield Correction("shifted map", f"the map fits if it is moved by {by} (voxels)", place, pair.vote.dice(moved))
 
 
-def _centre(mask: np.ndarray, axis: int) -> float:
-    sums = mask.sum(axis=tuple(other for other in range(3) if other != axis), dtype=np.int64)
-    return float(np.arange(len(sums)) @ sums / sums.sum())
+def _profile(array: np.ndarray, axis: int, n: int) -> np.ndarray:
+    """Count the voxels of each foreground class in each slice along an axis (slices, n); at 0 those of all."""
+    counts = np.stack([np.bincount(one.ravel(), minlength=n) for one in np.moveaxis(array, axis, 0)])
+    counts[:, 0] = counts[:, 1:].sum(1)
+    return counts
+
+
+def _source(step: int) -> slice:
+    return slice(max(-step, 0), min(-step, 0) or None)
+
+
+def _target(step: int) -> slice:
+    return slice(max(step, 0), min(step, 0) or None)
 
 
 def _absences(pair: _Pair) -> Iterator[Correction]:
@@ -313,8 +326,7 @@ def _gaps(pair: _Pair) -> Iterator[Correction]:
     n = len(pair.names)
     for axis in (axis for axis, size in enumerate(pair.reference.shape) if size > 1):
         own, models = (np.moveaxis(array, axis, 0) for array in (pair.reference, pair.agreed))
-        has, seen = (np.stack([np.bincount(one.ravel(), minlength=n) for one in array]) for array in (own, models))
-        has[:, 0], seen[:, 0] = has[:, 1:].sum(1), seen[:, 1:].sum(1)
+        has, seen = (_profile(array, axis, n) for array in (pair.reference, pair.agreed))
         for k in np.flatnonzero(has.any(0) & seen.any(0)).tolist():
             first, last = np.flatnonzero(has[:, k])[[0, -1]]
             empty = (has[:, k] == 0) & (seen[:, k] >= _THIN_SLICE * np.median(seen[seen[:, k] > 0, k]))

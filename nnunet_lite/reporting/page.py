@@ -32,7 +32,8 @@ from nnunet_lite.evaluation.scores import CaseScore
 from nnunet_lite.evaluation.selection import Candidate
 from nnunet_lite.evaluation.statistics import Margin, Statistic
 from nnunet_lite.files import write_text
-from nnunet_lite.models.folder import first_training
+from nnunet_lite.inference.cases import output_file
+from nnunet_lite.models.folder import VALIDATION, first_training
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.planning.show import length_unit, plan_head, plan_reasons, plan_rows, plan_title
 from nnunet_lite.reporting import figures
@@ -775,27 +776,24 @@ def _audit_section(material: Material) -> dict[str, Any] | None:
         "audit": material.audit,
         "changed": changed,
         "table": Table("Cases whose label maps the models contradict, worst first", columns, rows, sorted_by=1),
-        "examples": [_audit_example(material, one) for one in first[:_AUDITED_PICTURES]],
+        "examples": [_audit_example(material, material.audit.models, one) for one in first[:_AUDITED_PICTURES]],
     }
 
 
-def _audit_example(material: Material, audited: AuditedCase) -> dict[str, Any]:
-    """Return what the report shows of a finding: the best model's prediction, its pictures, and how to look at it."""
+def _audit_example(material: Material, models: Sequence[str], audited: AuditedCase) -> dict[str, Any]:
+    """Return what the report shows of a finding: pictures with the prediction of the best model, and a command."""
     finding, case = audited.findings[0], next(one for one in material.dataset.cases if one.id == audited.case)
-    predictions = {
-        model.name: Path(row.prediction_file)
-        for model in material.scored for row in model.scores.rows if row.case == case.id and row.prediction_file
-    }  # fmt: skip
-    name = next((name for name in material.audit.models if name in predictions), None) if material.audit else None
-    planes: list[Picture] = []
-    if name is not None:
+    folds = (fold for name in models for fold in sorted((material.paths.models / name).glob("fold_*")))
+    files = (output_file(case, fold / VALIDATION) for fold in folds)
+    command, planes = ["nnlite", "view", case.id, "--at", *map(str, finding.place)], list[Picture]()
+    if file := next((file for file in files if file.is_file()), None):
+        command += ["-m", file.parents[2].name]
         try:
-            planes = draw_finding(material, case, predictions[name], finding)
+            planes = draw_finding(material, case, file, finding)
         except (UserError, OSError) as error:
             log.warn(f"{case.id}: {describe(error)}")
-    shown = [*(["-m", name] if name else []), "--at", *map(str, finding.place)]
-    command = shlex.join(["nnlite", "view", case.id, *shown]) + material.paths.where
-    return {"case": audited, "finding": finding, "planes": planes, "command": command}
+    shown = shlex.join(command) + material.paths.where
+    return {"case": audited, "finding": finding, "planes": planes, "command": shown}
 
 
 # -------------------------------------------------------------------------------------- the methods and the settings
