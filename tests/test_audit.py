@@ -20,7 +20,7 @@ from nnunet_lite.data.dataset import stored_dataset
 from nnunet_lite.data.images import read_label, write_label
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.audit import STRONG, Audit, rank_cases, read_audit
-from nnunet_lite.evaluation.contradictions import Evidence, collect_evidence, thickness, vote
+from nnunet_lite.evaluation.contradictions import Evidence, collect_evidence, majority_vote
 from nnunet_lite.files import read_json
 from nnunet_lite.models.folder import open_run
 from nnunet_lite.planning.schema import Plan
@@ -199,17 +199,11 @@ def test_what_is_not_annotated_is_no_evidence() -> None:
 
 def test_models_that_disagree_are_no_evidence() -> None:
     label, empty = two_kidneys(0), np.zeros((24, 40, 60), np.uint8)
-    voted, sure = vote([label, label, label, empty])
+    voted, sure = majority_vote([label, label, label, empty])
     assert (voted == label).all() and sure.all()
-    assert not vote([label, empty])[1][label > 0].any()
+    assert not majority_vote([label, empty])[1][label > 0].any()
     counts = collect_evidence("a", label, [empty, two_kidneys(0)], ("background", "a", "b"), None).counts
     assert counts.sum() == counts.trace()
-
-
-def test_thickness_counts_layers() -> None:
-    mask = np.zeros((9, 9, 9), bool)
-    mask[2:7, 2:7, 2:7] = True
-    assert thickness(mask)[4].tolist()[4] == [0, 0, 1, 2, 3, 2, 1, 0, 0] and thickness(mask[4:5])[0, 4, 4] == 3
 
 
 # ------------------------------------------------------------------------------------------- the command and its pages

@@ -25,7 +25,7 @@ from nnunet_lite import log
 from nnunet_lite.data.cases import Case
 from nnunet_lite.data.dataset import Dataset, map_labels
 from nnunet_lite.data.images import read_label
-from nnunet_lite.data.problems import align, few, html_table, plural
+from nnunet_lite.data.problems import align, few, plural
 from nnunet_lite.data.raw_files import read_stamps, scan_raw_cases
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.evaluation.contradictions import Evidence, Kind, Place, collect_evidence, dice_of_counts
@@ -50,8 +50,6 @@ _MOST_FINDINGS = 3
 _WEAK_MODEL = 0.9  # of the best model's Dice
 _FEW_CASES = 10  # of fewer, what is usual is not known well
 _BYTES_PER_VOXEL = 12  # in memory while a case is compared, without the predictions
-_COLUMNS = ("case", "score", "found", "label", "z y x", "what")
-AUDIT_CSV = "audit.csv"
 
 
 class Finding(BaseModel):
@@ -89,8 +87,6 @@ class AuditedCase(BaseModel):
         Its id.
     score : float
         The highest of its findings; 0 without any.
-    dice : dict
-        Label -> Dice with what the models agree on; None if neither has it.
     findings : tuple of Finding
         The most likely first.
     files : str
@@ -101,7 +97,6 @@ class AuditedCase(BaseModel):
 
     case: str
     score: float
-    dice: dict[str, float | None]
     findings: tuple[Finding, ...]
     files: str = ""
 
@@ -144,39 +139,23 @@ class Audit(BaseModel):
         """Return the content of audit.json."""
         return self.model_dump(mode="json")
 
-    def to_csv(self) -> str:
-        """Write a row for each finding."""
-        out = io.StringIO()
-        rows = csv.writer(out, lineterminator="\n")
-        rows.writerow(("case", "score", "kind", "label", "z", "y", "x", "text"))
-        for case in self.cases:
-            rows.writerows((case.case, f.score, f.kind, f.label, *f.place, f.text) for f in case.findings)
-        return out.getvalue()
+    def rows(self) -> list[tuple[str, ...]]:
+        """Return the cells of audit.csv: the headings, then a row for each finding."""
+        found = [(case, finding) for case in self.suspicious for finding in case.findings]
+        cells = [(c.case, f"{f.score:.2f}", f.kind, f.label, " ".join(map(str, f.place)), f.text) for c, f in found]
+        return [("case", "score", "found", "label", "z y x", "what"), *cells]
 
     def to_text(self) -> str:
-        """Write the first cases as plain text, the worst first, each with its first finding; then the notes."""
-        table = [align(self._lines(), left=len(_COLUMNS))] if self.suspicious else []
-        return "\n".join([*table, *self._remarks()])
-
-    def __repr__(self) -> str:
-        return f"Audit: {self._remarks()[0]}"
-
-    def _repr_html_(self) -> str:
-        return html_table(self._lines(), self._remarks())
-
-    def _lines(self) -> list[tuple[str, ...]]:
-        lines: list[tuple[str, ...]] = [_COLUMNS]
-        for case in self.suspicious[: self.top]:
-            first = case.findings[0]
-            place = " ".join(map(str, first.place))
-            lines.append((case.case, f"{case.score:.1f}", first.kind, first.label, place, first.text))
-        return lines
-
-    def _remarks(self) -> list[str]:
-        strong, more = sum(case.score >= STRONG for case in self.cases), len(self.suspicious) - self.top
+        """Write the first finding of the first cases as plain text, the worst first; then the notes."""
+        head, *rows = self.rows()
+        first = list({row[0]: row for row in reversed(rows)}.values())[::-1]
+        strong, more = sum(case.score >= STRONG for case in self.cases), len(first) - self.top
         counts = f"{plural(strong, 'case')} of {len(self.cases)} with a score of {STRONG:g} or more"
-        shown = f"; {plural(more, 'more case')} in {AUDIT_CSV}" if more > 0 else ""
-        return [counts + shown, *(f"note: {note}" for note in self.notes)]
+        counts += f"; {plural(more, 'more case')} in audit.csv" if more > 0 else ""
+        table = [align([head, *first[: self.top]], left=len(head))] if first else []
+        return "\n".join([*table, counts, *(f"note: {note}" for note in self.notes)])
+
+    __repr__ = to_text
 
 
 def audit_labels(paths: Paths, dataset: Dataset, only: Sequence[str] | None, workers: int | None, top: int) -> Audit:
@@ -235,7 +214,9 @@ def audit_labels(paths: Paths, dataset: Dataset, only: Sequence[str] | None, wor
         top=top,
     )
     write_json(paths.audit, audit.to_json())
-    write_text(paths.audit.with_suffix(".csv"), audit.to_csv())
+    table = io.StringIO()
+    csv.writer(table, lineterminator="\n").writerows(audit.rows())
+    write_text(paths.audit.with_suffix(".csv"), table.getvalue())
     return audit
 
 
@@ -283,37 +264,36 @@ def changed_since(audit: Audit, paths: Paths, cases: Sequence[Case]) -> list[str
 
 def _leave_out_weak_models(members: Sequence[Member], notes: list[str]) -> list[Member]:
     """Return the models whose held-out Dice is near that of the best one, the best first."""
-    dice = {}
-    for member in members:
-        known = [value for fold in member.folds if (value := validation_dice(member.folder, fold)) is not None]
-        dice[member.name] = float(np.mean(known)) if known else 0.0
+    known = {one: [validation_dice(one.folder, fold) for fold in one.folds] for one in members}
+    dice = {
+        one: float(np.mean([value for value in values if value is not None] or [0])) for one, values in known.items()
+    }
     best = max(dice.values())
-    weak = [name for name, value in dice.items() if value < _WEAK_MODEL * best]
+    weak = [one for one in members if 0 < dice[one] < _WEAK_MODEL * best]  # 0: not scored yet
     if weak:
-        notes.append(f"{few(weak)} left out: Dice below {_WEAK_MODEL:.0%} of the best model's, {best:.3f}")
-    return sorted((one for one in members if one.name not in weak), key=lambda one: (-dice[one.name], one.name))
+        names = few([one.name for one in weak])
+        notes.append(f"{names} left out: Dice below {_WEAK_MODEL:.0%} of the best model's, {best:.3f}")
+    return sorted(set(members) - set(weak), key=lambda one: (-dice[one], one.name))
 
 
 def _held_out_files(
     members: Sequence[Member], paths: Paths, dataset: Dataset, notes: list[str]
 ) -> dict[str, list[Path]]:
     """Return for each case the label maps of the models that hold it out; a note names the models that lack some."""
-    files = defaultdict[str, list[Path]](list)
+    files, cases = defaultdict[str, list[Path]](list), {case.id: case for case in dataset.cases}
     for member in members:
-        lacking = 0
-        for fold in member.folds:
-            held_out = read_split(paths.splits, dataset, fold).validation
-            for case in (case for case in dataset.cases if case.id in held_out):
-                file = output_file(case, member.folder / f"fold_{fold}" / VALIDATION)
-                if file.is_file():
-                    files[case.id].append(file)
-                else:
-                    lacking += 1
-        if lacking:
-            cases = plural(lacking, "held-out case")
-            notes.append(f"{member.name} has not predicted {cases}; `nnlite select` predicts them")
-    if left := len(dataset.cases) - len(files):
-        notes.append(f"{plural(left, 'case')} in folds that are not trained: no model can judge them")
+        expected = [
+            (case_id, output_file(cases[case_id], member.folder / f"fold_{fold}" / VALIDATION))
+            for fold in member.folds for case_id in read_split(paths.splits, dataset, fold).validation
+        ]  # fmt: skip
+        known = [(case_id, file) for case_id, file in expected if file.is_file()]
+        for case_id, file in known:
+            files[case_id].append(file)
+        if len(known) < len(expected):
+            lacking = plural(len(expected) - len(known), "held-out case")
+            notes.append(f"{member.name} has not predicted {lacking}; `nnlite select` predicts them")
+    if left := len(cases) - len(files):
+        notes.append(f"{plural(left, 'case')} without a held-out prediction")
     return dict(files)
 
 
@@ -348,56 +328,46 @@ def rank_cases(evidence: Sequence[Evidence], names: Sequence[str]) -> list[Audit
         The worst first.
     """
     dice = np.array([dice_of_counts(one.counts) for one in evidence])
-    counts = np.array([one.counts for one in evidence])
-    growth = np.log((counts.sum(2)[:, 1:] + 1) / (counts.sum(1)[:, 1:] + 1))
     depths, twins = np.zeros((len(evidence), len(names))), defaultdict[str, list[str]](list)
     for row, one in zip(depths, evidence, strict=True):
         twins[one.digest].append(one.case_id)
         for correction in one.corrections:
             row[correction.label] = max(row[correction.label], correction.depth)
-    depth, deep = np.quantile(depths, (0.5, 0.9), axis=0)
-    usual = _Usual(*_middle_and_spread(dice, _SMALLEST_SPREAD), *_middle_and_spread(growth, _DRIFT / 2), depth, deep)
+    usual = _Usual.of(dice, depths)
     cases = []
-    for one, own_dice, own_growth in zip(evidence, dice, growth, strict=True):
+    for one, own_dice in zip(evidence, dice, strict=True):
         others = [name for name in twins[one.digest] if one.digest and name != one.case_id]
-        findings = _judge_case(one, own_dice, own_growth, usual, names, others)
+        findings = _judge_case(one, own_dice, usual, names, others)
         score = max((finding.score for finding in findings), default=0.0)
-        rounded = [None if np.isnan(value) else round(float(value), 4) for value in own_dice]
-        by_label = dict(zip(names[1:], rounded, strict=True))
         most = 1 if findings and findings[0].kind in _OF_THE_MAP else _MOST_FINDINGS
         shown = tuple(finding for finding in findings[:most] if finding.score >= _WEAK)
-        cases.append(AuditedCase(case=one.case_id, score=score, dice=by_label, findings=shown))
+        cases.append(AuditedCase(case=one.case_id, score=score, findings=shown))
     return sorted(cases, key=lambda case: (-case.score, case.case))
 
 
 class _Usual(NamedTuple):
-    """What is usual of each foreground class; of each class the median and the 90 % quantile of the deepest regions."""
+    """Median and spread of Dice of each foreground class, and the median depth of the deepest region of each class."""
 
     dice: np.ndarray
     spread: np.ndarray
-    growth: np.ndarray
-    growth_spread: np.ndarray
     depth: np.ndarray
-    deep: np.ndarray
+
+    @classmethod
+    def of(cls, dice: np.ndarray, depths: np.ndarray) -> _Usual:
+        """Estimate the spread from the deviations and from the lower quartile, which counts where many are hard."""
+        known = np.where(np.isnan(dice).all(0), 0, dice)
+        low, middle = np.nanquantile(known, (0.25, 0.5), axis=0)
+        spread = np.maximum(1.4826 * np.nanmedian(np.abs(known - middle), axis=0), (middle - low) / 0.6745)
+        smallest = _SMALLEST_SPREAD * max(1, _FEW_CASES / len(dice))
+        return cls(middle, np.maximum(spread, smallest), np.median(depths, axis=0))
 
     def lack(self, dice: np.ndarray) -> np.ndarray:
         """Return by how many spreads Dice is below the usual one; 0 for classes that are nowhere."""
         return np.nan_to_num(np.maximum((self.dice - dice) / self.spread, 0))
 
 
-def _middle_and_spread(values: np.ndarray, smallest: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return median and robust standard deviation of each column, without NaN: the larger one of two estimates.
-
-    That of the lower quartile is larger where many cases are hard.
-    """
-    known = np.where(np.isnan(values).all(0), 0, values)
-    low, middle = np.nanquantile(known, (0.25, 0.5), axis=0)
-    spread = np.maximum(1.4826 * np.nanmedian(np.abs(known - middle), axis=0), (middle - low) / 0.6745)
-    return middle, np.maximum(spread, smallest * max(1, _FEW_CASES / len(known)))
-
-
 def _judge_case(
-    one: Evidence, dice: np.ndarray, growth: np.ndarray, usual: _Usual, names: Sequence[str], twins: Sequence[str]
+    one: Evidence, dice: np.ndarray, usual: _Usual, names: Sequence[str], twins: Sequence[str]
 ) -> list[Finding]:
     """Return all findings of a case, the most likely first."""
     lack = usual.lack(dice)
@@ -415,21 +385,19 @@ def _judge_case(
             restored, gain = total - float(left.max()), float(np.nan_to_num(after - dice).mean())
             fits = gain > 0 and restored >= _EXPLAINING * total
             score = max(restored, gain / _SMALLEST_SPREAD) if fits else 0.0
-        elif depth:  # a region that is as thin as most is usual
-            thicker = float((depth - usual.deep[label]) / max(usual.deep[label] - usual.depth[label], 1))
-            score = _OF_A_REGION * max(score, thicker) if depth > usual.depth[label] else 0.0
+        elif depth:  # a region as thin as most is usual
+            score *= _OF_A_REGION * (depth > usual.depth[label])
         if score > 0:
             add(kind, label, text, place, score)
     if twins and not any(finding.kind in _OF_THE_MAP for finding in findings):
         add("map of another case", 0, f"it has the same voxels as that of {' and '.join(twins)}", one.place, total)
     if max((finding.score for finding in findings), default=0.0) < _EXPLAINING * total:
         own, other, both = one.counts[1:].sum(), one.counts[:, 1:].sum(), one.counts[1:, 1:].sum()
-        change, name = float(growth[worst] - usual.growth[worst]), names[worst + 1]
-        share = f"{abs(np.expm1(change)):.0%} {'larger' if change > 0 else 'smaller'}"
+        size, seen, name = one.counts[worst + 1].sum(), one.counts[:, worst + 1].sum(), names[worst + 1]
         if both < (1 - _UNLIKE) * min(own, other):
             add("map of another case", 0, "no correction makes it fit: it may be of another case", one.place, total)
-        elif abs(change) > max(_DRIFT, 3 * usual.growth_spread[worst]):
-            text = f"{name} is {share} than the models usually see it"
+        elif abs(size / max(seen, 1) - 1) > _DRIFT:
+            text = f"{name} has {size} voxels, and the models see {seen}"
             add("boundary drift", worst + 1, text, one.place, _UNEXPLAINED * total)
         else:
             text = f"Dice of {name} with the models is {dice[worst]:.2f}, usual is {usual.dice[worst]:.2f}"

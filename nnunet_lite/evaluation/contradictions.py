@@ -18,7 +18,7 @@ import numpy as np
 from scipy import ndimage
 from scipy.optimize import linear_sum_assignment
 
-from nnunet_lite.data.geometry import Box, bounding_box, slices
+from nnunet_lite.data.geometry import bounding_box, slices
 from nnunet_lite.data.problems import plural
 
 Kind = Literal[
@@ -51,7 +51,7 @@ class Correction(NamedTuple):
     label : int
         The class that it is about; 0 for all.
     depth : int
-        Of a region: its `thickness`.
+        Of a region: the distance of its deepest voxel from its border.
     """
 
     kind: Kind
@@ -105,27 +105,26 @@ def collect_evidence(
     ignore : int or None
         The class of voxels that are not annotated.
     """
-    voted, sure = vote(predictions)
+    voted, sure = majority_vote(predictions)
     if ignore is not None:
         hidden = reference == ignore
         reference, voted, sure = np.where(hidden, 0, reference), np.where(hidden, 0, voted), sure | hidden
-    whole = _Vote(voted, sure, len(names))
-    agreed = whole.agreeing_with(reference)
-    box = bounding_box((reference != 0) | (agreed != 0))
-    ours, theirs = (np.ascontiguousarray(array[slices(box)]) for array in (reference, agreed))
-    pair = _Pair(
-        ours, theirs, whole.cropped(box), count_pairs(ours, theirs, len(names)), [low for low, _ in box], names
-    )
-    depth = thickness(ours != theirs)
+    ends = zip(bounding_box((reference != 0) | (voted != 0)), reference.shape, strict=True)
+    margins = [min(low, n - high) for (low, high), n in ends]  # equal on both sides, so that a flip stays in the crop
+    box = tuple(slice(low, n - low) for low, n in zip(margins, reference.shape, strict=True))
+    ours, theirs, known = (np.ascontiguousarray(array[box]) for array in (reference, voted, sure))
+    pair = _Pair(ours, theirs, known, margins, names)
+    wrong = pair.reference != pair.agreed
+    depth = ndimage.distance_transform_cdt(wrong, "taxicab") if not wrong.all() else np.ones(wrong.shape, int)
     place = pair.place(np.unravel_index(int(depth.argmax()), depth.shape))
     corrections = (
-        *_exchanges(pair, place), *_flips(reference, whole, place), *_shifts(pair, place),
-        *_absences(pair), *_gaps(pair), *_regions(pair, depth),
+        *_exchanges(pair, place), *_flips(pair, place), *_shifts(pair, place), *_absences(pair), *_gaps(pair),
+        *_regions(pair, depth),
     )  # fmt: skip
-    return Evidence(case_id, pair.counts, corrections, place, _digest(ours))
+    return Evidence(case_id, pair.counts, corrections, place, _digest(pair.reference))
 
 
-def vote(predictions: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def majority_vote(predictions: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Return the class that most models predict, and where enough of them do.
 
     Parameters
@@ -183,56 +182,28 @@ def dice_of_counts(counts: np.ndarray) -> np.ndarray:
     return np.where(total > 0, 2 * counts.diagonal()[1:] / np.maximum(total, 1), np.nan)
 
 
-def thickness(mask: np.ndarray) -> np.ndarray:
-    """Return how many layers of a mask cover each voxel, this one included; 0 outside.
+class _Pair:
+    """The reference and the vote of the models, cropped to the foreground of both."""
 
-    Parameters
-    ----------
-    mask : ndarray of bool, shape (z, y, x)
-        Voxels beyond its ends count as inside.
-    """
-    layers = mask.astype(np.uint8)
-    for _ in range(254):
-        inner = mask.copy()
-        for axis in range(mask.ndim):
-            to, source = np.moveaxis(inner, axis, 0), np.moveaxis(mask, axis, 0)
-            to[1:] &= source[:-1]
-            to[:-1] &= source[1:]
-        if not inner.any():
-            break
-        layers += inner
-        mask = inner
-    return layers
-
-
-class _Vote(NamedTuple):
-    """What most models predict, and where they agree."""
-
-    voted: np.ndarray
-    sure: np.ndarray
-    n: int
+    def __init__(
+        self, reference: np.ndarray, voted: np.ndarray, sure: np.ndarray, corner: Sequence[int], names: Sequence[str]
+    ) -> None:
+        self.reference, self.voted, self.sure, self.corner, self.names = reference, voted, sure, corner, names
+        self.agreed = self.agreeing_with(reference)
+        self.counts = count_pairs(reference, self.agreed, len(names))
+        self.axes = [axis for axis, size in enumerate(reference.shape) if size > 1]
 
     def agreeing_with(self, reference: np.ndarray) -> np.ndarray:
         """Return the vote where the models agree; a reference has the benefit of the doubt elsewhere."""
-        return np.where(self.sure, self.voted, reference).astype(reference.dtype)
+        return np.where(self.sure, self.voted, reference).astype(reference.dtype, copy=False)
 
-    def dice(self, reference: np.ndarray) -> np.ndarray:
-        """Return Dice of a changed reference."""
-        return dice_of_counts(count_pairs(reference, self.agreeing_with(reference), self.n))
+    def dice_of(self, reference: np.ndarray) -> np.ndarray:
+        """Return Dice of a corrected reference."""
+        return dice_of_counts(count_pairs(reference, self.agreeing_with(reference), len(self.names)))
 
-    def cropped(self, box: Box) -> _Vote:
-        return _Vote(self.voted[slices(box)], self.sure[slices(box)], self.n)
-
-
-class _Pair(NamedTuple):
-    """The reference and what the models agree on, cropped to the foreground of both."""
-
-    reference: np.ndarray
-    agreed: np.ndarray
-    vote: _Vote
-    counts: np.ndarray
-    corner: list[int]
-    names: Sequence[str]
+    def dice_after(self, moved: np.ndarray) -> np.ndarray:
+        """Return Dice after some voxels, counted as in `counts`, got the class that the models see."""
+        return dice_of_counts(self.counts - moved + np.diag(moved.sum(0)))
 
     def place(self, voxel: Sequence[Any]) -> Place:
         """Return a voxel of the crop as one of the image."""
@@ -243,10 +214,6 @@ class _Pair(NamedTuple):
         """Return the voxel of a mask of the crop that is nearest to its centre."""
         voxels = np.argwhere(mask)
         return self.place(voxels[np.square(voxels - voxels.mean(0)).sum(1).argmin()])
-
-    def corrected_dice(self, moved: np.ndarray) -> np.ndarray:
-        """Return Dice after some voxels, counted as in `counts`, got the class that the models see."""
-        return dice_of_counts(self.counts - moved + np.diag(moved.sum(0)))
 
 
 def _exchanges(pair: _Pair, place: Place) -> Iterator[Correction]:
@@ -260,7 +227,7 @@ def _exchanges(pair: _Pair, place: Place) -> Iterator[Correction]:
         text = " and ".join(names[k] for k in moved) + " are exchanged"
         if len(moved) != 2:
             text = "; ".join(f"{names[k]} is where the models see {names[best[k]]}" for k in moved)
-        dice = pair.vote.dice(np.asarray(best, pair.reference.dtype)[pair.reference])
+        dice = pair.dice_of(np.asarray(best, pair.reference.dtype)[pair.reference])
         yield Correction("left/right swap" if sided else "swapped labels", text, place, dice)
 
 
@@ -270,31 +237,24 @@ def _other_side(name: str) -> str:
     return _SIDE.sub(lambda word: sides[word[0]], name.lower())
 
 
-def _flips(reference: np.ndarray, whole: _Vote, place: Place) -> Iterator[Correction]:
+def _flips(pair: _Pair, place: Place) -> Iterator[Correction]:
     """Flip the whole map along each axis."""
-    for axis in (axis for axis, size in enumerate(reference.shape) if size > 1):
-        flipped = np.flip(reference, axis)
-        box = bounding_box((flipped != 0) | (whole.voted != 0))
-        dice = whole.cropped(box).dice(flipped[slices(box)])
-        yield Correction("flipped map", f"the map fits if it is flipped along {'zyx'[axis]}", place, dice)
+    for axis in pair.axes:
+        text = f"the map fits if it is flipped along {'zyx'[axis]}"
+        yield Correction("flipped map", text, place, pair.dice_of(np.flip(pair.reference, axis)))
 
 
 def _shifts(pair: _Pair, place: Place) -> Iterator[Correction]:
     """Move the reference to where its voxels of each class in each slice fit best, along each axis alone."""
-    sure, n = np.where(pair.vote.sure, pair.vote.voted, 0), len(pair.names)
-    steps = []
-    for axis in range(3):
+    sure, n, steps = np.where(pair.sure, pair.voted, 0), len(pair.names), [0, 0, 0]
+    for axis in pair.axes:
         own, models = (_profile(array, axis, n) for array in (pair.reference, sure))
-        fits = [
-            (int(np.minimum(own[_source(step)], models[_target(step)]).sum()), -abs(step), step)
-            for step in range(1 - len(own), len(own))
-        ]
-        steps.append(max(fits)[2])
+        fits = [np.correlate(models[:, k], own[:, k], "full") for k in range(1, n)]
+        steps[axis] = int(np.sum(fits, axis=0).argmax()) - len(own) + 1
     if any(steps):
-        moved = np.zeros_like(pair.reference)
-        moved[tuple(map(_target, steps))] = pair.reference[tuple(map(_source, steps))]
         by = " and ".join(f"{step:+d} along {axis}" for step, axis in zip(steps, "zyx", strict=True) if step)
-        yield Correction("shifted map", f"the map fits if it is moved by {by} (voxels)", place, pair.vote.dice(moved))
+        moved = ndimage.shift(pair.reference, steps, order=0)
+        yield Correction("shifted map", f"the map fits if it is moved by {by} (voxels)", place, pair.dice_of(moved))
 
 
 def _profile(array: np.ndarray, axis: int, n: int) -> np.ndarray:
@@ -304,27 +264,19 @@ def _profile(array: np.ndarray, axis: int, n: int) -> np.ndarray:
     return counts
 
 
-def _source(step: int) -> slice:
-    return slice(max(-step, 0), min(-step, 0) or None)
-
-
-def _target(step: int) -> slice:
-    return slice(max(step, 0), min(step, 0) or None)
-
-
 def _absences(pair: _Pair) -> Iterator[Correction]:
     """Add a class that the reference does not have at all."""
     for k in np.flatnonzero((pair.counts.sum(1) == 0) & (pair.counts.sum(0) > 0)).tolist():
         moved = np.zeros_like(pair.counts)
         moved[:, k] = pair.counts[:, k]
         text = f"{pair.names[k]} is nowhere, and the models see {plural(int(moved.sum()), 'voxel')} of it"
-        yield Correction("missing structure", text, pair.middle(pair.agreed == k), pair.corrected_dice(moved), k)
+        yield Correction("missing structure", text, pair.middle(pair.agreed == k), pair.dice_after(moved), k)
 
 
 def _gaps(pair: _Pair) -> Iterator[Correction]:
     """Fill runs of slices that have no voxel of a class, or of any (0), in which the models see it."""
     n = len(pair.names)
-    for axis in (axis for axis, size in enumerate(pair.reference.shape) if size > 1):
+    for axis in pair.axes:
         own, models = (np.moveaxis(array, axis, 0) for array in (pair.reference, pair.agreed))
         has, seen = (_profile(array, axis, n) for array in (pair.reference, pair.agreed))
         for k in np.flatnonzero(has.any(0) & seen.any(0)).tolist():
@@ -342,7 +294,7 @@ def _gaps(pair: _Pair) -> Iterator[Correction]:
                 low, name = pair.corner[axis] + start, pair.names[k] if k else "every label"
                 ends = f"{'zyx'[axis]} = {low} to {low + stop - start - 1}"
                 text = f"{name} is missing in {plural(stop - start, 'slice')}, {ends}"
-                yield Correction("slices without labels", text, pair.middle(part), pair.corrected_dice(moved), k)
+                yield Correction("slices without labels", text, pair.middle(part), pair.dice_after(moved), k)
 
 
 def _regions(pair: _Pair, depth: np.ndarray) -> Iterator[Correction]:
@@ -364,7 +316,7 @@ def _regions(pair: _Pair, depth: np.ndarray) -> Iterator[Correction]:
         text = f"{size} of {names[b]} are missing" if a == 0 else text
         moved = np.zeros_like(pair.counts)
         moved[a, b] = len(voxels)
-        yield Correction(kind, text, pair.place(deepest), pair.corrected_dice(moved), b or a, int(depths.max()))
+        yield Correction(kind, text, pair.place(deepest), pair.dice_after(moved), b or a, int(depths.max()))
 
 
 def _digest(reference: np.ndarray) -> str:

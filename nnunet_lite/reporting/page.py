@@ -26,7 +26,7 @@ from nnunet_lite import log
 from nnunet_lite.data.labels import label_colours
 from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError, describe
-from nnunet_lite.evaluation.audit import AuditedCase, changed_since
+from nnunet_lite.evaluation.audit import changed_since
 from nnunet_lite.evaluation.metrics import METRICS
 from nnunet_lite.evaluation.scores import CaseScore
 from nnunet_lite.evaluation.selection import Candidate
@@ -53,7 +53,7 @@ _ROUNDING = 1e-4  # up to this relative difference, a quantity is equal in all c
 _DICE_LABELS = 12  # labels with a Dice for each case
 _INTENSITY_BINS = 60
 _PALETTE = 10  # colours of report.css
-_AUDITED_CASES, _AUDITED_PICTURES = 20, 6  # the first cases of the audit, and how many of them are drawn
+_AUDITED_CASES = 8  # the first ones of the audit
 _SEVERITIES = ("error", "warning", "notice")
 
 # the metrics that the page shows of a case
@@ -760,40 +760,25 @@ def write_margin(margin: Margin) -> Value:
 
 
 def _audit_section(material: Material) -> dict[str, Any] | None:
-    """Return the first cases of the audit, with pictures of the first places; None without an audit."""
-    if material.audit is None:
+    """Return the first cases of the audit, with a prediction at the place and a command; None without an audit."""
+    audit, cases = material.audit, {case.id: case for case in material.dataset.cases}
+    if audit is None:
         return None
-    cases = {case.id: case for case in material.dataset.cases}
-    first = [one for one in material.audit.suspicious if one.case in cases][:_AUDITED_CASES]
-    changed = changed_since(material.audit, material.paths, [cases[one.case] for one in first])
-    first = [one for one in first if one.case not in changed]
-    rows: list[list[Value]] = []
-    for one in first:
-        found = one.findings[0]
-        rows.append([one.case, one.score, found.kind, found.label, " ".join(map(str, found.place)), found.text])
-    columns = (Column("Case"), Column("score", ".1f"), *map(Column, ("found", "label", "z y x", "what")))
-    return {
-        "audit": material.audit,
-        "changed": changed,
-        "table": Table("Cases whose label maps the models contradict, worst first", columns, rows, sorted_by=1),
-        "examples": [_audit_example(material, material.audit.models, one) for one in first[:_AUDITED_PICTURES]],
-    }
-
-
-def _audit_example(material: Material, models: Sequence[str], audited: AuditedCase) -> dict[str, Any]:
-    """Return what the report shows of a finding: pictures with the prediction of the best model, and a command."""
-    finding, case = audited.findings[0], next(one for one in material.dataset.cases if one.id == audited.case)
-    folds = (fold for name in models for fold in sorted((material.paths.models / name).glob("fold_*")))
-    files = (output_file(case, fold / VALIDATION) for fold in folds)
-    command, planes = ["nnlite", "view", case.id, "--at", *map(str, finding.place)], list[Picture]()
-    if file := next((file for file in files if file.is_file()), None):
-        command += ["-m", file.parents[2].name]
-        try:
-            planes = draw_finding(material, case, file, finding)
-        except (UserError, OSError) as error:
-            log.warn(f"{case.id}: {describe(error)}")
-    shown = shlex.join(command) + material.paths.where
-    return {"case": audited, "finding": finding, "planes": planes, "command": shown}
+    first = [one for one in audit.suspicious if one.case in cases][:_AUDITED_CASES]
+    changed = changed_since(audit, material.paths, [cases[one.case] for one in first])
+    examples = []
+    for one in (one for one in first if one.case not in changed):
+        folds = (fold for name in audit.models for fold in sorted((material.paths.models / name).glob("fold_*")))
+        files = (output_file(cases[one.case], fold / VALIDATION) for fold in folds)
+        command, planes = ["nnlite", "view", one.case, "--at", *map(str, one.findings[0].place)], list[Picture]()
+        if file := next((file for file in files if file.is_file()), None):
+            command += ["-m", file.parents[2].name]
+            try:
+                planes = draw_finding(material, cases[one.case], file, one.findings[0])
+            except (UserError, OSError) as error:
+                log.warn(f"{one.case}: {describe(error)}")
+        examples.append((one, one.findings[0], planes, shlex.join(command) + material.paths.where))
+    return {"audit": audit, "changed": changed, "examples": examples}
 
 
 # -------------------------------------------------------------------------------------- the methods and the settings
