@@ -40,10 +40,12 @@ from nnunet_lite.workspace import Paths
 STRONG = 3.0  # a score that is rare in correct data
 _WEAK = 1.0  # a smaller one is usual
 _OF_THE_MAP = ("left/right swap", "swapped labels", "flipped map", "shifted map", "map of another case")
+_GAP = "slices without labels"
 _SMALLEST_SPREAD = 0.02  # of the Dice of a label over cases
 _EXPLAINING = 0.6  # share of what Dice lacks that a correction of the whole map must restore
 _UNEXPLAINED = 0.5  # weight of what no correction restores: the image may be hard
 _OF_A_REGION = 0.9  # weight of a correction of a region: one that has a reason, such as empty slices, comes first
+_OF_TWINS = 3  # weight of what Dice lacks if another case has the same voxels
 _UNLIKE = 0.25  # share of both foregrounds outside of the other, from which two maps may be of two cases
 _DRIFT = 0.1  # share of its volume by which a label is larger or smaller
 _MOST_FINDINGS = 3
@@ -328,11 +330,12 @@ def rank_cases(evidence: Sequence[Evidence], names: Sequence[str]) -> list[Audit
         The worst first.
     """
     dice = np.array([dice_of_counts(one.counts) for one in evidence])
-    depths, twins = np.zeros((len(evidence), len(names))), defaultdict[str, list[str]](list)
+    depths, twins = np.zeros((len(evidence), 2, len(names))), defaultdict[str, list[str]](list)
     for row, one in zip(depths, evidence, strict=True):
         twins[one.digest].append(one.case_id)
         for correction in one.corrections:
-            row[correction.label] = max(row[correction.label], correction.depth)
+            place = int(correction.kind == _GAP), correction.label
+            row[place] = max(row[place], correction.depth)
     usual = _Usual.of(dice, depths)
     cases = []
     for one, own_dice in zip(evidence, dice, strict=True):
@@ -346,11 +349,12 @@ def rank_cases(evidence: Sequence[Evidence], names: Sequence[str]) -> list[Audit
 
 
 class _Usual(NamedTuple):
-    """Median and spread of Dice of each foreground class, and the median depth of the deepest region of each class."""
+    """Median and spread of Dice of each foreground class; usual depth of regions and length of gaps of each class."""
 
     dice: np.ndarray
     spread: np.ndarray
     depth: np.ndarray
+    gap: np.ndarray
 
     @classmethod
     def of(cls, dice: np.ndarray, depths: np.ndarray) -> _Usual:
@@ -359,7 +363,8 @@ class _Usual(NamedTuple):
         low, middle = np.nanquantile(known, (0.25, 0.5), axis=0)
         spread = np.maximum(1.4826 * np.nanmedian(np.abs(known - middle), axis=0), (middle - low) / 0.6745)
         smallest = _SMALLEST_SPREAD * max(1, _FEW_CASES / len(dice))
-        return cls(middle, np.maximum(spread, smallest), np.median(depths, axis=0))
+        depth, gap = np.median(depths[:, 0], axis=0), np.quantile(depths[:, 1], 0.9, axis=0)
+        return cls(middle, np.maximum(spread, smallest), depth, gap)
 
     def lack(self, dice: np.ndarray) -> np.ndarray:
         """Return by how many spreads Dice is below the usual one; 0 for classes that are nowhere."""
@@ -385,12 +390,14 @@ def _judge_case(
             restored, gain = total - float(left.max()), float(np.nan_to_num(after - dice).mean())
             fits = gain > 0 and restored >= _EXPLAINING * total
             score = max(restored, gain / _SMALLEST_SPREAD) if fits else 0.0
+        elif kind == _GAP:
+            score = max(score, float(depth - usual.gap[label]))
         elif depth:  # a region as thin as most is usual
             score *= _OF_A_REGION * (depth > usual.depth[label])
         if score > 0:
             add(kind, label, text, place, score)
     if twins and not any(finding.kind in _OF_THE_MAP for finding in findings):
-        add("map of another case", 0, f"it has the same voxels as that of {' and '.join(twins)}", one.place, total)
+        add("map of another case", 0, f"it has the same voxels as that of {' and '.join(twins)}", one.place, _OF_TWINS * total)
     if max((finding.score for finding in findings), default=0.0) < _EXPLAINING * total:
         own, other, both = one.counts[1:].sum(), one.counts[:, 1:].sum(), one.counts[1:, 1:].sum()
         size, seen, name = one.counts[worst + 1].sum(), one.counts[:, worst + 1].sum(), names[worst + 1]

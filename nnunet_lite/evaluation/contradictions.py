@@ -51,7 +51,7 @@ class Correction(NamedTuple):
     label : int
         The class that it is about; 0 for all.
     depth : int
-        Of a region: the distance of its deepest voxel from its border.
+        Of a region: the distance of its deepest voxel from its border. Of slices between others: their number.
     """
 
     kind: Kind
@@ -282,11 +282,12 @@ def _gaps(pair: _Pair) -> Iterator[Correction]:
         for k in np.flatnonzero(has.any(0) & seen.any(0)).tolist():
             first, last = np.flatnonzero(has[:, k])[[0, -1]]
             empty = (has[:, k] == 0) & (seen[:, k] >= _THIN_SLICE * np.median(seen[seen[:, k] > 0, k]))
+            empty[first:last] = (has[first:last, k] == 0) & (seen[first:last, k] > 0)
             for start, stop in np.flatnonzero(np.diff(empty, prepend=False, append=False)).reshape(-1, 2).tolist():
                 lacking = (own[start:stop] == 0) & ((models[start:stop] == k) if k else (models[start:stop] != 0))
-                is_end = start < first or start > last
-                if 2 * lacking.sum() < seen[start:stop, k].sum() or stop - start < (_LONG_GAP if is_end else 1):
-                    continue  # it has another label there, or a label ends a little earlier
+                length = stop - start if first < start < last else 0
+                if 2 * lacking.sum() < seen[start:stop, k].sum() or (not length and stop - start < _LONG_GAP):
+                    continue  # it has another label there, or ends a little earlier
                 moved = np.zeros_like(pair.counts)
                 moved[0] = np.bincount(models[start:stop][lacking], minlength=n)
                 part = np.zeros(pair.agreed.shape, bool)
@@ -294,7 +295,7 @@ def _gaps(pair: _Pair) -> Iterator[Correction]:
                 low, name = pair.corner[axis] + start, pair.names[k] if k else "every label"
                 ends = f"{'zyx'[axis]} = {low} to {low + stop - start - 1}"
                 text = f"{name} is missing in {plural(stop - start, 'slice')}, {ends}"
-                yield Correction("slices without labels", text, pair.middle(part), pair.dice_after(moved), k)
+                yield Correction("slices without labels", text, pair.middle(part), pair.dice_after(moved), k, length)
 
 
 def _regions(pair: _Pair, depth: np.ndarray) -> Iterator[Correction]:
