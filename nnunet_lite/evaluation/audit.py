@@ -397,7 +397,8 @@ def _judge_case(
         if score > 0:
             add(kind, label, text, place, score)
     if twins and not any(finding.kind in _OF_THE_MAP for finding in findings):
-        add("map of another case", 0, f"it has the same voxels as that of {' and '.join(twins)}", one.place, _OF_TWINS * total)
+        text = f"it has the same voxels as that of {' and '.join(twins)}"
+        add("map of another case", 0, text, one.place, _OF_TWINS * total)
     if max((finding.score for finding in findings), default=0.0) < _EXPLAINING * total:
         own, other, both = one.counts[1:].sum(), one.counts[:, 1:].sum(), one.counts[1:, 1:].sum()
         size, seen, name = one.counts[worst + 1].sum(), one.counts[:, worst + 1].sum(), names[worst + 1]
