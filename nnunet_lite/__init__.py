@@ -39,6 +39,7 @@ if _IS_COMMAND:  # first, so that signals are handled during the other imports
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from nnunet_lite.commands.audit import audit
     from nnunet_lite.commands.distill import distill
     from nnunet_lite.commands.evaluate import evaluate, view
     from nnunet_lite.commands.export import export_model, import_model
@@ -52,8 +53,8 @@ if TYPE_CHECKING:
     from nnunet_lite.inference.predictor import load
 
 __all__ = [
-    "UserError", "check", "distill", "evaluate", "export_model", "import_model", "init", "load", "plan", "predict",
-    "preprocess", "report", "run", "select", "train", "view",
+    "UserError", "audit", "check", "distill", "evaluate", "export_model", "import_model", "init", "load", "plan",
+    "predict", "preprocess", "report", "run", "select", "train", "view",
 ]  # fmt: skip
 _ELSEWHERE = {
     "check": "commands.plan", "preprocess": "commands.plan", "view": "commands.evaluate", "report": "commands.select",

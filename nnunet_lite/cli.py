@@ -44,6 +44,10 @@ COMMANDS = {
     "evaluate": ("evaluate.evaluate", "Score label maps against references."),
     "select": ("select.select", "Compare trained models and pairs of them on the held-out cases."),
     "report": ("select.report", "Write an HTML page about the dataset, its plan, models and scores."),
+    "audit": (
+        "audit.audit",
+        "Rank the training cases by how strongly held-out predictions contradict their label maps.",
+    ),
     "run": ("run.run", "Check, plan, preprocess, train every fold, select and report."),
     "view": ("evaluate.view", "Look at images with reference and prediction in the browser."),
     "distill": ("distill.distill", "Train a small network that predicts as trained models do together."),

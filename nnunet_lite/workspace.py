@@ -60,6 +60,7 @@ class Paths:
     ensembles = _PathOf("ensembles")
     inference = _PathOf("inference.json")
     calibration = _PathOf("calibration.jsonl")  # held-out cases and copies by which `select` calibrates the quality
+    audit = _PathOf("audit.json")
 
     @property
     def name(self) -> str:

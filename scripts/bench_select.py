@@ -29,8 +29,9 @@ import nnunet_lite
 from nnunet_lite.data.cases import Case
 from nnunet_lite.data.dataset import Dataset, dataset_from_json, map_labels
 from nnunet_lite.data.images import read_label, write_label
-from nnunet_lite.evaluation.comparison import ENSEMBLE_WEIGHTS, ensemble_weights, find_members
+from nnunet_lite.evaluation.comparison import ENSEMBLE_WEIGHTS, ensemble_weights
 from nnunet_lite.evaluation.cross_validation import score_predictions
+from nnunet_lite.evaluation.members import find_members
 from nnunet_lite.files import read_json, write_json
 from nnunet_lite.models.folder import MODEL, VALIDATION, open_run
 from nnunet_lite.planning.schema import Plan

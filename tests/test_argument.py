@@ -19,7 +19,7 @@ from nnunet_lite.data.dataset import stored_dataset
 from nnunet_lite.data.images import read_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
-from nnunet_lite.evaluation.comparison import find_members
+from nnunet_lite.evaluation.members import find_members
 from nnunet_lite.files import read_json
 from nnunet_lite.models.argument import find_model, find_models, unpacked
 from nnunet_lite.models.folder import model_folders, stage_path

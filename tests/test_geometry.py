@@ -188,6 +188,8 @@ def test_a_turn_is_that_of_itk_and_of_nibabel(orientation: str, tilt: float) -> 
         assert (place.shape, place.spacing) == (its_place.shape, its_place.spacing)
         np.testing.assert_allclose(place.origin, its_place.origin, atol=1e-9)
         np.testing.assert_allclose(place.direction, its_place.direction, atol=1e-12)
+        voxel = (1, 0, 2)
+        assert turn.apply(array)[turn.apply_to_voxel(voxel, array.shape)] == array[voxel]
         back = turn_between(target, orientation)
         np.testing.assert_array_equal(back.apply(turned), array)
         source = nibabel.Nifti1Image(array.transpose(2, 1, 0), ras_affine(geometry))

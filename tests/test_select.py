@@ -18,7 +18,8 @@ from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import read_label, write_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
-from nnunet_lite.evaluation.comparison import Member, choose_team
+from nnunet_lite.evaluation.comparison import choose_team
+from nnunet_lite.evaluation.members import Member
 from nnunet_lite.evaluation.postprocessing import Gain, Rule, apply_rules
 from nnunet_lite.evaluation.selection import Candidate, Selection, read_selection
 from nnunet_lite.evaluation.statistics import Margin

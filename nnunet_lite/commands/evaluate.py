@@ -26,7 +26,7 @@ from nnunet_lite.models.argument import find_models
 from nnunet_lite.models.folder import VALIDATION, model_folders, trained_folds
 from nnunet_lite.models.lookup import choose_model
 from nnunet_lite.planning.schema import Plan
-from nnunet_lite.reporting.viewer import Scene, View, open_browser, read_case_scene, read_file_scene, serve
+from nnunet_lite.reporting.viewer import Scene, View, open_at, open_browser, read_case_scene, read_file_scene, serve
 from nnunet_lite.workspace import Paths, planned_datasets, select_dataset, workspace_folder
 
 
@@ -140,6 +140,9 @@ def view(
             show_default="the selected",
         ),
     ] = None,
+    at: Annotated[
+        tuple[int, int, int] | None, options.output("--at", metavar="Z Y X", help="Voxel of the file to open at.")
+    ] = None,
     browser: Annotated[bool, options.output(help="Open the page; otherwise only its address is printed.")] = True,
     dataset: options.DatasetName = None,
     workspace: options.Workspace = None,
@@ -158,6 +161,8 @@ def view(
     model : str or sequence of str, optional
         Models of the dataset whose cross-validation to show, "a+b" for an ensemble; default: the selected one. Other
         models, and those that are given with a file, predict the image now.
+    at : tuple of int, optional
+        Voxel (z, y, x) of the image as stored, at which the case opens; default: where most is wrong.
     browser : bool
         Open the page.
     dataset : str, optional
@@ -179,6 +184,7 @@ def view(
     --------
     nnlite view
     nnlite view hippocampus_001
+    nnlite view hippocampus_001 --at 12 30 17
     nnlite view scan.nii.gz label.nii.gz -m model.zip
     """
     names, root = options.names_of(model) or [], workspace_folder(workspace)
@@ -191,16 +197,18 @@ def view(
         labels = models[0][1].plan.labels if models else None
         if dataset:
             labels = stored_dataset(select_dataset(workspace, dataset, only_reads=True).dataset).labels
-        scene = read_file_scene(file, [Path(path) for path in maps], labels, models)
+        scene = open_at(read_file_scene(file, [Path(path) for path in maps], labels, models), at)
         page = serve(lambda _: scene, {file.name: None}, file.name)
     else:
-        page = _serve_dataset(select_dataset(workspace, dataset, only_reads=True), case, names, root)
+        page = _serve_dataset(select_dataset(workspace, dataset, only_reads=True), case, names, root, at)
     if browser and not open_browser(page):
         log.info("no browser with windows was found; open the address in one")
     return page
 
 
-def _serve_dataset(paths: Paths, case: str | Path | None, names: list[str], root: Path) -> View:
+def _serve_dataset(
+    paths: Paths, case: str | Path | None, names: list[str], root: Path, at: tuple[int, int, int] | None
+) -> View:
     """Serve all cases of a dataset with their cross-validation, the worst first."""
     dataset, channels = stored_dataset(paths.dataset), Plan.read(paths.plans).channels
     own = {path.name for place in (paths.models, paths.ensembles) for path in place.glob("*/")}
@@ -215,7 +223,8 @@ def _serve_dataset(paths: Paths, case: str | Path | None, names: list[str], root
         for model, _ in models:
             log.warn(f"{model} predicts {name} now; it may have been trained on this case")
         predictions = _predictions(paths, cases[name], in_dataset, required=bool(names) and name == first)
-        return read_case_scene(dataset, cases[name], predictions, models, channels)
+        scene = read_case_scene(dataset, cases[name], predictions, models, channels)
+        return open_at(scene, at) if name == first else scene
 
     return serve(read, listed, first)
 

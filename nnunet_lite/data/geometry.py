@@ -208,6 +208,17 @@ class Turn:
         steps = (slice(None, None, -1 if is_reversed else None) for is_reversed in self.reversed)
         return moved[..., *steps]
 
+    def apply_to_voxel(self, voxel: Sequence[int], shape: Sequence[int]) -> tuple[int, int, int]:
+        """Return where a voxel is in the turned array.
+
+        Parameters
+        ----------
+        voxel, shape : sequence of int
+            The voxel (z, y, x) and the shape of the array before the turn.
+        """
+        ends = zip(self.order, self.reversed, strict=True)
+        return triple(shape[axis] - 1 - voxel[axis] if is_reversed else voxel[axis] for axis, is_reversed in ends)
+
     def then(self, order: Sequence[int]) -> Turn:
         """Return this turn followed by a transposition.
 

@@ -170,6 +170,13 @@ class Labels(BaseModel):
         index = {value: i for i, value in enumerate(self.values)}
         return tuple(tuple(index[v] for v in members) for members in self.region_values)
 
+    @cached_property
+    def class_names(self) -> tuple[str, ...]:
+        """The name of each class: its label, or the regions that contain it; the background's comes first."""
+        regions = list(zip(self.region_names, self.region_values, strict=True))
+        named = (" + ".join(name for name, values in regions if value in values) for value in self.values[1:])
+        return (BACKGROUND, *named)
+
     @property
     def meaning(self) -> dict[str, Any]:
         """All but the names, on which neither arrays nor networks depend: equal for labels that were only renamed."""

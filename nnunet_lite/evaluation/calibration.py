@@ -28,7 +28,8 @@ from nnunet_lite.evaluation.calibration_rows import (
     weights_of,
     write_rows,
 )
-from nnunet_lite.evaluation.comparison import HeldOut, Team, find_members
+from nnunet_lite.evaluation.comparison import HeldOut, Team
+from nnunet_lite.evaluation.members import find_members
 from nnunet_lite.evaluation.selection import Selection
 from nnunet_lite.files import write_json
 from nnunet_lite.inference.features import CaseFeatures

@@ -23,57 +23,19 @@ from nnunet_lite.data.images import read_geometry
 from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation import cross_validation
+from nnunet_lite.evaluation.members import Member, find_members
 from nnunet_lite.evaluation.postprocessing import Decision, SizeUnit, choose_rules
 from nnunet_lite.evaluation.selection import Candidate, Selection
 from nnunet_lite.evaluation.statistics import compare_paired, summarize
 from nnunet_lite.files import locked, read_json, sweep, write_json
 from nnunet_lite.inference.first_stage import FirstStage, predict_first_stage
 from nnunet_lite.inference.predictor import Predictor, load
-from nnunet_lite.models.bundle import is_imported
-from nnunet_lite.models.folder import (
-    VALIDATION,
-    first_training,
-    model_folders,
-    stage_path,
-    trained_folds,
-    weights_fingerprint,
-)
-from nnunet_lite.models.lookup import read_model
-from nnunet_lite.planning.schema import Plan
-from nnunet_lite.training.splits import Split, load_splits, read_split, refuse_other_cases
+from nnunet_lite.models.folder import VALIDATION, weights_fingerprint
+from nnunet_lite.training.splits import Split, read_split
 from nnunet_lite.workspace import Paths
 
 _ORDER = ("2d", "3d_lowres", "3d_fullres", "3d_cascade_fullres")  # from simple to costly
 ENSEMBLE_WEIGHTS = "made_of.json"  # in a fold of an ensemble: the fingerprints of the weights that predicted it
-
-
-@dataclass(frozen=True, eq=False)
-class Member:
-    """A trained model.
-
-    Parameters
-    ----------
-    folder : Path
-        The model folder.
-    configuration : str
-        Such as "3d_fullres".
-    first_stage : Path or None
-        The model folder of the first stage of a cascade.
-    plan : Plan
-        The plan it was trained with.
-    folds : tuple of str
-        The trained folds that hold out cases.
-    """
-
-    folder: Path
-    configuration: str
-    first_stage: Path | None
-    plan: Plan
-    folds: tuple[str, ...]
-
-    @property
-    def name(self) -> str:
-        return self.folder.name
 
 
 Team = tuple[Member, ...]  # one model, or two that vote
@@ -223,69 +185,6 @@ def _ranked_candidates(dice: Mapping[Team, np.ndarray], winner: Team, labels: Se
     ]
     selected = tuple(member.name for member in winner)
     return tuple(sorted(candidates, key=lambda c: (c.models != selected, -(c.dice or 0.0), len(c.models), c.models)))
-
-
-# ------------------------------------------------------------------------------------------------ what can be compared
-
-
-def find_members(paths: Paths, dataset: Dataset, only: Sequence[str] | None = None) -> tuple[list[Member], list[str]]:
-    """Find the models that cross-validation can judge, and note why it cannot judge others.
-
-    Parameters
-    ----------
-    paths : Paths
-        The workspace of the dataset.
-    dataset : Dataset
-        The planned dataset.
-    only : sequence of str or None
-        Configurations, or names of model folders; None for all.
-
-    Raises
-    ------
-    UserError
-        There is none, or not what `only` names.
-    """
-    members, notes, names = [], [], set[str]()
-    n_splits = len(load_splits(paths.splits)) if paths.splits.is_file() else 0
-    for folder in model_folders(paths):
-        plan, run = read_model(folder)
-        configuration = run["configuration"]
-        if only is not None and not {folder.name, configuration} & set(only):
-            continue
-        names |= {folder.name, configuration}
-        folds = tuple(fold for fold in trained_folds(folder) if fold in map(str, range(n_splits)))
-        member = Member(folder, configuration, stage_path(folder, run), plan, folds)
-        if reason := _reason_to_omit(member, paths, dataset):
-            notes.append(f"{member.name} is left out: {reason}")
-        else:
-            members.append(member)
-            if is_imported(folder):
-                notes.append(
-                    f"{member.name} was imported: its scores count only if it held out the folds of splits.json"
-                )
-    fix = f"Run `{first_training(paths)}`."
-    if missing := [name for name in only or () if name not in names]:
-        raise UserError(f"no model of {paths.name} is {missing[0]}", paths.models, fix)
-    if not members:
-        reasons = f" ({'; '.join(notes)})" if notes else ""
-        raise UserError(f"no fold of {paths.name} is trained{reasons}", paths.models, fix)
-    return members, notes
-
-
-def _reason_to_omit(member: Member, paths: Paths, dataset: Dataset) -> str | None:
-    """Return why a model cannot be judged on the dataset; None if it can."""
-    if not trained_folds(member.folder):
-        return "no fold of it is trained"
-    if member.plan.labels.meaning != dataset.labels.meaning or len(member.plan.channels) != len(dataset.channels):
-        return "it was made for other labels or channels"
-    if not member.folds:
-        return "it was trained on every case, so that none can judge it"
-    try:
-        split = read_split(paths.splits, dataset, member.folds[0])
-        refuse_other_cases(member.folder, split, paths.splits, dataset)
-    except UserError as error:
-        return error.what
-    return None
 
 
 # ---------------------------------------------------------------------------------------------- predictions and scores

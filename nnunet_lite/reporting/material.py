@@ -25,6 +25,7 @@ from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import read_geometry, read_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError, describe
+from nnunet_lite.evaluation.audit import Audit, Finding, read_audit
 from nnunet_lite.evaluation.calibration_rows import Row, read_rows
 from nnunet_lite.evaluation.scores import CaseScore, Scores, read_summaries
 from nnunet_lite.evaluation.selection import Selection, changed_models, read_selection
@@ -33,7 +34,7 @@ from nnunet_lite.models.folder import MODEL, RECORD, VALIDATION, model_folders, 
 from nnunet_lite.models.lookup import read_model
 from nnunet_lite.planning.fingerprint import Fingerprint
 from nnunet_lite.planning.schema import Plan
-from nnunet_lite.reporting.pictures import MAX_CHANNELS, OrientedImage, Picture
+from nnunet_lite.reporting.pictures import MAX_CHANNELS, OrientedImage, Picture, box_around
 from nnunet_lite.training.metrics import METRICS
 from nnunet_lite.workspace import Paths
 
@@ -42,6 +43,7 @@ PAGE_BYTES = 9_000_000  # of all overlays in the page
 _MAX_VOXELS = 2.5e9  # of all images that are read, a third of them for the montage: about 20 s on two cores
 _MAX_LABEL_VOXELS = 4e9  # of all label maps that are read only for their volumes
 _SIZES = (384, 320, 256, 192, 160, 128)  # pixels along the longer side of an overlay
+_FINDING_SIZE = 256  # pixels along the longer side of a picture of a finding
 _UNKNOWN_SHAPE = (64, 256, 256)  # of a case that is not in the fingerprint
 _BYTES_PER_VOXEL = 16  # in memory while a case is drawn: image, label map and prediction
 _CASE_SAMPLES = 4000  # voxels of each label and case for the histograms of intensities
@@ -237,6 +239,8 @@ class Material:
         The selected one first, then by Dice, those without scores last.
     selection : Selection or None
         None before `nnlite select`.
+    audit : Audit or None
+        None before `nnlite audit`.
     notes : tuple of str
         What is left out, and why.
     calibration : tuple of Row
@@ -254,6 +258,7 @@ class Material:
     problems: tuple[dict[str, Any], ...]
     models: tuple[ModelResults, ...]
     selection: Selection | None
+    audit: Audit | None
     notes: tuple[str, ...]
     calibration: tuple[Row, ...] = ()
     pictures: dict[str, CasePictures] = field(default_factory=dict)
@@ -304,6 +309,7 @@ def read_material(paths: Paths) -> Material:
         tuple(read_json(paths.check)["problems"]) if paths.check.is_file() else (),
         tuple(models),
         selection,
+        read_audit(paths),
         tuple(notes),
         tuple(row for row in read_rows(paths.calibration) if row.quality is not None),
     )
@@ -538,6 +544,40 @@ def draw_case(
     except (UserError, OSError, MemoryError) as error:
         out.problem = f"{case.id}: {describe(error)}"
     return out
+
+
+def draw_finding(material: Material, case: Case, file: Path, finding: Finding) -> list[Picture]:
+    """Draw the place of an audit's finding, with the outlines of the reference and of a prediction.
+
+    Parameters
+    ----------
+    material : Material
+        From `read_material`.
+    case : Case
+        The case.
+    file : Path
+        The predicted label map.
+    finding : Finding
+        What was found.
+
+    Returns
+    -------
+    list of Picture
+        One for each plane.
+
+    Raises
+    ------
+    UserError
+        A file cannot be read.
+    """
+    image, reference = read_case(case, material.dataset)
+    prediction, _, _ = read_label(file, image.geometry)
+    oriented, background = OrientedImage(image, material.plan), material.dataset.labels.background
+    assert reference is not None  # every case of a planned dataset has one
+    own, other = oriented.turn.apply(reference), oriented.turn.apply(prediction)
+    at = oriented.turn.apply_to_voxel(finding.place, image.geometry.shape)
+    box = box_around((own != background) | (other != background))
+    return [oriented.draw(plane, at, box, _FINDING_SIZE, own, other) for plane in oriented.planes]
 
 
 def _count_voxels(label: np.ndarray, labels: Labels) -> dict[str, int]:

@@ -25,19 +25,22 @@ import nnunet_lite
 from nnunet_lite import log
 from nnunet_lite.data.labels import label_colours
 from nnunet_lite.data.problems import plural
+from nnunet_lite.errors import UserError, describe
+from nnunet_lite.evaluation.audit import changed_since
 from nnunet_lite.evaluation.calibration_rows import Row
 from nnunet_lite.evaluation.metrics import METRICS
 from nnunet_lite.evaluation.scores import CaseScore
 from nnunet_lite.evaluation.selection import Candidate
 from nnunet_lite.evaluation.statistics import Margin, Statistic
 from nnunet_lite.files import write_text
+from nnunet_lite.inference.cases import output_file
 from nnunet_lite.inference.quality import CaseQuality, Expected
-from nnunet_lite.models.folder import first_training
+from nnunet_lite.models.folder import VALIDATION, first_training
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.planning.show import length_unit, plan_head, plan_reasons, plan_rows, plan_title
 from nnunet_lite.reporting import figures
 from nnunet_lite.reporting.figures import Chart, Column, Curve, Table, Value, share_column
-from nnunet_lite.reporting.material import FoldHistory, Material, ModelResults, draw_cases, read_material
+from nnunet_lite.reporting.material import FoldHistory, Material, ModelResults, draw_cases, draw_finding, read_material
 from nnunet_lite.reporting.pictures import ERROR_COLOURS, Picture
 from nnunet_lite.reporting.verdict import Verdict, judge_training
 from nnunet_lite.settings import Settings
@@ -53,6 +56,7 @@ _DICE_LABELS = 12  # labels with a Dice for each case
 _INTENSITY_BINS = 60
 _CASES_TO_LOOK_AT = 8
 _PALETTE = 10  # colours of report.css
+_AUDITED_CASES = 8  # the first ones of the audit
 _SEVERITIES = ("error", "warning", "notice")
 
 # the metrics that the page shows of a case
@@ -134,6 +138,7 @@ def render_page(material: Material) -> str:
         models=_scores_section(material),
         comparison=_comparison_section(material),
         quality=_quality_section(material),
+        audit=_audit_section(material),
         costs=costs_table(material),
         settings=_settings_section(material),
     )
@@ -828,6 +833,31 @@ def _errors(pairs: Sequence[tuple[Expected, float]]) -> tuple[float | None, floa
 def _surprise(row: Row, judged: CaseQuality) -> float:
     """Return by how much a case is worse than expected, the most as the smallest number."""
     return (row.mean_dice or 0.0) - (judged.mean or 0.0)
+
+
+# ------------------------------------------------------------------------------------------------------ the label audit
+
+
+def _audit_section(material: Material) -> dict[str, Any] | None:
+    """Return the first cases of the audit, with a prediction at the place and a command; None without an audit."""
+    audit, cases = material.audit, {case.id: case for case in material.dataset.cases}
+    if audit is None:
+        return None
+    first = [one for one in audit.suspicious if one.case in cases][:_AUDITED_CASES]
+    changed = changed_since(audit, material.paths, [cases[one.case] for one in first])
+    examples = []
+    for one in (one for one in first if one.case not in changed):
+        folds = (fold for name in audit.models for fold in sorted((material.paths.models / name).glob("fold_*")))
+        files = (output_file(cases[one.case], fold / VALIDATION) for fold in folds)
+        command, planes = ["nnlite", "view", one.case, "--at", *map(str, one.findings[0].place)], list[Picture]()
+        if file := next((file for file in files if file.is_file()), None):
+            command += ["-m", file.parents[2].name]
+            try:
+                planes = draw_finding(material, cases[one.case], file, one.findings[0])
+            except (UserError, OSError) as error:
+                log.warn(f"{one.case}: {describe(error)}")
+        examples.append((one, one.findings[0], planes, shlex.join(command) + material.paths.where))
+    return {"audit": audit, "changed": changed, "examples": examples}
 
 
 # -------------------------------------------------------------------------------------- the methods and the settings

@@ -250,6 +250,30 @@ def read_file_scene(
     return _make_scene(file.name, image, layers, maps, labels, segmentations, has_reference=len(maps) > 1)
 
 
+def open_at(scene: Scene, voxel: tuple[int, int, int] | None) -> Scene:
+    """Return a scene that opens at a voxel.
+
+    Parameters
+    ----------
+    scene : Scene
+        From `read_case_scene` or `read_file_scene`.
+    voxel : tuple of int or None
+        The voxel (z, y, x) as stored; None for the slices that the scene has.
+
+    Raises
+    ------
+    UserError
+        The image has no such voxel.
+    """
+    if voxel is None:
+        return scene
+    shape, (turn, _) = scene.geometry.shape, planes_of(scene.geometry)
+    if not all(0 <= n < size for n, size in zip(voxel, shape, strict=True)):
+        fix = f"Give z from 0 to {shape[0] - 1}, y to {shape[1] - 1} and x to {shape[2] - 1}."
+        raise UserError(f"{scene.title} has no voxel {' '.join(map(str, voxel))}", fix=fix)
+    return replace(scene, at=turn.apply_to_voxel(voxel, shape))
+
+
 def _make_scene(
     title: str,
     image: Image,
@@ -277,7 +301,8 @@ def _make_scene(
         annotated = found[0] != (labels.ignore_class or -1)
         wrong = (found[0] != found[-1]) & annotated
         at = fullest_slices(turn.apply(wrong if has_reference and wrong.any() else (found[0] != 0) & annotated))
-    legend = tuple(zip(_label_names(labels), label_colours(len(_label_names(labels))), strict=True))
+    names = [*labels.class_names[1:], *([] if labels.ignore is None else [IGNORE])]
+    legend = tuple(zip(names, label_colours(len(names)), strict=True))
     return Scene(title, tuple(layers), legend, image.geometry, at, has_reference, labels.ignore_class)
 
 
@@ -352,13 +377,6 @@ def _image_layers(image: Image, names: Sequence[str], channels: Sequence[Channel
             channel = channel.astype(np.float32)
         layers.append(SceneLayer(name, "image", partial(np.asarray, channel), grey_levels(channel, about)))
     return layers
-
-
-def _label_names(labels: Labels) -> list[str]:
-    """Return the name of each foreground class: its label, or the regions that contain it."""
-    regions = list(zip(labels.region_names, labels.region_values, strict=True))
-    names = [" + ".join(name for name, values in regions if value in values) for value in labels.values[1:]]
-    return names if labels.ignore is None else [*names, IGNORE]
 
 
 def _described_labels(files: Sequence[Path], maps: Sequence[LabelMap]) -> Labels | None:
