@@ -237,3 +237,15 @@ def test_a_case_is_never_in_both_parts() -> None:
         assert not {rows[i].case for i in train} & {rows[i].case for i in test}
         tested += list(test)
     assert sorted(tested) == list(range(len(rows)))
+
+
+def test_networks_that_find_nothing_say_nothing(selected: Paths, tmp_path: Path, capfd: Any) -> None:
+    workspace = Path(shutil.copytree(selected.root.parent, tmp_path / "workspace"))
+    paths = Paths(workspace / selected.name)
+    first, *lines = paths.calibration.read_text().splitlines()
+    rows = [Row.model_validate_json(line) for line in lines]
+    empty = [row.model_copy(update={"features": CaseFeatures(row.features.image, {"Anterior": {}})}) for row in rows]
+    paths.calibration.write_text("\n".join([first, *(row.model_dump_json() for row in empty)]) + "\n")
+    nnunet_lite.select(workspace=workspace, device="cpu", workers=1)
+    assert "labels are found in 0 held-out cases only" in capfd.readouterr().err
+    assert not (paths.models / "short" / "quality.json").exists()

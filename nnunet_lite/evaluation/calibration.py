@@ -82,7 +82,7 @@ def calibrate_quality(
     Returns
     -------
     Quality or None
-        None if fewer than 10 cases are held out; then quality.json is deleted.
+        None if labels are found in fewer than 10 held-out cases; then quality.json is deleted.
 
     Raises
     ------
@@ -98,6 +98,10 @@ def calibrate_quality(
         return None
     weights = weights_of(held_out, team)
     rows = predict_rows(held_out, team)
+    found = [row for row in rows if row.kind == "clean" and any(row.features.labels.values())]
+    if len(found) < MIN_CASES:
+        log.info(f"labels are found in {plural(len(found), 'held-out case')} only: nothing is said about the quality")
+        return None
     ranges = training_ranges(held_out, team[0].plan)
     fit = partial(fit_quality, ranges=ranges, weights=weights, channels=held_out.dataset.channels)
     judged = list(rows)

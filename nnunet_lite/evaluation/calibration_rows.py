@@ -24,7 +24,7 @@ from nnunet_lite.data.dataset import Dataset, map_labels
 from nnunet_lite.data.geometry import triple
 from nnunet_lite.data.images import read_label
 from nnunet_lite.data.labels import Labels
-from nnunet_lite.errors import UserError
+from nnunet_lite.errors import UserError, describe
 from nnunet_lite.evaluation.comparison import HeldOut, Team, load_team
 from nnunet_lite.evaluation.cross_validation import read_reference
 from nnunet_lite.evaluation.degradation import DEGRADATIONS, Labelled
@@ -160,16 +160,23 @@ def predict_rows(held_out: HeldOut, team: Team) -> list[Row]:
     missing = [pair for pair in wanted if pair not in made]
     cases = {case.id: case for case in held_out.dataset.cases}
     missing.sort(key=lambda pair: held_out.fold_of[pair[0]].name)
-    log.info(f"calibrating the quality of predictions: {len(missing)} held-out images and degraded copies")
+    what = f"calibrating the quality of predictions: {len(missing)} held-out images and degraded copies to predict"
+    log.info(f"{what}; `nnlite select --no-quality` does without" if missing else "the quality was calibrated before")
     loaded: dict[str, Predictor] = {}
     for name, kind in log.progress(missing, len(missing), "calibrate"):
         fold = held_out.fold_of[name].name
         if fold not in loaded:
             loaded = {fold: load_team(held_out, team, fold)}
-        row = _predict_row(loaded[fold], cases[name], kind, held_out.dataset)
+        try:
+            row = _predict_row(loaded[fold], cases[name], kind, held_out.dataset)
+        except UserError as error:
+            if kind == "clean":
+                raise
+            log.detail(f"{name}, {kind}: {describe(error)}")  # such as a cut image that is too small to normalise
+            continue
         append(file, row.model_dump_json())
         made[name, kind] = row
-    return [made[pair] for pair in wanted]
+    return [made[pair] for pair in wanted if pair in made]
 
 
 def _choose_copies(cases: Sequence[str]) -> Iterator[tuple[str, str]]:
