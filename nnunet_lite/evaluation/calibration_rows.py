@@ -39,7 +39,7 @@ from nnunet_lite.planning.schema import Plan
 from nnunet_lite.system import pairs_at_once
 
 _MOST_CASES = 200  # predicted again
-_COPIES = 160  # degraded copies to predict at least, up to _MOST_COPIES of each case
+_COPIES = 240  # degraded copies to predict at least, up to _MOST_COPIES of each case
 _MOST_COPIES = 8
 
 

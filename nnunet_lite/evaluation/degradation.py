@@ -43,22 +43,22 @@ class Labelled:
 
 
 def add_noise(pair: Labelled, strength: float, random: Random) -> Labelled:
-    """Add white noise, with a standard deviation of 3 to 20 % of the range of intensities."""
-    sigma = 0.03 + 0.17 * strength
+    """Add white noise, with a standard deviation of 3 to 30 % of the range of intensities."""
+    sigma = 0.03 + 0.27 * strength
     return pair.with_channels(lambda x, low, span: x + random.normal(0, sigma * span, x.shape))
 
 
 def blur_image(pair: Labelled, strength: float, random: Random) -> Labelled:
-    """Smooth with a Gaussian of 0.7 to 2.5 voxels."""
-    sigma = [0.0 if n == 1 else 0.7 + 1.8 * strength for n in pair.reference.shape]
+    """Smooth with a Gaussian of 0.7 to 3.5 voxels."""
+    sigma = [0.0 if n == 1 else 0.7 + 2.8 * strength for n in pair.reference.shape]
     return pair.with_channels(lambda x, low, span: ndimage.gaussian_filter(x, sigma))
 
 
 def add_bias_field(pair: Labelled, strength: float, random: Random) -> Labelled:
-    """Multiply with a smooth field that changes by a factor of 1.3 to 4 over the image."""
+    """Multiply with a smooth field that changes by a factor of 1.3 to 7 over the image."""
     axes = np.meshgrid(*(np.linspace(-1, 1, n) for n in pair.reference.shape), indexing="ij")
     field = sum(a * axis + b * axis**2 for axis, a, b in zip(axes, *random.normal(size=(2, 3)), strict=True))
-    field = (0.15 + 0.55 * strength) * field / max(np.abs(field).max(), 1e-6)
+    field = (0.15 + 0.85 * strength) * field / max(np.abs(field).max(), 1e-6)
     return pair.with_channels(lambda x, low, span: low + (x - low) * np.exp(field))
 
 
@@ -112,13 +112,14 @@ def flip(pair: Labelled, strength: float, random: Random) -> Labelled:
 
 
 def change_contrast(pair: Labelled, strength: float, random: Random) -> Labelled:
-    """Bend the scale of intensities by a power, or turn it around, as another sequence does."""
-    power = np.exp((0.4 + 0.9 * strength) * random.choice([-1, 1]))
-    turned = random.random() < 0.5
+    """Map intensities by a random curve, as another sequence does; a weak one is mixed with the image itself."""
+    knots = np.linspace(0, 1, 6)
+    curve = random.random(6)
+    curve = (curve - curve.min()) / np.ptp(curve)
 
     def bend(x: np.ndarray, low: float, span: float) -> np.ndarray:
-        share = ((x - low) / span).clip(0, 1.2)
-        return low + span * ((1.2 - share) if turned else share**power)
+        share = (x - low) / span
+        return low + span * (strength * np.interp(share, knots, curve) + (1 - strength) * share)
 
     return pair.with_channels(bend)
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import cc3d
 import numpy as np
-from scipy import ndimage
 
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.labels import Labels
@@ -24,7 +24,7 @@ FEATURES = 1  # counts the changes of what is computed here: what was calibrated
 AXES = ("z", "y", "x")
 _BLOCK = 32  # voxels of an axis of a block in which neighbours are compared
 _BLOCKS = 4  # blocks along each axis, at most
-_GRID = 32  # voxels of an axis of the coarse image in which trends are fitted
+_GRID = 16  # voxels of an axis of the coarse image in which trends are fitted
 _PERIODS = (2, 3, 4, 5, 6)
 _FEWEST_LINES = 24  # voxels of an axis, from which its spectrum is compared
 _PERCENTILES = (1, 10, 25, 50, 75, 90, 99)
@@ -93,39 +93,33 @@ def describe_image(array: np.ndarray, geometry: Geometry) -> Values:
     extent = np.log(spacing * geometry.shape)
     features |= {f"extent/{axis}": float(e) for axis, e in zip(AXES, extent, strict=True)}
     for number, channel in enumerate(array):
-        found = {**_intensities(channel), **_texture(channel), **_trends(channel), **_combs(channel)}
+        blocks = _blocks(channel)
+        found = {**_intensities(blocks), **_texture(blocks), **_trends(channel), **_combs(channel)}
         features |= {f"{number}/{name}": float(value) for name, value in found.items()}
     return features
 
 
 def _blocks(channel: np.ndarray) -> np.ndarray:
-    """Cut blocks (n, z, y, x) out of an image, evenly spaced; a small image is one block."""
+    """Cut blocks (n, z, y, x) out of an image, evenly spaced; a small image gives one, from its middle."""
     size = [min(_BLOCK, n) for n in channel.shape]
+    numbers = [min(_BLOCKS, n // s) for n, s in zip(channel.shape, size, strict=True)]
     starts = [
-        np.unique(np.linspace(0, n - s, min(_BLOCKS, -(-n // s))).astype(int))
-        for n, s in zip(channel.shape, size, strict=True)
+        np.linspace(0, n - s, number + 2)[1:-1].astype(int)
+        for n, s, number in zip(channel.shape, size, numbers, strict=True)
     ]
-    return np.stack(
-        [
-            channel[z : z + size[0], y : y + size[1], x : x + size[2]]
-            for z in starts[0]
-            for y in starts[1]
-            for x in starts[2]
-        ]
-    )
+    corners = product(*starts)
+    return np.stack([channel[tuple(slice(c, c + s) for c, s in zip(corner, size, strict=True))] for corner in corners])
 
 
-def _intensities(channel: np.ndarray) -> Values:
-    values = _blocks(channel).ravel()
-    return {f"intensity/{p}": v for p, v in zip(_PERCENTILES, np.percentile(values, _PERCENTILES), strict=True)}
+def _intensities(blocks: np.ndarray) -> Values:
+    return {f"intensity/{p}": v for p, v in zip(_PERCENTILES, np.percentile(blocks, _PERCENTILES), strict=True)}
 
 
-def _texture(channel: np.ndarray) -> Values:
+def _texture(blocks: np.ndarray) -> Values:
     """Compare neighbours along each axis: noise makes their differences larger, blur and thick slices smaller.
 
     The second difference of white noise is sqrt(3) times the first, that of a smooth image is much smaller.
     """
-    blocks = _blocks(channel)
     spread = np.subtract(*np.percentile(blocks, (95, 5))) + _SMALL
     features = {}
     for number, axis in enumerate(AXES, start=1):
@@ -164,7 +158,8 @@ def _combs(channel: np.ndarray) -> Values:
         coarse = channel[tuple(slice(None, None, step) for step in steps)]
         lines = np.abs(np.fft.rfft(np.moveaxis(coarse, number, 0), axis=0)).reshape(channel.shape[number] // 2 + 1, -1)
         power = np.log(lines[1:].mean(axis=1) + _SMALL)
-        rough = power - ndimage.median_filter(power, 5, mode="nearest")
+        smooth = np.median(np.lib.stride_tricks.sliding_window_view(np.pad(power, 2, "edge"), 5), axis=1)
+        rough = power - smooth
         on_line = [np.arange(1, len(lines)) % period == 0 for period in _PERIODS]
         features[f"comb/{axis}"] = max(abs(rough[on].mean() - rough[~on].mean()) for on in on_line)
     return features
