@@ -10,8 +10,8 @@ and degraded copies of them with the networks that have not seen them. The copie
 those by which `select` calibrates. What is judged of a case was fitted without the case; in the column "kind unknown",
 also without the most similar kind of copies of other cases.
 
-Then errors are planted in the labels of a tenth of the cases (plant_errors.py), and all is trained on these labels;
-`nnlite audit` must rank the damaged held-out cases first.
+Then errors are planted in the labels of a tenth of the held-out cases (plant_errors.py), and all is trained on these
+labels; `nnlite audit` must rank the damaged cases first.
 
 Also: what the judging adds to the time of `nnlite predict`, measured in turns.
 """
@@ -78,7 +78,7 @@ def rician_noise(pair: Labelled, random: Random) -> Labelled:
 
 
 def box_blur(pair: Labelled, random: Random) -> Labelled:
-    return scale(pair, lambda x: ndimage.uniform_filter(x, (1, 4, 4, 4)))
+    return scale(pair, lambda x: ndimage.uniform_filter(x, (1, 5, 5, 5)))
 
 
 def coil_bias(pair: Labelled, random: Random) -> Labelled:
@@ -307,7 +307,8 @@ def main() -> None:
     if not o.no_audit:
         damaged = o.workspace / "damaged" / root.name
         if not damaged.is_dir():
-            plant_errors(root, damaged)
+            held_out = [case for fold in read_json(paths.splits)[: len(FOLDS)] for case in fold["val"]]
+            plant_errors(root, damaged, only=held_out)
         again = train(damaged, o.workspace.absolute() / "audited", o.minutes)
         lines += ["", *audit_lines(again, read_json(damaged / "planted.json"))]
     print("\n".join(lines))

@@ -115,11 +115,11 @@ def change_contrast(pair: Labelled, strength: float, random: Random) -> Labelled
     """Map intensities by a random curve, as another sequence does; a weak one is mixed with the image itself."""
     knots = np.linspace(0, 1, 6)
     curve = random.random(6)
-    curve = (curve - curve.min()) / np.ptp(curve)
+    curve, share_of_it = (curve - curve.min()) / np.ptp(curve), strength**0.5
 
     def bend(x: np.ndarray, low: float, span: float) -> np.ndarray:
         share = (x - low) / span
-        return low + span * (strength * np.interp(share, knots, curve) + (1 - strength) * share)
+        return low + span * (share_of_it * np.interp(share, knots, curve) + (1 - share_of_it) * share)
 
     return pair.with_channels(bend)
 

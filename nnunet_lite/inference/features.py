@@ -137,15 +137,17 @@ def _texture(blocks: np.ndarray) -> Values:
 
 
 def _trends(channel: np.ndarray) -> Values:
-    """Fit a polynomial of degree 2 to the coarse image: a bias field or another position changes it."""
+    """Compare the coarse image with slopes and bowls along each axis: a bias field or another position changes them."""
     coarse = channel[tuple(slice(None, None, max(1, n // _GRID)) for n in channel.shape)].astype(np.float64)
-    z, y, x = np.meshgrid(*(np.linspace(-1, 1, n) if n > 1 else [0.0] for n in coarse.shape), indexing="ij")
-    terms = {"z": z, "y": y, "x": x, "zz": z * z, "yy": y * y, "xx": x * x}
-    matrix = np.stack([np.ones_like(z), *terms.values()], -1).reshape(-1, 1 + len(terms))
-    values = coarse.ravel()
-    spread = values.std() + _SMALL
-    found, *_ = np.linalg.lstsq(matrix, (values - values.mean()) / spread, rcond=None)
-    return {f"trend/{name}": value for name, value in zip(terms, found[1:], strict=True)}
+    centred = (coarse - coarse.mean()) / (coarse.std() + _SMALL)
+    features = {}
+    for number, axis in enumerate(AXES):
+        profile = centred.mean(axis=tuple(a for a in range(3) if a != number))
+        slope = np.linspace(-1, 1, len(profile)) if len(profile) > 1 else np.zeros(1)
+        bowl = slope**2 - np.mean(slope**2)
+        for name, shape in ((axis, slope), (2 * axis, bowl)):
+            features[f"trend/{name}"] = float(profile @ shape / (shape @ shape + _SMALL))
+    return features
 
 
 def _combs(channel: np.ndarray) -> Values:
