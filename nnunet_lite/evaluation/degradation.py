@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import ndimage
+from scipy import fft, ndimage
 
 from nnunet_lite.data.geometry import triple
 from nnunet_lite.data.images import Image
@@ -45,7 +45,7 @@ class Labelled:
 def add_noise(pair: Labelled, strength: float, random: Random) -> Labelled:
     """Add white noise, with a standard deviation of 3 to 30 % of the range of intensities."""
     sigma = 0.03 + 0.27 * strength
-    return pair.with_channels(lambda x, low, span: x + random.normal(0, sigma * span, x.shape))
+    return pair.with_channels(lambda x, low, span: x + sigma * span * random.standard_normal(x.shape, np.float32))
 
 
 def blur_image(pair: Labelled, strength: float, random: Random) -> Labelled:
@@ -56,8 +56,8 @@ def blur_image(pair: Labelled, strength: float, random: Random) -> Labelled:
 
 def add_bias_field(pair: Labelled, strength: float, random: Random) -> Labelled:
     """Multiply with a smooth field that changes by a factor of 1.3 to 7 over the image."""
-    axes = np.meshgrid(*(np.linspace(-1, 1, n) for n in pair.reference.shape), indexing="ij")
-    field = sum(a * axis + b * axis**2 for axis, a, b in zip(axes, *random.normal(size=(2, 3)), strict=True))
+    axes = np.ix_(*(np.linspace(-1, 1, n, dtype=np.float32) for n in pair.reference.shape))
+    field = sum(a * axis + b * axis**2 for axis, a, b in zip(axes, *random.standard_normal((2, 3), np.float32), strict=True))
     field = (0.15 + 0.85 * strength) * field / max(np.abs(field).max(), 1e-6)
     return pair.with_channels(lambda x, low, span: low + (x - low) * np.exp(field))
 
@@ -65,13 +65,13 @@ def add_bias_field(pair: Labelled, strength: float, random: Random) -> Labelled:
 def add_ghosts(pair: Labelled, strength: float, random: Random) -> Labelled:
     """Weaken every second to fourth line of k-space along one axis, as periodic motion does."""
     axis = _random_axis(pair, random)
-    lines = np.ones(pair.reference.shape[axis])
+    lines = np.ones(pair.reference.shape[axis], np.float32)
     lines[:: random.integers(2, 5)] -= 0.2 + 0.5 * strength
     lines[0] = 1
     shape = [-1 if a == axis else 1 for a in range(3)]
 
     def ghost(x: np.ndarray, low: float, span: float) -> np.ndarray:
-        return np.abs(np.fft.ifft(np.fft.fft(x - low, axis=axis) * lines.reshape(shape), axis=axis)) + low
+        return np.abs(fft.ifft(fft.fft(x - low, axis=axis) * lines.reshape(shape), axis=axis)) + low
 
     return pair.with_channels(ghost)
 
