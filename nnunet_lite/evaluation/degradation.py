@@ -57,7 +57,8 @@ def blur_image(pair: Labelled, strength: float, random: Random) -> Labelled:
 def add_bias_field(pair: Labelled, strength: float, random: Random) -> Labelled:
     """Multiply with a smooth field that changes by a factor of 1.3 to 7 over the image."""
     axes = np.ix_(*(np.linspace(-1, 1, n, dtype=np.float32) for n in pair.reference.shape))
-    field = sum(a * axis + b * axis**2 for axis, a, b in zip(axes, *random.standard_normal((2, 3), np.float32), strict=True))
+    slopes, bowls = random.standard_normal((2, 3), np.float32)
+    field = sum(a * axis + b * axis**2 for axis, a, b in zip(axes, slopes, bowls, strict=True))
     field = (0.15 + 0.85 * strength) * field / max(np.abs(field).max(), 1e-6)
     return pair.with_channels(lambda x, low, span: low + (x - low) * np.exp(field))
 
