@@ -96,7 +96,7 @@ class Predictions:
         rows = [(name, *one.in_cells()) for name, one in ranked[:_SHOWN]]
         head = f"expected quality, worst first; {len(flagged)} of {len(ranked)} are flagged"
         left = [f"... all {len(ranked)} are in {self.output / QUALITY_TABLE}"] if len(ranked) > len(rows) else []
-        return [f"{head}:", align([("case", "Dice", "90 % interval", "why"), *rows]), *left]
+        return [f"{head}:", align([("case", "Dice", "90 % interval", "why"), *rows], left=4), *left]
 
     def __repr__(self) -> str:
         failed = f"; {plural(len(self.failed), 'case')} failed" if self.failed else ""
