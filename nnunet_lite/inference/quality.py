@@ -332,6 +332,8 @@ def judge(quality: Quality, features: CaseFeatures) -> CaseQuality:
     predicted = [value for name, value in dice.items() if value is not None and features.labels[name]]
     if predicted and np.mean(predicted) < quality.lowest - _BENDING:
         flags = (*flags, "the networks are less sure than of any held-out case")
+    if suspicion >= 0 and not flags:
+        flags = ("image and labels are combined as in no held-out case",)
     return CaseQuality(expected, round(float(1 / (1 + np.exp(-suspicion))), 6), flags)
 
 
@@ -349,7 +351,6 @@ def _flags(quality: Quality, features: CaseFeatures, is_unusual: bool) -> tuple[
     flags = [*_spacing_flags(quality, features), *_label_flags(quality, features)]
     if is_unusual:
         flags += _unusual_flags(quality, features)
-        flags = flags or ["image and labels are combined as in no held-out case"]
     return tuple(flags)
 
 
