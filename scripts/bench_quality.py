@@ -170,7 +170,7 @@ def degraded_rows(paths: Paths) -> list[Row]:
             pair = Labelled(replace(image, array=image.array.astype(np.float32)), reference)
             for kind in {kinds[(3 * number + copy) % len(kinds)] for copy in range(3)}:
                 random = np.random.default_rng(zlib.crc32(f"{name} {kind} bench".encode()))
-                rows.append(predict_pair(predictor, DEGRADED[kind][0](pair, random), name, kind, dataset.labels))
+                rows.append(predict_pair(predictor, DEGRADED[kind][0](pair, random), name, kind))
     return rows
 
 

@@ -184,6 +184,17 @@ def test_regions_of_a_label_are_missing_or_surplus_or_have_another_label() -> No
         assert all(side.start <= n < side.stop for n, side in zip(finding.place, box, strict=True))
 
 
+@pytest.mark.parametrize("flat", [False, True], ids=["3d", "picture"])
+def test_the_space_between_two_parts_is_no_gap(flat: bool) -> None:
+    """The models see a speck between two kidneys; of a picture they see a whole one, but it has no slices."""
+    label = np.minimum(two_kidneys(0, flat), 1)
+    prediction = label.copy()
+    prediction[:, 10:30, 25:34] = flat
+    prediction[-14:, 19:21, 28:31] = 1
+    evidence = collect_evidence("0", label, [prediction], ("background", "kidney"), None)
+    assert not any(correction.kind == "slices without labels" for correction in evidence.corrections)
+
+
 def test_what_is_not_annotated_is_no_evidence() -> None:
     names, changed = ("background", "liver", "tumour"), np.s_[:, 12:, :]
 

@@ -161,6 +161,36 @@ def test_the_report_compares_expected_and_real_dice(selected: Paths, tmp_path: P
     assert "Expected quality" in page and "Cases to look at first" in page and "thick slices" in page
 
 
+def test_labels_may_be_renamed_after_the_training(
+    selected: Paths, images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    workspace = Path(shutil.copytree(selected.root.parent, tmp_path / "workspace"))
+    paths = Paths(workspace / selected.name)
+    folder = paths.models / "short"
+    for file in (paths.dataset, paths.plans):
+        file.write_text(file.read_text().replace('"Anterior"', '"Head"'))
+    nnunet_lite.select(workspace=workspace, device="cpu", workers=1)
+    judged = next(iter(predict(paths, images, tmp_path / "as_trained").quality.values()))
+    assert list(judged.expected) == ["Anterior", "Posterior"]
+    assert "Expected quality" in nnunet_lite.report(tmp_path / "page.html", workspace=workspace).read_text()
+    plans = folder / "plans.json"
+    plans.write_text(plans.read_text().replace('"Anterior"', '"Head"'))  # as the training of another fold does
+    made = predict(paths, images, tmp_path / "renamed")
+    assert not made.failed and not made.quality
+    assert "is of other weights or labels" in capfd.readouterr().err
+    (folder / "quality.json").unlink()
+    assert "Expected quality" not in nnunet_lite.report(tmp_path / "page.html", workspace=workspace).read_text()
+
+
+@pytest.mark.parametrize("content", ["garbage", "[]", "\udcff"])
+def test_a_broken_calibration_is_named(selected: Paths, tmp_path: Path, content: str) -> None:
+    file = tmp_path / "calibration.jsonl"
+    file.write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match=r"is not as nnlite writes it.*") as error:
+        read_rows(file)
+    assert error.value.file == file and "Delete it" in str(error.value)
+
+
 # ------------------------------------------------------------------------------------------------------------- the fit
 
 
@@ -224,8 +254,11 @@ def test_flags_say_in_words_what_is_unusual() -> None:
     ).flags  # fmt: skip
     thick = CaseFeatures({**clean.image, "spacing/z": float(np.log(5))}, clean.labels)
     assert "spacing 5 mm along z, trained on 1 mm" in judge(quality, thick).flags
+    turned = CaseFeatures(thick.image, clean.labels, axes=("y", "z", "x"))
+    assert "spacing 5 mm along y, trained on 1 mm" in judge(quality, turned).flags  # as the image is stored
     nothing = judge(quality, CaseFeatures(clean.image, {"liver": {}}))
     assert "no foreground found" in nothing.flags and nothing.mean == 0
+    assert not any("less sure" in flag for flag in nothing.flags)
     optional = quality.model_copy(update={"presence": {"liver": 0.3}})
     assert judge(optional, CaseFeatures(clean.image, {"liver": {}})).expected["liver"] is None
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nnunet_lite.data.geometry import Geometry
+from nnunet_lite.data.geometry import Geometry, Turn
 from nnunet_lite.data.labels import Labels
-from nnunet_lite.inference.features import describe_image, describe_labels
+from nnunet_lite.inference.features import describe_image, describe_labels, describe_prediction
 from nnunet_lite.inference.outputs import DISAGREEMENT, ENTROPY, STEPS
+from nnunet_lite.preprocessing.pipeline import Placement, Preprocessed
 
 LABELS = Labels(names={"background": 0, "cube": 1, "bar": 2})
 GEOMETRY = Geometry((24, 30, 36), (2.0, 1.0, 1.0))
@@ -87,3 +88,20 @@ def test_regions_are_described_one_by_one() -> None:
     label_map[6:8, 6:8, 6:8] = 2
     found = describe_labels(label_map, {ENTROPY: np.zeros_like(label_map)}, GEOMETRY, regions)
     assert found["whole"]["voxels"] == 512 and found["core"]["voxels"] == 8
+
+
+def test_values_may_be_negative_and_the_background_any(label_map: np.ndarray) -> None:
+    labels = Labels(names={"background": 3, "cube": 0, "bar": -2})
+    maps = {ENTROPY: np.zeros_like(label_map)}
+    found = describe_labels(np.array([3, 0, -2], np.int8)[label_map], maps, GEOMETRY, labels)
+    assert found == describe_labels(label_map, maps, GEOMETRY, LABELS)
+
+
+def test_a_turned_image_is_described_as_the_network_takes_it(image: np.ndarray, label_map: np.ndarray) -> None:
+    turn = Turn((1, 0, 2), (False, True, False))
+    array, box = turn.apply(image[None]), ((0, 30), (0, 24), (0, 36))
+    placement = Placement(GEOMETRY, turn, box, (1.0, 2.0, 1.0), (1.0, 2.0, 1.0), array.shape[1:])
+    prepared = Preprocessed(array, None, placement)
+    found = describe_prediction(prepared, label_map, {ENTROPY: np.zeros_like(label_map)}, LABELS)
+    assert found.axes == ("y", "z", "x") and found.image["spacing/y"] == pytest.approx(np.log(2))
+    assert found.labels["cube"]["length/y"] == pytest.approx(np.log(16))

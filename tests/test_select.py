@@ -213,6 +213,11 @@ def test_what_cannot_be_compared_is_reported(paths: Paths) -> None:
     (other / "fold_0").rename(other / "fold_1")
     with pytest.raises(UserError, match=r"share no fold to be compared on \(other: 1; tiny: 0\)"):
         select(paths)
+    write_json(other / "run.json", read_json(other / "run.json") | {"format": "nnlite-model-9"})
+    found = select(paths, postprocess=False)
+    assert found.models == ("tiny",) and "other is left out: " in found.notes[0] and "newer nnlite" in found.notes[0]
+    with pytest.raises(UserError, match=r"no fold of .* is trained \(other is left out: .*newer nnlite"):
+        select(paths, "other")
     shutil.rmtree(other)
     splits = read_json(paths.splits)
     splits[0], splits[1] = splits[1], splits[0]

@@ -28,7 +28,8 @@ from nnunet_lite.errors import UserError, describe
 from nnunet_lite.evaluation.comparison import HeldOut, Team, load_team
 from nnunet_lite.evaluation.cross_validation import read_reference
 from nnunet_lite.evaluation.degradation import DEGRADATIONS, Labelled
-from nnunet_lite.files import append, hash_of, write_text
+from nnunet_lite.evaluation.masks import disjoint_regions, pair_masks
+from nnunet_lite.files import append, hash_of, understood, write_text
 from nnunet_lite.inference.cases import read_case_image
 from nnunet_lite.inference.features import FEATURES, CaseFeatures, describe_prediction
 from nnunet_lite.inference.predictor import Predictor, prepare_image, segment
@@ -109,18 +110,17 @@ def read_rows(file: Path, key: str | None = None) -> list[Row]:
 
     A last line that was not written completely is left out.
     """
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    if not lines or key not in (None, json.loads(lines[0])["of"]):
-        return []
-    rows = []
-    for number, line in enumerate(lines[1:], start=2):
-        try:
-            rows.append(Row.model_validate_json(line))
-        except ValidationError:
-            if number == len(lines):  # of a killed run
-                break
-            what = f"line {number} is no row of a calibration"
-            raise UserError(what, file, "Delete it, and run `nnlite select` again.") from None
+    rows: list[Row] = []
+    with understood(file, "Delete it, and run `nnlite select` again."):
+        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+        if not lines or key not in (None, json.loads(lines[0])["of"]):
+            return []
+        for number, line in enumerate(lines[1:], start=2):
+            try:
+                rows.append(Row.model_validate_json(line))
+            except ValidationError:
+                if number < len(lines):  # the last line may be of a killed run
+                    raise ValueError(f"line {number} is no row of a calibration") from None
     return rows
 
 
@@ -131,7 +131,8 @@ def write_rows(held_out: HeldOut, team: Team, rows: Sequence[Row]) -> None:
 
 
 def _key(held_out: HeldOut, team: Team) -> str:
-    return hash_of([weights_of(held_out, team), list(held_out.fold_of), FEATURES])
+    labels = team[0].plan.labels.region_names  # as the model calls them; the dataset may have renamed them since
+    return hash_of([weights_of(held_out, team), list(held_out.fold_of), labels, FEATURES])
 
 
 def weights_of(held_out: HeldOut, team: Team) -> dict[str, dict[str, str]]:
@@ -197,10 +198,10 @@ def _predict_row(predictor: Predictor, case: Case, kind: str, dataset: Dataset) 
     if kind != "clean":
         random = np.random.default_rng(zlib.crc32(f"{case.id} {kind}".encode()))  # the same in every run
         pair = DEGRADATIONS[kind](pair, random.random(), random)
-    return predict_pair(predictor, pair, case.id, kind, dataset.labels)
+    return predict_pair(predictor, pair, case.id, kind)
 
 
-def predict_pair(predictor: Predictor, pair: Labelled, case: str, kind: str, labels: Labels) -> Row:
+def predict_pair(predictor: Predictor, pair: Labelled, case: str, kind: str) -> Row:
     """Predict an image, and compare it with its reference.
 
     Parameters
@@ -211,29 +212,27 @@ def predict_pair(predictor: Predictor, pair: Labelled, case: str, kind: str, lab
         The image and its reference.
     case, kind : str
         What the row is of.
-    labels : Labels
-        Of the reference.
     """
+    labels = predictor.plan.labels
     prepared = prepare_image(predictor, pair.image)
     label_map, maps = segment(predictor, prepared, maps=predictor.quality_maps)
-    features = describe_prediction(prepared.arrays[0], label_map, maps, predictor.plan.labels)
+    features = describe_prediction(prepared.arrays[0], label_map, maps, labels)
     return Row(case=case, kind=kind, features=features, dice=_dice(label_map, pair.reference, labels))
 
 
 def _dice(label_map: np.ndarray, reference: np.ndarray, labels: Labels) -> dict[str, float | None]:
-    known = reference != labels.ignore if labels.ignore is not None else np.ones(reference.shape, bool)
     dice: dict[str, float | None] = {}
-    for (name, written), values in zip(labels.segments.items(), labels.region_values, strict=True):
-        predicted, expected = np.isin(label_map, written) & known, np.isin(reference, values)
-        total = int(predicted.sum() + expected.sum())
-        dice[name] = 2 * int((predicted & expected).sum()) / total if total else None
+    for group in disjoint_regions(labels):
+        pair = pair_masks(label_map, reference, [labels.region_values[i] for i in group], labels.ignore)
+        for i, (tp, fp, fn) in zip(group, pair.overlap().tolist(), strict=True):
+            dice[labels.region_names[i]] = 2 * tp / (2 * tp + fp + fn) if tp + fp + fn else None
     return dice
 
 
 def training_ranges(held_out: HeldOut, plan: Plan) -> TrainingRanges:
     """Read how large each label is in the references of all cases, and the spacings in the fingerprint."""
-    labels, found = held_out.dataset.labels, defaultdict[str, list[float]](list)
-    segments = dict(zip(labels.region_names, labels.region_values, strict=True))
+    found = defaultdict[str, list[float]](list)
+    segments = dict(zip(plan.labels.region_names, plan.labels.region_values, strict=True))
 
     def measure(case: Case) -> dict[str, float]:
         reference, spacing = read_reference(case, held_out.dataset)

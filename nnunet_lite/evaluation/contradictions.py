@@ -276,18 +276,21 @@ def _absences(pair: _Pair) -> Iterator[Correction]:
 def _gaps(pair: _Pair) -> Iterator[Correction]:
     """Fill runs of slices that have no voxel of a class, or of any (0), in which the models see it."""
     n = len(pair.names)
-    for axis in pair.axes:
+    for axis in pair.axes if len(pair.axes) > 2 else ():  # a picture has no slices
         own, models = (np.moveaxis(array, axis, 0) for array in (pair.reference, pair.agreed))
         has, seen = (_profile(array, axis, n) for array in (pair.reference, pair.agreed))
         for k in np.flatnonzero(has.any(0) & seen.any(0)).tolist():
             first, last = np.flatnonzero(has[:, k])[[0, -1]]
-            empty = (has[:, k] == 0) & (seen[:, k] >= _THIN_SLICE * np.median(seen[seen[:, k] > 0, k]))
+            thin = _THIN_SLICE * np.median(seen[seen[:, k] > 0, k])
+            empty = (has[:, k] == 0) & (seen[:, k] >= thin)
             empty[first:last] = (has[first:last, k] == 0) & (seen[first:last, k] > 0)
             for start, stop in np.flatnonzero(np.diff(empty, prepend=False, append=False)).reshape(-1, 2).tolist():
                 lacking = (own[start:stop] == 0) & ((models[start:stop] == k) if k else (models[start:stop] != 0))
                 length = stop - start if first < start < last else 0
-                if 2 * lacking.sum() < seen[start:stop, k].sum() or (not length and stop - start < _LONG_GAP):
-                    continue  # it has another label there, or ends a little earlier
+                if lacking.sum() < max(seen[start:stop, k].sum() / 2, thin * (stop - start)):
+                    continue  # it has another label there, or the models see but a speck between two parts of it
+                if not length and stop - start < _LONG_GAP:
+                    continue  # it ends a little earlier
                 moved = np.zeros_like(pair.counts)
                 moved[0] = np.bincount(models[start:stop][lacking], minlength=n)
                 part = np.zeros(pair.agreed.shape, bool)

@@ -65,7 +65,12 @@ def find_members(paths: Paths, dataset: Dataset, only: Sequence[str] | None = No
     members, notes, names = [], [], set[str]()
     n_splits = len(load_splits(paths.splits)) if paths.splits.is_file() else 0
     for folder in model_folders(paths):
-        plan, run = read_model(folder)
+        try:
+            plan, run = read_model(folder)
+        except UserError as error:
+            names.add(folder.name)
+            notes.append(f"{folder.name} is left out: {error}")
+            continue
         configuration = run["configuration"]
         if only is not None and not {folder.name, configuration} & set(only):
             continue

@@ -42,10 +42,13 @@ class CaseFeatures:
         Of the image, as from `describe_image`.
     labels : dict of str to dict
         Of each label or region, as from `describe_labels`.
+    axes : tuple of str
+        The axes of the image as it is stored that its features call z, y and x, after it was turned.
     """
 
     image: Values
     labels: dict[str, Values]
+    axes: tuple[str, ...] = AXES
 
 
 def describe_prediction(
@@ -68,7 +71,9 @@ def describe_prediction(
     geometry = array.placement.geometry.turned(turn)
     turned = {name: turn.apply(values) for name, values in maps.items()}
     return CaseFeatures(
-        describe_image(array.image, geometry), describe_labels(turn.apply(label_map), turned, geometry, labels)
+        image=describe_image(array.image, geometry),
+        labels=describe_labels(turn.apply(label_map), turned, geometry, labels),
+        axes=tuple(AXES[axis] for axis in turn.order),
     )
 
 
@@ -189,36 +194,39 @@ def describe_labels(
         Label -> feature -> value; a label without voxels has no features. `error` is 1 minus the Dice that the label
         map would have if each voxel were wrong with the probability that its entropy says.
     """
-    errors = _error_table(labels)
-    foreground = _box(label_map != labels.background, 0)
-    middle = [0.0] * 3 if foreground is None else [(s.start + s.stop) / 2 for s in foreground]
+    errors, boxes = _error_table(labels), _boxes(label_map, labels)
+    faces = [label_map.take([0, -1], axis) for axis in range(3) if label_map.shape[axis] > _MARGIN]
+    middle = [(low + high) / 2 for low, high in _around(list(boxes.values()))] if boxes else [0.0] * 3
     features: dict[str, Values] = {}
     for name, values in labels.segments.items():
-        mask = label_map == values[0] if len(values) == 1 else np.isin(label_map, values)
-        box = _box(mask, _MARGIN)
         features[name] = {}
-        if box is None:
+        own = [boxes[value] for value in values if value in boxes]
+        if not own:
             continue
-        inside, offset = mask[box], [s.start - m for s, m in zip(box, middle, strict=True)]
+        ends = zip(_around(own), label_map.shape, strict=True)
+        box = tuple(slice(max(0, low - _MARGIN), min(n, high + _MARGIN)) for (low, high), n in ends)
+        inside, offset = np.isin(label_map[box], values), [s.start - m for s, m in zip(box, middle, strict=True)]
         found = _describe_shape(inside, offset, geometry.spacing)
         found |= _describe_errors(inside, errors[maps[ENTROPY][box]])
         found["disagreement"] = maps[DISAGREEMENT][box][inside].mean() / STEPS if DISAGREEMENT in maps else 0.0
-        at_edge = [mask.take([0, -1], axis).sum() for axis in range(3) if mask.shape[axis] > _MARGIN]
-        found["edge"] = sum(at_edge) / found["voxels"]
+        at_edge = sum(np.isin(face, values).sum() for face in faces)
+        found["edge"] = at_edge / found["voxels"]
         features[name] = {what: float(value) for what, value in found.items()}
     return features
 
 
-def _box(mask: np.ndarray, margin: int) -> tuple[slice, ...] | None:
-    """Return the smallest box around a mask and a margin; None around nothing."""
-    box = []
-    for axis in range(3):
-        rest = tuple(other for other in range(3) if other != axis)
-        inside = np.flatnonzero(mask.any(axis=rest))
-        if not inside.size:
-            return None
-        box.append(slice(max(0, inside[0] - margin), min(mask.shape[axis], inside[-1] + 1 + margin)))
-    return tuple(box)
+def _boxes(label_map: np.ndarray, labels: Labels) -> dict[int, tuple[slice, ...]]:
+    """Return the smallest box around each value of a label map but the background, all found in one pass."""
+    low = 0 if label_map.dtype.kind == "u" else int(label_map.min())
+    numbers = label_map if label_map.dtype.kind == "u" else (label_map - low).astype(np.uint32)
+    found = cc3d.statistics(np.ascontiguousarray(numbers))["bounding_boxes"]
+    boxes = {number + low: box for number, box in enumerate(found) if box is not None}
+    return {value: box for value, box in boxes.items() if value != labels.background}
+
+
+def _around(boxes: Sequence[tuple[slice, ...]]) -> list[tuple[int, int]]:
+    """Return the ends of the smallest box around some boxes."""
+    return [(min(s.start for s in sides), max(s.stop for s in sides)) for sides in zip(*boxes, strict=True)]
 
 
 def _error_table(labels: Labels) -> np.ndarray:

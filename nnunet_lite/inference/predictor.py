@@ -7,7 +7,7 @@ map slab by slab (outputs.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -270,7 +270,7 @@ def _load_model(
     with unpacked(path, checkpoint) as folder:
         trained = _read_nnunet(folder, folds, checkpoint) if is_nnunet(folder) else _read(folder, folds, trusted)
         fingerprint = model_fingerprint(folder, trained.networks, checkpoint)
-        quality = _find_quality(folder, trained.networks)
+        quality = _find_quality(folder, trained)
         if with_first_stage and trained.configuration.previous_stage is not None:
             first = _find_first_stage(folder, trained)
             first_stage = _load_model(first, None, device, changes, checkpoint, trusted)
@@ -310,12 +310,14 @@ def _load_model(
     )
 
 
-def _find_quality(folder: Path, folds: Iterable[str]) -> Quality | None:
-    """Read what was calibrated for a model; None if its weights have changed since."""
-    quality = read_quality(folder)
-    if quality is None or {weights_fingerprint(folder, fold) for fold in folds} <= quality.fingerprints:
+def _find_quality(folder: Path, trained: _Trained) -> Quality | None:
+    """Read what was calibrated for a model; None if its weights, or the names of its labels, have changed since."""
+    if (quality := read_quality(folder)) is None:
+        return None
+    weights = {weights_fingerprint(folder, fold) for fold in trained.networks}
+    if weights <= quality.fingerprints and trained.plan.labels.region_names == tuple(quality.presence):
         return quality
-    log.info(f"{folder / QUALITY} is of other weights, and is not used; `nnlite select` calibrates it again")
+    log.info(f"{folder / QUALITY} is of other weights or labels, and not used; `nnlite select` calibrates it again")
     return None
 
 

@@ -329,8 +329,11 @@ def judge(quality: Quality, features: CaseFeatures) -> CaseQuality:
     errors = quality.errors["unusual" if suspicion >= 0 else "usual"]
     expected = {name: None if value is None else _interval(value, errors) for name, value in dice.items()}
     flags = _flags(quality, features, suspicion >= 0)
-    if mean < quality.lowest - _BENDING:
+    predicted = [value for name, value in dice.items() if value is not None and features.labels[name]]
+    if predicted and np.mean(predicted) < quality.lowest - _BENDING:
         flags = (*flags, "the networks are less sure than of any held-out case")
+    if suspicion >= 0 and not flags:
+        flags = ("image and labels are combined as in no held-out case",)
     return CaseQuality(expected, round(float(1 / (1 + np.exp(-suspicion))), 6), flags)
 
 
@@ -348,14 +351,13 @@ def _flags(quality: Quality, features: CaseFeatures, is_unusual: bool) -> tuple[
     flags = [*_spacing_flags(quality, features), *_label_flags(quality, features)]
     if is_unusual:
         flags += _unusual_flags(quality, features)
-        flags = flags or ["image and labels are combined as in no held-out case"]
     return tuple(flags)
 
 
 def _spacing_flags(quality: Quality, features: CaseFeatures) -> list[str]:
     flags = []
-    for axis, low, high in zip(AXES, *quality.spacing, strict=True):
-        own = float(np.exp(features.image[f"spacing/{axis}"]))
+    for name, axis, low, high in zip(AXES, features.axes, *quality.spacing, strict=True):
+        own = float(np.exp(features.image[f"spacing/{name}"]))
         if own > _LARGER * high or own * _LARGER < low:
             trained = f"{low:.3g}" if high < 1.01 * low else f"{low:.3g} to {high:.3g}"
             flags.append(f"spacing {own:.3g} mm along {axis}, trained on {trained} mm")
@@ -386,7 +388,8 @@ def _unusual_flags(quality: Quality, features: CaseFeatures) -> list[str]:
         words = _IMAGE_WORDS.get((name.split("/")[-2], deviation > 0), "")
         if words and abs(deviation) >= _NOTABLE and not usual.low <= value <= usual.high:
             strength[words] = max(strength[words], abs(deviation))
-            axes[words] += [axis for axis in AXES if axis == name[-1] and axis not in axes[words]]
+            called = zip(AXES, features.axes, strict=True)
+            axes[words] += [axis for own, axis in called if own == name[-1] and axis not in axes[words]]
     for group, words in _LABEL_WORDS.items():
         for label, found in features.labels.items():
             usual_values = quality.labels[label]

@@ -30,7 +30,7 @@ from nnunet_lite.evaluation.calibration_rows import Row, read_rows
 from nnunet_lite.evaluation.scores import CaseScore, Scores, read_summaries
 from nnunet_lite.evaluation.selection import Selection, changed_models, read_selection
 from nnunet_lite.files import read_json, understood
-from nnunet_lite.models.folder import MODEL, RECORD, VALIDATION, model_folders, read_weights_header
+from nnunet_lite.models.folder import MODEL, QUALITY, RECORD, VALIDATION, model_folders, read_weights_header
 from nnunet_lite.models.lookup import read_model
 from nnunet_lite.planning.fingerprint import Fingerprint
 from nnunet_lite.planning.schema import Plan
@@ -293,7 +293,9 @@ def read_material(paths: Paths) -> Material:
         The dataset is not planned, or one of its files is broken.
     """
     plan, dataset, selection = Plan.read(paths.plans), stored_dataset(paths.dataset), read_selection(paths)
-    selected = "+".join(selection.models) if selection else ""
+    chosen = selection.models if selection else ()
+    selected = "+".join(chosen)
+    calibrated = any((paths.models / name / QUALITY).is_file() for name in chosen)
     changed = changed_models(paths, selection) if selection else []
     notes = [f"{' and '.join(changed)} changed since the comparison; `nnlite select` compares again"] if changed else []
     models = list(_read_models(paths, dataset, notes))
@@ -311,7 +313,7 @@ def read_material(paths: Paths) -> Material:
         selection,
         read_audit(paths),
         tuple(notes),
-        tuple(row for row in read_rows(paths.calibration) if row.quality is not None),
+        tuple(row for row in read_rows(paths.calibration) if row.quality is not None) if calibrated else (),
     )
 
 

@@ -772,7 +772,6 @@ def _quality_section(material: Material) -> dict[str, Any]:
     clean = [(row, judged) for row, judged in rows if row.kind == "clean"]
     if not clean:
         return {}
-    labels = material.dataset.labels.region_names
     pairs = {kind: _expected_pairs([pair for pair in rows if pair[0].kind == kind]) for kind in dict.fromkeys(
         row.kind for row in material.calibration)}  # fmt: skip
     by_kind: list[list[Value]] = []
@@ -782,7 +781,7 @@ def _quality_section(material: Material) -> dict[str, Any]:
         real = float(np.mean([dice for _, dice in found])) if found else None
         by_kind.append([kind, len(flagged), real, error, covered, float(np.mean(flagged))])
     by_label: list[list[Value]] = []
-    for label in labels:
+    for label in clean[0][0].dice:
         found = _expected_pairs(clean, (label,))
         by_label.append([label, len(found), *_errors(found)])
     first = sorted(clean, key=lambda pair: _surprise(*pair))[:_CASES_TO_LOOK_AT]
