@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from samples import FAST, TINY, Command, first_cases
 from scipy.stats import spearmanr
 
@@ -20,7 +21,7 @@ from nnunet_lite.evaluation.degradation import DEGRADATIONS
 from nnunet_lite.files import read_json, write_json
 from nnunet_lite.inference.features import CaseFeatures
 from nnunet_lite.inference.predictor import load
-from nnunet_lite.inference.quality import CaseQuality, judge
+from nnunet_lite.inference.quality import CaseQuality, Tree, judge
 from nnunet_lite.models.bundle import pack
 from nnunet_lite.workspace import Paths
 
@@ -132,6 +133,7 @@ def test_an_output_with_another_quality_file_is_refused(
     where = ["-w", selected.root.parent, "--device", "cpu"]
     code, _, err = command("predict", "-i", images, "-o", tmp_path / "out", *where, cwd=tmp_path)
     assert code == 2 and "quality.json" in err and "Move it elsewhere" in err
+    assert command("predict", "-i", images, "-o", tmp_path / "out", "--no-quality", *where, cwd=tmp_path)[0] == 0
     assert (tmp_path / "out" / "quality.json").read_text() == "[]"
 
 
@@ -261,6 +263,19 @@ def test_flags_say_in_words_what_is_unusual() -> None:
     assert not any("less sure" in flag for flag in nothing.flags)
     optional = quality.model_copy(update={"presence": {"liver": 0.3}})
     assert judge(optional, CaseFeatures(clean.image, {"liver": {}})).expected["liver"] is None
+
+
+def test_a_tree_without_an_end_is_refused() -> None:
+    nodes: dict[str, Any] = {
+        "threshold": (0.5, 0, 0),
+        "left": (1, -1, -1),
+        "right": (2, -1, -1),
+        "value": (0, 0.1, 0.9),
+    }
+    assert Tree(feature=(0, -2, -2), **nodes).predict(np.array([0.7])) == 0.9
+    for changed in ({"left": (0, -1, -1)}, {"right": (9, -1, -1)}, {"value": (0.1,)}):
+        with pytest.raises(ValidationError, match="tree"):
+            Tree(feature=(0, -2, -2), **{**nodes, **changed})
 
 
 def test_a_case_is_never_in_both_parts() -> None:

@@ -286,7 +286,7 @@ def predict(
     if missing := next((source for source in sources if not source.exists()), None):  # loading may take long
         raise no_such_file(missing)
     is_file = names_file(out)  # others write into its folder too
-    record = PredictionRecord((out.parent if is_file else out).absolute(), statistics, begins=not is_file)
+    record = PredictionRecord((out.parent if is_file else out).absolute(), statistics, not is_file, quality)
     if speed == "fast" and fold is None:
         folds = folds[:1] if folds else first_common_fold(folders, checkpoint)
     loader = partial(

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from nnunet_lite.data.problems import few
 from nnunet_lite.errors import UserError
@@ -94,6 +94,17 @@ class Tree(_Stored):
     left: tuple[int, ...]
     right: tuple[int, ...]
     value: tuple[float, ...]
+
+    @model_validator(mode="after")
+    def _ends(self) -> Tree:
+        """Refuse a tree, of a zip from anywhere, whose branches do not lead to later nodes and so to a leaf."""
+        n = len(self.feature)
+        if not n or any(len(values) != n for values in (self.threshold, self.left, self.right, self.value)):
+            raise ValueError("a tree has not as many thresholds, branches and values as nodes")
+        for number, feature in enumerate(self.feature):
+            if feature >= 0 and not (number < self.left[number] < n and number < self.right[number] < n):
+                raise ValueError(f"node {number} of a tree leads to no later node")
+        return self
 
     def predict(self, x: np.ndarray) -> float:
         """Return the value of the leaf of a vector."""

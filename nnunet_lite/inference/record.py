@@ -73,6 +73,8 @@ class PredictionRecord:
         Whether cases are added with statistics.
     begins : bool
         Whether to begin a record in a folder that has none of ours.
+    quality : bool
+        Whether cases may be added with what is expected of them.
 
     Raises
     ------
@@ -83,6 +85,7 @@ class PredictionRecord:
     folder: Path
     statistics: bool = False
     begins: bool = True
+    quality: bool = False
     _waiting: list[tuple[CaseResult, Mapping[str, Any]]] = field(default_factory=list, init=False)
     _due: float = field(default=0.0, init=False)
 
@@ -94,7 +97,7 @@ class PredictionRecord:
                 raise
         if self.statistics:
             read_statistics(self.folder)
-        if self.begins:
+        if self.begins and self.quality:
             read_case_qualities(self.folder)
 
     def __enter__(self) -> PredictionRecord:
@@ -125,7 +128,7 @@ class PredictionRecord:
             return
         with locked(self.folder, f"writing {RECORD}", leave=False):
             content, statistics = self._read() if self.begins else {}, self._read_statistics()
-            judged = read_case_qualities(self.folder) if self.begins else {}
+            judged = self._read_qualities() if self.begins else {}
             before, judged_before = dict(statistics), dict(judged)
             for result, run in self._waiting:
                 if self.begins and result.result != KEPT:
@@ -153,6 +156,14 @@ class PredictionRecord:
             return read_statistics(self.folder)
         except UserError:  # of another program
             if self.statistics:
+                raise
+            return {}
+
+    def _read_qualities(self) -> dict[str, CaseQuality]:
+        try:
+            return read_case_qualities(self.folder)
+        except UserError:  # of another program
+            if self.quality:
                 raise
             return {}
 
