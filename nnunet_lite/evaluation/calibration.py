@@ -241,7 +241,7 @@ def _label_table(
 
 
 def _fit_forest(x: np.ndarray, dice: np.ndarray, is_clean: np.ndarray) -> ExtraTreesRegressor:
-    """Fit Dice, as often to clean cases as to degraded ones; doubts and deviations only lower it."""
+    """Fit Dice, as often to clean cases as to degraded ones; what is unsure or unusual only lowers it."""
     monotone = np.where(np.arange(x.shape[1]) < N_MONOTONE, -1, 0)
     forest = ExtraTreesRegressor(
         _TREES, max_leaf_nodes=_LEAVES, min_samples_leaf=2, monotonic_cst=monotone, random_state=0

@@ -6,8 +6,8 @@ stores it as quality.json in the model folder. `judge` applies it to the feature
 1. Features are compared with those of the clean held-out cases, in robust standard deviations.
 2. Their Mahalanobis distance, and a logistic regression of degraded copies against clean cases, say how unusual
    the case is. More than 97 % of the clean cases are less unusual than what is flagged.
-3. A forest of small trees gives the Dice of each label. It is monotone: where the networks are less sure, where volume
-   and shape are further from the usual, or the case is more unusual, it is never higher.
+3. A forest of small trees gives the Dice of each label. It is monotone: where the networks are less sure, or the case
+   is more unusual, it is never higher.
 4. Its errors on cases that did not fit it give an interval (split conformal prediction, Lei et al. 2018,
    arXiv:1604.04173), one for usual and one for unusual cases.
 """
@@ -61,8 +61,8 @@ _IMAGE_WORDS = {  # by feature, and whether it is larger than usual
     ("trend", True): _TREND, ("trend", False): _TREND, ("comb", True): "ghosts along {where}?",
     ("intensity", True): _CONTRAST, ("intensity", False): _CONTRAST,
 }  # fmt: skip
-_DOUBTS = ("error", "inner", "scattered", "edge", "disagreement")  # features of a label that only lower its Dice
-N_MONOTONE = len(_DOUBTS) + 2 * len(_SHAPE) + 2  # the first entries of a `label_vector`
+_DOUBTS = ("inner", "scattered", "edge", "disagreement")  # further features of a label
+N_MONOTONE = 3  # the first entries of a `label_vector`
 _USUAL_SHARE = 0.95  # a label that is in more of the training cases is expected in all
 _LARGER = 1.25  # times the training's range: from there on a size is reported
 _MOST_REASONS = 3
@@ -289,11 +289,10 @@ def label_vector(
     usual: Mapping[str, Usual], found: Values, case: np.ndarray, distance: float, suspicion: float
 ) -> np.ndarray:
     """Return what the forest takes of a label that is predicted; the first `N_MONOTONE` entries only lower the Dice."""
-    doubts = [found[name] for name in _DOUBTS]
     names = [name for group in _SHAPE.values() for name in group]
     own = [usual[name].deviation(found[name]) if name in usual else _FARTHEST for name in names]
-    image, worst = case[: -len(_SHAPE)], case[-len(_SHAPE) :]
-    return np.concatenate([doubts, _shape_vector(usual, found), worst, [distance, suspicion], own, image])
+    doubts = [found["error"], distance, suspicion, *(found[name] for name in _DOUBTS)]
+    return np.concatenate([doubts, _shape_vector(usual, found), case, own])
 
 
 def _shape_vector(usual: Mapping[str, Usual], found: Values) -> np.ndarray:
