@@ -218,7 +218,7 @@ RANGES = TrainingRanges({"liver": (5.5, 6.5)}, {"liver": 1.0}, ((1.0, 1.0, 1.0),
 
 
 def test_expected_dice_intervals_and_flags_hold_for_other_cases() -> None:
-    rows, others = made_up_rows(40), made_up_rows(100, seed=1)
+    rows, others = made_up_rows(80), made_up_rows(100, seed=1)
     quality = fit_quality(rows, RANGES, {"model": {"0": "f"}}, ("CT",))
     judged = [judge(quality, row.features) for row in others]
     real = np.array([row.dice["liver"] for row in others], float)
