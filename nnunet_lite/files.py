@@ -21,14 +21,16 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import IO, Any, TypeGuard
+from typing import IO, Any, TypeGuard, TypeVar
 
 from filelock import lock_descriptor
-from pydantic import AfterValidator, ValidationError
+from pydantic import AfterValidator, BaseModel, ValidationError
 
 from nnunet_lite import log
 from nnunet_lite.errors import Busy, UserError
 from nnunet_lite.system import file_size_limit, in_units, temporary_paths
+
+Validated = TypeVar("Validated", bound=BaseModel)
 
 SPARE = 1 << 16  # bytes that must be free after a write: one that was cut short leaves less
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk is full; a quota is used up; a ulimit for files
@@ -327,6 +329,33 @@ def first_problem(error: ValidationError) -> str:
     if isinstance(problem["input"], dict):  # the message says which of its entries is wrong
         return f"{where}: {message}" if where else message
     return f"{where or 'the file'}: {message} (found {problem['input']!r:.80})"
+
+
+def read_validated(path: Path, model: type[Validated], what: str, fix: str) -> Validated | None:
+    """Read a JSON file as a pydantic model; None if there is no such file.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    model : type
+        A subclass of pydantic's BaseModel.
+    what : str
+        What the file is if it does not fit, such as "is no audit".
+    fix : str
+        How to correct it.
+
+    Raises
+    ------
+    UserError
+        The file cannot be read, or does not fit the model.
+    """
+    if not path.is_file():
+        return None
+    try:
+        return model.model_validate(read_json(path))
+    except ValidationError as error:
+        raise UserError(f"{what} ({first_problem(error)})", path, fix) from None
 
 
 def must_be_known(found: str, ours: str, file: Path) -> None:

@@ -34,11 +34,10 @@ from scipy import ndimage
 from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
-from nnunet_lite.data.dataset import map_labels, stored_dataset
+from nnunet_lite.data.dataset import stored_dataset
 from nnunet_lite.data.geometry import triple
-from nnunet_lite.data.images import read_image, read_label
 from nnunet_lite.evaluation.calibration import find_held_out, fit_quality, split_by_case
-from nnunet_lite.evaluation.calibration_rows import Row, predict_pair, predict_rows, training_ranges
+from nnunet_lite.evaluation.calibration_rows import Row, predict_pair, predict_rows, read_labelled, training_ranges
 from nnunet_lite.evaluation.comparison import load_team
 from nnunet_lite.evaluation.degradation import Labelled
 from nnunet_lite.evaluation.selection import read_selection
@@ -163,11 +162,7 @@ def degraded_rows(paths: Paths) -> list[Row]:
     for split in held_out.splits:
         predictor = load_team(held_out, team, split.name)
         for number, name in enumerate(split.validation):
-            image = read_image(cases[name].images[0], len(dataset.channels))
-            label = cases[name].label
-            assert label is not None
-            reference = map_labels(read_label(label)[0], dataset.value_map)
-            pair = Labelled(replace(image, array=image.array.astype(np.float32)), reference)
+            pair = read_labelled(predictor, cases[name], dataset)
             for kind in {kinds[(3 * number + copy) % len(kinds)] for copy in range(3)}:
                 random = np.random.default_rng(zlib.crc32(f"{name} {kind} bench".encode()))
                 rows.append(predict_pair(predictor, DEGRADED[kind][0](pair, random), name, kind))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Any
 
 from nnunet_lite.commands import options
@@ -12,12 +11,7 @@ from nnunet_lite.workspace import select_dataset
 
 
 def audit(
-    configuration: Annotated[
-        str | Sequence[str] | None,
-        options.model(
-            "-c", "--configuration", help="2d, 3d_fullres, ..., or a model's name; may be repeated.", show_default="all"
-        ),
-    ] = None,
+    configuration: options.ComparedModels = None,
     *,
     top: Annotated[int, options.output(min=1, help="Most cases to print; the files have all.")] = 20,
     workers: options.Workers = None,

@@ -57,6 +57,10 @@ Device = Annotated[str | None, hardware(help="cpu, cuda, cuda:1.", show_default=
 Workers = Annotated[
     int | None, hardware(min=0, help="Threads; 0: only the main thread.", show_default="as fits the machine")
 ]
+ComparedModels = Annotated[
+    str | Sequence[str] | None,
+    model("-c", "--configuration", help="2d, 3d_fullres, ..., or a model's name; may be repeated.", show_default="all"),
+]
 Callbacks = Sequence[Callable[[dict[str, Any]], Any]]  # from Python alone
 Recipe = Annotated[str, setting(help="Name of a recipe, or a TOML file.")]
 SettingOverrides = Annotated[

@@ -13,7 +13,7 @@ from nnunet_lite import log
 from nnunet_lite.commands import options
 from nnunet_lite.data.cases import Case, find_cases
 from nnunet_lite.data.labels import Labels
-from nnunet_lite.data.names import PICTURES, Format, case_of, stem, suffix_of
+from nnunet_lite.data.names import PICTURES, Format, stem, suffix_of
 from nnunet_lite.data.problems import align, html_table, plural
 from nnunet_lite.errors import UserError, describe, no_such_file
 from nnunet_lite.evaluation.postprocessing import apply_rules
@@ -319,7 +319,6 @@ def predict(
         "postprocess": partial(apply_rules, labels=plan.labels, rules=rules) if rules else None,
         "accept_geometry": accept_geometry,
     }
-    judged: dict[str, CaseQuality] = {}
     words = {label: str(rule) for label, rule in rules.items()}
     order = plan.labels.region_order
     run = {
@@ -332,23 +331,19 @@ def predict(
         how = f"{predictor} on {predictor.device}, {predictor.arithmetic.precision}"
         log.info(f"predicting {plural(len(cases), 'image')} with {how}")
         with record:
-            done = {**run, **describe_predictor(predictor)}
-
-            def report(result: CaseResult) -> None:
-                record.add(result, done)
-                if result.quality is not None:
-                    judged[case_of(result.file)] = result.quality
-
+            report = partial(record.add, run={**run, **describe_predictor(predictor)})
             files, failed = predict_cases(predictor, cases, out, report=report, **writing)
     else:
         with record:
-            files, failed = _predict_on(scheduler, loader, cases, out.absolute(), writing, record, run, judged)
+            files, failed = _predict_on(scheduler, loader, cases, out.absolute(), writing, record, run)
     for case, reason in failed.items():
         log.error(f"failed: {case}: {reason}")
     images, highest = {case.id: case.images[0] for case in cases}, max(plan.labels.values)
     if highest < _LOOKS_BLACK and (picture := next((file for file in files if suffix_of(file) in PICTURES), None)):
         log.info(f"{picture.name} contains 0 to {highest}: it looks black in most viewers, not in `nnlite view`")
-    return Predictions(out, tuple(files), failed, tuple(folders), tuple(used), plan.labels, words, images, judged)
+    return Predictions(
+        out, tuple(files), failed, tuple(folders), tuple(used), plan.labels, words, images, record.judged
+    )
 
 
 def _find_images(sources: Sequence[Path], plan: Plan, model: Path) -> list[Case]:
@@ -405,9 +400,8 @@ def _predict_on(
     writing: dict[str, Any],
     record: PredictionRecord,
     run: dict[str, Any],
-    judged: dict[str, CaseQuality],
 ) -> tuple[list[Path], dict[str, str]]:
-    """Predict cases on the workers of a Dask scheduler; as `predict_cases`. `judged` is extended."""
+    """Predict cases on the workers of a Dask scheduler; as `predict_cases`."""
     files: list[Path] = []
     failed: dict[str, str] = {}
     work = partial(_predict_case, loader=loader, out=out, writing=writing)
@@ -424,8 +418,6 @@ def _predict_on(
                 failed |= found[1]
                 for result in found[2]:
                     record.add(result, {**run, **found[3]})
-                    if result.quality is not None:
-                        judged[case_of(result.file)] = result.quality
     return sorted(files), dict(sorted(failed.items()))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -17,12 +16,7 @@ from nnunet_lite.workspace import select_dataset, workspace_folder
 
 
 def select(
-    configuration: Annotated[
-        str | Sequence[str] | None,
-        options.model(
-            "-c", "--configuration", help="2d, 3d_fullres, ..., or a model's name; may be repeated.", show_default="all"
-        ),
-    ] = None,
+    configuration: options.ComparedModels = None,
     *,
     ensembles: Annotated[bool, options.setting("--ensembles/--no-ensembles", help="Try all pairs.")] = True,
     postprocess: Annotated[

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 import nnunet_lite
 from nnunet_lite import log
@@ -30,7 +30,7 @@ from nnunet_lite.data.raw_files import read_stamps, scan_raw_cases
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.evaluation.contradictions import Evidence, Kind, Place, collect_evidence, dice_of_counts
 from nnunet_lite.evaluation.members import Member, find_members
-from nnunet_lite.files import first_problem, hash_of, read_json, write_json, write_text
+from nnunet_lite.files import hash_of, read_validated, write_json, write_text
 from nnunet_lite.inference.cases import output_file
 from nnunet_lite.models.folder import VALIDATION, validation_dice
 from nnunet_lite.system import cases_in_flight
@@ -235,13 +235,7 @@ def read_audit(paths: Paths) -> Audit | None:
     UserError
         The file cannot be read.
     """
-    if not paths.audit.is_file():
-        return None
-    try:
-        return Audit.model_validate(read_json(paths.audit))
-    except ValidationError as error:
-        what = f"is no audit of the form nnlite-audit-1 ({first_problem(error)})"
-        raise UserError(what, paths.audit, "Run `nnlite audit` again.") from None
+    return read_validated(paths.audit, Audit, "is no audit of the form nnlite-audit-1", "Run `nnlite audit` again.")
 
 
 def changed_since(audit: Audit, paths: Paths, cases: Sequence[Case]) -> list[str]:

@@ -25,10 +25,9 @@ from nnunet_lite.evaluation.calibration_rows import (
     TrainingRanges,
     predict_rows,
     training_ranges,
-    weights_of,
     write_rows,
 )
-from nnunet_lite.evaluation.comparison import HeldOut, Team
+from nnunet_lite.evaluation.comparison import HeldOut, Team, weights_of
 from nnunet_lite.evaluation.members import find_members
 from nnunet_lite.evaluation.selection import Selection
 from nnunet_lite.files import write_json
@@ -96,7 +95,7 @@ def calibrate_quality(
     if n_cases < MIN_CASES:
         log.info(f"{plural(n_cases, 'held-out case')}: too few to say how good predictions are ({MIN_CASES} needed)")
         return None
-    weights = weights_of(held_out, team)
+    weights = weights_of(team, held_out.folds)
     rows = predict_rows(held_out, team)
     found = [row for row in rows if row.kind == "clean" and any(row.features.labels.values())]
     if len(found) < MIN_CASES:

@@ -20,21 +20,19 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from nnunet_lite import log
 from nnunet_lite.data.cases import Case
-from nnunet_lite.data.dataset import Dataset, map_labels
+from nnunet_lite.data.dataset import Dataset, read_case
 from nnunet_lite.data.geometry import triple
-from nnunet_lite.data.images import read_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError, describe
-from nnunet_lite.evaluation.comparison import HeldOut, Team, load_team
+from nnunet_lite.evaluation.comparison import HeldOut, Team, load_team, weights_of
 from nnunet_lite.evaluation.cross_validation import read_reference
 from nnunet_lite.evaluation.degradation import DEGRADATIONS, Labelled
 from nnunet_lite.evaluation.masks import disjoint_regions, pair_masks
 from nnunet_lite.files import append, hash_of, understood, write_text
-from nnunet_lite.inference.cases import read_case_image
+from nnunet_lite.inference.cases import use_trained_unit
 from nnunet_lite.inference.features import FEATURES, CaseFeatures, describe_prediction
 from nnunet_lite.inference.predictor import Predictor, prepare_image, segment
 from nnunet_lite.inference.quality import CaseQuality, Quality, judge
-from nnunet_lite.models.folder import weights_fingerprint
 from nnunet_lite.planning.fingerprint import Fingerprint
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.system import pairs_at_once
@@ -132,13 +130,7 @@ def write_rows(held_out: HeldOut, team: Team, rows: Sequence[Row]) -> None:
 
 def _key(held_out: HeldOut, team: Team) -> str:
     labels = team[0].plan.labels.region_names  # as the model calls them; the dataset may have renamed them since
-    return hash_of([weights_of(held_out, team), list(held_out.fold_of), labels, FEATURES])
-
-
-def weights_of(held_out: HeldOut, team: Team) -> dict[str, dict[str, str]]:
-    """Return model -> fold -> fingerprint of its weights."""
-    folds = [split.name for split in held_out.splits]
-    return {member.name: {fold: weights_fingerprint(member.folder, fold) for fold in folds} for member in team}
+    return hash_of([weights_of(team, held_out.folds), list(held_out.fold_of), labels, FEATURES])
 
 
 def predict_rows(held_out: HeldOut, team: Team) -> list[Row]:
@@ -191,14 +183,28 @@ def _choose_copies(cases: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _predict_row(predictor: Predictor, case: Case, kind: str, dataset: Dataset) -> Row:
-    image = read_case_image(predictor.plan, case, dataset.accept_geometry)
-    assert case.label is not None  # every case of a planned dataset has one
-    reference = map_labels(read_label(case.label, image.geometry)[0], dataset.value_map)
-    pair = Labelled(image, reference)
+    pair = read_labelled(predictor, case, dataset)
     if kind != "clean":
         random = np.random.default_rng(zlib.crc32(f"{case.id} {kind}".encode()))  # the same in every run
         pair = DEGRADATIONS[kind](pair, random.random(), random)
     return predict_pair(predictor, pair, case.id, kind)
+
+
+def read_labelled(predictor: Predictor, case: Case, dataset: Dataset) -> Labelled:
+    """Read a case of a dataset for a model: its image, in the unit of the training, and its reference.
+
+    Parameters
+    ----------
+    predictor : Predictor
+        The model.
+    case : Case
+        A case with a reference.
+    dataset : Dataset
+        The dataset of the case.
+    """
+    image, reference = read_case(case, dataset)
+    assert reference is not None  # every case of a planned dataset has one
+    return Labelled(use_trained_unit(predictor.plan, image, case.images[0]), reference)
 
 
 def predict_pair(predictor: Predictor, pair: Labelled, case: str, kind: str) -> Row:

@@ -66,6 +66,11 @@ class HeldOut:
     workers: int | None
 
     @property
+    def folds(self) -> list[str]:
+        """The names of the folds."""
+        return [split.name for split in self.splits]
+
+    @property
     def fold_of(self) -> dict[str, Split]:
         """Case id -> the fold that holds it out, in the order of the ids."""
         fold_of = {case_id: split for split in self.splits for case_id in split.validation}
@@ -124,7 +129,7 @@ def select_models(
         postprocessing=decision.rules,
         postprocessing_gain=decision.gains,
         candidates=_ranked_candidates(dice, winner, dataset.labels.region_names),
-        weights={m.name: {fold: weights_fingerprint(m.folder, fold) for fold in used} for m in winner},
+        weights=weights_of(winner, used),
         notes=(*notes, *decision.notes),
         made=date.today().isoformat(),
         version=nnunet_lite.__version__,
@@ -247,6 +252,19 @@ def _forget_other_weights(team: Team, fold: str, out: Path) -> None:
         if file.is_file():
             file.unlink()
     write_json(note, weights)
+
+
+def weights_of(team: Team, folds: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Return model -> fold -> fingerprint of its weights.
+
+    Parameters
+    ----------
+    team : tuple of Member
+        The models.
+    folds : sequence of str
+        Names of their folds.
+    """
+    return {member.name: {fold: weights_fingerprint(member.folder, fold) for fold in folds} for member in team}
 
 
 def ensemble_weights(team: Team, fold: str) -> dict[str, str]:

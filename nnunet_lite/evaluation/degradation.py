@@ -25,7 +25,7 @@ class Labelled:
     Parameters
     ----------
     image : Image
-        Its array is float32.
+        With all channels.
     reference : ndarray of int, shape (z, y, x)
         On the same grid.
     """

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from nnunet_lite import log
 from nnunet_lite.data.problems import align, html_table
@@ -19,7 +19,7 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.postprocessing import Gain, Rule
 from nnunet_lite.evaluation.scores import four_digits
 from nnunet_lite.evaluation.statistics import Margin, summarize
-from nnunet_lite.files import first_problem, read_json
+from nnunet_lite.files import read_validated
 from nnunet_lite.models.folder import is_finished, weights_fingerprint
 from nnunet_lite.models.lookup import choose_model, read_model
 from nnunet_lite.workspace import Paths
@@ -186,13 +186,8 @@ def read_selection(paths: Paths) -> Selection | None:
     UserError
         The file cannot be read.
     """
-    if not paths.inference.is_file():
-        return None
-    try:
-        return Selection.model_validate(read_json(paths.inference))
-    except ValidationError as error:
-        what = f"is no selection of the form nnlite-inference-1 ({first_problem(error)})"
-        raise UserError(what, paths.inference, _SELECT_AGAIN) from None
+    what = "is no selection of the form nnlite-inference-1"
+    return read_validated(paths.inference, Selection, what, _SELECT_AGAIN)
 
 
 def choose_models(

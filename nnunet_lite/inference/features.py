@@ -206,8 +206,9 @@ def describe_labels(
         ends = zip(_around(own), label_map.shape, strict=True)
         box = tuple(slice(max(0, low - _MARGIN), min(n, high + _MARGIN)) for (low, high), n in ends)
         inside, offset = np.isin(label_map[box], values), [s.start - m for s, m in zip(box, middle, strict=True)]
-        found = _describe_shape(inside, offset, geometry.spacing)
-        found |= _describe_errors(inside, errors[maps[ENTROPY][box]])
+        neighbours = _count_neighbours(inside)
+        found = _describe_shape(inside, neighbours, offset, geometry.spacing)
+        found |= _describe_errors(inside, neighbours, errors[maps[ENTROPY][box]])
         found["disagreement"] = maps[DISAGREEMENT][box][inside].mean() / STEPS if DISAGREEMENT in maps else 0.0
         at_edge = sum(np.isin(face, values).sum() for face in faces)
         found["edge"] = at_edge / found["voxels"]
@@ -217,8 +218,10 @@ def describe_labels(
 
 def _boxes(label_map: np.ndarray, labels: Labels) -> dict[int, tuple[slice, ...]]:
     """Return the smallest box around each value of a label map but the background, all found in one pass."""
-    low = 0 if label_map.dtype.kind == "u" else int(label_map.min())
-    numbers = label_map if label_map.dtype.kind == "u" else (label_map - low).astype(np.uint32)
+    low, numbers = 0, label_map
+    if label_map.dtype.kind != "u":  # cc3d takes no values below 0
+        low = int(label_map.min())
+        numbers = (label_map - low).astype(np.uint32)
     found = cc3d.statistics(np.ascontiguousarray(numbers))["bounding_boxes"]
     boxes = {number + low: box for number, box in enumerate(found) if box is not None}
     return {value: box for value, box in boxes.items() if value != labels.background}
@@ -237,7 +240,7 @@ def _error_table(labels: Labels) -> np.ndarray:
     return np.interp(np.arange(STEPS + 1) / STEPS * largest, bits, wrong).astype(np.float32)
 
 
-def _neighbours(mask: np.ndarray) -> np.ndarray:
+def _count_neighbours(mask: np.ndarray) -> np.ndarray:
     """Count the six neighbours of each voxel that are in a mask; outside of the array all are."""
     padded = np.pad(mask, 1, "edge").astype(np.uint8)
     inner = slice(1, -1)
@@ -248,8 +251,8 @@ def _neighbours(mask: np.ndarray) -> np.ndarray:
     return count
 
 
-def _describe_errors(mask: np.ndarray, wrong: np.ndarray) -> Values:
-    neighbours = _neighbours(mask)
+def _describe_errors(mask: np.ndarray, neighbours: np.ndarray, wrong: np.ndarray) -> Values:
+    """Return the loss of Dice that the probabilities of being wrong imply, and their mean away from the border."""
     inside, around = wrong[mask], wrong[~mask & (neighbours > 0)]
     n, lost, missed = inside.size, float(inside.sum()), float(around.sum())
     inner = wrong[mask & (neighbours == 6)]
@@ -259,10 +262,13 @@ def _describe_errors(mask: np.ndarray, wrong: np.ndarray) -> Values:
     }
 
 
-def _describe_shape(mask: np.ndarray, offset: Sequence[float], spacing: Sequence[float]) -> Values:
+def _describe_shape(
+    mask: np.ndarray, neighbours: np.ndarray, offset: Sequence[float], spacing: Sequence[float]
+) -> Values:
+    """Return volume, surface, parts, place and lengths of a label; `offset` is where the mask starts, in voxels."""
     voxel = float(np.prod(spacing))
     n = int(np.count_nonzero(mask))
-    surface = 6 * n - int(_neighbours(mask)[mask].sum())
+    surface = 6 * n - int(neighbours[mask].sum())
     parts = np.bincount(cc3d.connected_components(np.ascontiguousarray(mask)).ravel())[1:]
     where = np.nonzero(mask)
     features: Values = {

@@ -24,11 +24,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from nnunet_lite.data.problems import few
-from nnunet_lite.errors import UserError
-from nnunet_lite.files import first_problem, read_json
+from nnunet_lite.files import read_validated
 from nnunet_lite.inference.features import AXES, CaseFeatures, Values
 from nnunet_lite.models.folder import QUALITY
 
@@ -235,14 +234,8 @@ def read_quality(folder: Path) -> Quality | None:
     UserError
         The file is not as nnlite writes it.
     """
-    file = folder / QUALITY
-    if not file.is_file():
-        return None
-    try:
-        return Quality.model_validate(read_json(file))
-    except ValidationError as error:
-        what = f"is no calibrated quality ({first_problem(error)})"
-        raise UserError(what, file, "Delete it, or run `nnlite select` again.") from None
+    fix = "Delete it, or run `nnlite select` again."
+    return read_validated(folder / QUALITY, Quality, "is no calibrated quality", fix)
 
 
 def quality_table(cases: Mapping[str, CaseQuality]) -> str:

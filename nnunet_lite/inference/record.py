@@ -9,10 +9,10 @@ from __future__ import annotations
 import csv
 import io
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -23,6 +23,8 @@ from nnunet_lite.files import locked, must_be_known, read_json, understood, writ
 from nnunet_lite.inference.predictor import Predictor
 from nnunet_lite.inference.quality import QUALITY_TABLE, CaseQuality, quality_table, worst_first
 from nnunet_lite.models.folder import QUALITY, RECORD
+
+T = TypeVar("T")
 
 FORMAT = "nnlite-predictions-1"
 STATISTICS, TABLE = "statistics.json", "statistics.csv"
@@ -75,6 +77,8 @@ class PredictionRecord:
         Whether to begin a record in a folder that has none of ours.
     quality : bool
         Whether cases may be added with what is expected of them.
+    judged : dict
+        Case -> what is expected of it, of those that were added.
 
     Raises
     ------
@@ -86,6 +90,7 @@ class PredictionRecord:
     statistics: bool = False
     begins: bool = True
     quality: bool = False
+    judged: dict[str, CaseQuality] = field(default_factory=dict, init=False)
     _waiting: list[tuple[CaseResult, Mapping[str, Any]]] = field(default_factory=list, init=False)
     _due: float = field(default=0.0, init=False)
 
@@ -116,6 +121,8 @@ class PredictionRecord:
         run : mapping
             What the call was given, when, and what predicted the case, from `describe_predictor`.
         """
+        if result.quality is not None:
+            self.judged[case_of(result.file)] = result.quality
         self._waiting.append((result, run))
         if (began := time.monotonic()) >= self._due:
             self._write()
@@ -127,8 +134,9 @@ class PredictionRecord:
         if not self._waiting or not may_change:  # a single label map beside files of others
             return
         with locked(self.folder, f"writing {RECORD}", leave=False):
-            content, statistics = self._read() if self.begins else {}, self._read_statistics()
-            judged = self._read_qualities() if self.begins else {}
+            content = self._read() if self.begins else {}
+            statistics = self._read_own(read_statistics, self.statistics)
+            judged = self._read_own(read_case_qualities, self.quality) if self.begins else {}
             before, judged_before = dict(statistics), dict(judged)
             for result, run in self._waiting:
                 if self.begins and result.result != KEPT:
@@ -151,19 +159,12 @@ class PredictionRecord:
                 write_text(self.folder / QUALITY_TABLE, quality_table(judged))
             self._waiting.clear()
 
-    def _read_statistics(self) -> dict[str, dict[str, dict[str, Any]]]:
+    def _read_own(self, read: Callable[[Path], dict[str, T]], is_needed: bool) -> dict[str, T]:
+        """Read a file of the folder; that of another program is empty, unless it would be extended."""
         try:
-            return read_statistics(self.folder)
-        except UserError:  # of another program
-            if self.statistics:
-                raise
-            return {}
-
-    def _read_qualities(self) -> dict[str, CaseQuality]:
-        try:
-            return read_case_qualities(self.folder)
-        except UserError:  # of another program
-            if self.quality:
+            return read(self.folder)
+        except UserError:
+            if is_needed:
                 raise
             return {}
 

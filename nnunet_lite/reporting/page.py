@@ -791,12 +791,7 @@ def _quality_section(material: Material) -> dict[str, Any]:
     means = {row.case: (row.mean_dice or 0.0, judged.mean or 0.0) for row, judged in clean}
     kinds = (Column("Images"), Column("number", "d"), share_column("real Dice"), Column("mean error", ".3f"),
              Column("in the 90 % interval", ".0%"), Column("flagged", ".0%"))  # fmt: skip
-    of_labels = (
-        Column("Label"),
-        Column("cases", "d"),
-        Column("mean error", ".3f"),
-        Column("in the 90 % interval", ".0%"),
-    )
+    of_labels = (Column("Label"), Column("cases", "d"), *kinds[3:5])
     looked_at = (Column("Case"), share_column("expected Dice"), share_column("real Dice"), Column("90 % interval"),
                  Column("why"))  # fmt: skip
     return {
