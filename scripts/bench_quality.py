@@ -42,7 +42,7 @@ from nnunet_lite.evaluation.comparison import load_team
 from nnunet_lite.evaluation.degradation import Labelled
 from nnunet_lite.evaluation.selection import read_selection
 from nnunet_lite.files import read_json
-from nnunet_lite.inference.quality import CaseQuality, Quality
+from nnunet_lite.inference.quality import CaseQuality, Quality, judge
 from nnunet_lite.system import cpus
 from nnunet_lite.workspace import Paths
 
@@ -186,10 +186,10 @@ def judge_all(paths: Paths, copies: Sequence[Row]) -> tuple[Judged, Judged]:
         of_part = [row for row in copies if row.case in names]
         quality = fit(others)
         clean = [known[i] for i in test if known[i].kind == "clean"]
-        judged += [(row, row.judged_by(quality).judged) for row in (*clean, *of_part)]
+        judged += [(row, judge(quality, row.features)) for row in (*clean, *of_part)]
         for kind, (_, similar) in DEGRADED.items():
             without = fit([row for row in others if row.kind != similar])
-            unknown += [(row, row.judged_by(without).judged) for row in of_part if row.kind == kind]
+            unknown += [(row, judge(without, row.features)) for row in of_part if row.kind == kind]
     return judged, unknown
 
 

@@ -118,7 +118,21 @@ def calibrate_quality(
 def find_held_out(
     paths: Paths, dataset: Dataset, selection: Selection, device: str | None, workers: int | None
 ) -> tuple[HeldOut, Team]:
-    """Return the held-out cases of a selection, and its models; the parameters are those of `calibrate_quality`."""
+    """Return the held-out cases of a selection, and its models.
+
+    Parameters
+    ----------
+    paths : Paths
+        The workspace of the dataset.
+    dataset : Dataset
+        The planned dataset.
+    selection : Selection
+        The models and folds.
+    device : str or None
+        Where to predict.
+    workers : int or None
+        Threads that read; None for all CPUs.
+    """
     members = {member.name: member for member in find_members(paths, dataset, selection.models)[0]}
     splits = tuple(read_split(paths.splits, dataset, fold) for fold in selection.folds)
     return HeldOut(paths, dataset, splits, device, workers), tuple(members[name] for name in selection.models)
@@ -206,7 +220,13 @@ def _usual_values(clean: Sequence[CaseFeatures]) -> tuple[dict[str, Usual], dict
 
 
 def split_by_case(rows: Sequence[Row]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the rows to fit, and the rows of other cases: each row is once among the latter."""
+    """Yield the numbers of rows to fit, and of the rows of other cases: each row is once among the latter.
+
+    Parameters
+    ----------
+    rows : sequence of Row
+        Held-out cases and their copies.
+    """
     yield from GroupKFold(_PARTS).split(np.zeros(len(rows)), groups=[row.case for row in rows])
 
 

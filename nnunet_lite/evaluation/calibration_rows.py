@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -55,8 +54,8 @@ class Row(BaseModel):
         Of the prediction.
     dice : dict
         Label -> Dice; None for a label that is neither predicted nor in the reference.
-    quality : dict, optional
-        What is said of it by a `Quality` that was fitted without its case, as from `CaseQuality.to_json`.
+    quality : CaseQuality, optional
+        What is said of it by a `Quality` that was fitted without its case.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -65,7 +64,7 @@ class Row(BaseModel):
     kind: str
     features: CaseFeatures
     dice: dict[str, float | None]
-    quality: dict[str, Any] | None = None
+    quality: CaseQuality | None = None
 
     @property
     def mean_dice(self) -> float | None:
@@ -73,15 +72,15 @@ class Row(BaseModel):
         values = [value for value in self.dice.values() if value is not None]
         return sum(values) / len(values) if values else None
 
-    @property
-    def judged(self) -> CaseQuality:
-        """What is said of it."""
-        assert self.quality is not None  # the caller has left out rows that are not judged
-        return CaseQuality.from_json(self.quality)
-
     def judged_by(self, quality: Quality) -> Row:
-        """Return the row with what a quality says of it."""
-        return self.model_copy(update={"quality": judge(quality, self.features).to_json()})
+        """Return the row with what a quality says of it.
+
+        Parameters
+        ----------
+        quality : Quality
+            Fitted without its case.
+        """
+        return self.model_copy(update={"quality": judge(quality, self.features)})
 
 
 @dataclass(frozen=True)
@@ -107,6 +106,18 @@ def read_rows(file: Path, key: str | None = None) -> list[Row]:
     """Read the rows of calibration.jsonl; none if there is no such file, or if it is of something else than `key`.
 
     A last line that was not written completely is left out.
+
+    Parameters
+    ----------
+    file : Path
+        The file.
+    key : str or None
+        What the rows must be of; None for anything.
+
+    Raises
+    ------
+    UserError
+        The file is not as nnlite writes it.
     """
     rows: list[Row] = []
     with understood(file, "Delete it, and run `nnlite select` again."):
@@ -123,7 +134,17 @@ def read_rows(file: Path, key: str | None = None) -> list[Row]:
 
 
 def write_rows(held_out: HeldOut, team: Team, rows: Sequence[Row]) -> None:
-    """Replace calibration.jsonl."""
+    """Replace calibration.jsonl.
+
+    Parameters
+    ----------
+    held_out : HeldOut
+        The cases.
+    team : tuple of Member
+        The models that predicted them.
+    rows : sequence of Row
+        The predictions.
+    """
     lines = [json.dumps({"of": _key(held_out, team)}), *(row.model_dump_json() for row in rows)]
     write_text(held_out.paths.calibration, "\n".join(lines) + "\n")
 
@@ -236,7 +257,15 @@ def _dice(label_map: np.ndarray, reference: np.ndarray, labels: Labels) -> dict[
 
 
 def training_ranges(held_out: HeldOut, plan: Plan) -> TrainingRanges:
-    """Read how large each label is in the references of all cases, and the spacings in the fingerprint."""
+    """Read how large each label is in the references of all cases, and the spacings in the fingerprint.
+
+    Parameters
+    ----------
+    held_out : HeldOut
+        The dataset.
+    plan : Plan
+        The plan of the model, which orders the axes.
+    """
     found = defaultdict[str, list[float]](list)
     segments = dict(zip(plan.labels.region_names, plan.labels.region_values, strict=True))
 

@@ -192,6 +192,7 @@ class _Pair:
         self.agreed = self.agreeing_with(reference)
         self.counts = count_pairs(reference, self.agreed, len(names))
         self.axes = [axis for axis, size in enumerate(reference.shape) if size > 1]
+        self.profiles = {axis: _profile(reference, axis, len(names)) for axis in self.axes}
 
     def agreeing_with(self, reference: np.ndarray) -> np.ndarray:
         """Return the vote where the models agree; a reference has the benefit of the doubt elsewhere."""
@@ -248,7 +249,7 @@ def _shifts(pair: _Pair, place: Place) -> Iterator[Correction]:
     """Move the reference to where its voxels of each class in each slice fit best, along each axis alone."""
     sure, n, steps = np.where(pair.sure, pair.voted, 0), len(pair.names), [0, 0, 0]
     for axis in pair.axes:
-        own, models = (_profile(array, axis, n) for array in (pair.reference, sure))
+        own, models = pair.profiles[axis], _profile(sure, axis, n)
         fits = [np.correlate(models[:, k], own[:, k], "full") for k in range(1, n)]
         steps[axis] = int(np.sum(fits, axis=0).argmax()) - len(own) + 1
     if any(steps):
@@ -278,7 +279,7 @@ def _gaps(pair: _Pair) -> Iterator[Correction]:
     n = len(pair.names)
     for axis in pair.axes if len(pair.axes) > 2 else ():  # a picture has no slices
         own, models = (np.moveaxis(array, axis, 0) for array in (pair.reference, pair.agreed))
-        has, seen = (_profile(array, axis, n) for array in (pair.reference, pair.agreed))
+        has, seen = pair.profiles[axis], _profile(pair.agreed, axis, n)
         for k in np.flatnonzero(has.any(0) & seen.any(0)).tolist():
             first, last = np.flatnonzero(has[:, k])[[0, -1]]
             thin = _THIN_SLICE * np.median(seen[seen[:, k] > 0, k])

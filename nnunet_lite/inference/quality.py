@@ -259,29 +259,58 @@ def worst_first(cases: Mapping[str, CaseQuality]) -> list[tuple[str, CaseQuality
 # ------------------------------------------------------------------------------------------------------------- vectors
 
 
-def image_vector(image: Mapping[str, Usual], found: Values) -> np.ndarray:
-    """Return the deviation of each feature of an image from the usual; 0 for a feature that it lacks."""
-    return np.array([usual.deviation(found[name]) if name in found else 0.0 for name, usual in image.items()])
-
-
 def case_vector(
     image: Mapping[str, Usual], labels: Mapping[str, Mapping[str, Usual]], features: CaseFeatures
 ) -> np.ndarray:
-    """Return the deviations of an image, then the largest ones of its labels in volume, shape and position."""
+    """Return the deviations of an image, then the largest ones of its labels in volume, shape and position.
+
+    Parameters
+    ----------
+    image : mapping
+        Feature of the image -> its usual values. A feature that the image lacks is usual.
+    labels : mapping
+        Label -> feature -> its usual values.
+    features : CaseFeatures
+        Of the case.
+    """
     shapes = [_shape_vector(labels[name], found) for name, found in features.labels.items() if found and labels[name]]
     worst = np.max(shapes, axis=0) if shapes else np.full(len(_SHAPE), _FARTHEST)
-    return np.concatenate([image_vector(image, features.image), worst])
+    found = features.image
+    own = [usual.deviation(found[name]) if name in found else 0.0 for name, usual in image.items()]
+    return np.concatenate([own, worst])
 
 
 def suspicion_vector(case: np.ndarray, distance: float) -> np.ndarray:
-    """Return what the logistic regression takes: deviations, their sizes, and the logarithm of the distance."""
+    """Return what the logistic regression takes: deviations, their sizes, and the logarithm of the distance.
+
+    Parameters
+    ----------
+    case : ndarray
+        From `case_vector`.
+    distance : float
+        From `mahalanobis`.
+    """
     return np.concatenate([case, np.abs(case), [3 * np.log(distance + 1e-6)]])
 
 
 def label_vector(
     usual: Mapping[str, Usual], found: Values, case: np.ndarray, distance: float, suspicion: float
 ) -> np.ndarray:
-    """Return what the forest takes of a label that is predicted; the first `N_MONOTONE` entries only lower the Dice."""
+    """Return what the forest takes of a label that is predicted; the first `N_MONOTONE` entries only lower the Dice.
+
+    Parameters
+    ----------
+    usual : mapping
+        Feature of the label -> its usual values.
+    found : dict of str to float
+        Features of the label.
+    case : ndarray
+        From `case_vector`.
+    distance : float
+        From `mahalanobis`.
+    suspicion : float
+        The score of the logistic regression.
+    """
     names = [name for group in _SHAPE.values() for name in group]
     own = [usual[name].deviation(found[name]) if name in usual else _FARTHEST for name in names]
     doubts = [found["error"], distance, suspicion, *(found[name] for name in _DOUBTS)]
@@ -299,7 +328,17 @@ def _shape_vector(usual: Mapping[str, Usual], found: Values) -> np.ndarray:
 
 
 def mahalanobis(case: np.ndarray, location: np.ndarray, precision: np.ndarray) -> float:
-    """Return the distance of a vector from the mean of the clean held-out cases, for each of its entries."""
+    """Return the distance of a vector from the mean of the clean held-out cases, for each of its entries.
+
+    Parameters
+    ----------
+    case : ndarray, shape (n,)
+        From `case_vector`.
+    location : ndarray, shape (n,)
+        The mean.
+    precision : ndarray, shape (n, n)
+        The inverse of the covariance.
+    """
     offset = case - location
     return float(np.sqrt(max(0.0, offset @ precision @ offset) / len(offset)))
 

@@ -313,7 +313,7 @@ def read_material(paths: Paths) -> Material:
         selection,
         read_audit(paths),
         tuple(notes),
-        tuple(row for row in read_rows(paths.calibration) if row.quality is not None) if calibrated else (),
+        tuple(read_rows(paths.calibration)) if calibrated else (),
     )
 
 

@@ -768,7 +768,7 @@ def _quality_section(material: Material) -> dict[str, Any]:
 
     All is said by what was fitted without the case.
     """
-    rows = [(row, row.judged) for row in material.calibration]
+    rows = [(row, row.quality) for row in material.calibration if row.quality is not None]
     clean = [(row, judged) for row, judged in rows if row.kind == "clean"]
     if not clean:
         return {}
