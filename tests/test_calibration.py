@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from scipy.stats import spearmanr
 
 import nnunet_lite
 from nnunet_lite.errors import UserError
+from nnunet_lite.evaluation import calibration_rows
 from nnunet_lite.evaluation.calibration import MIN_CASES, fit_quality, split_by_case
 from nnunet_lite.evaluation.calibration_rows import Row, TrainingRanges, read_rows
 from nnunet_lite.evaluation.degradation import DEGRADATIONS
@@ -140,12 +143,30 @@ def test_an_output_with_another_quality_file_is_refused(
 def test_a_calibration_is_resumed(selected: Paths, tmp_path: Path) -> None:
     workspace = Path(shutil.copytree(selected.root.parent, tmp_path / "workspace"))
     paths = Paths(workspace / selected.name)
-    quality = (paths.models / "short" / "quality.json").read_text()
-    lines = paths.calibration.read_text().splitlines()
-    paths.calibration.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:40])  # a killed run
+    quality, text = (paths.models / "short" / "quality.json").read_text(), paths.calibration.read_text()
+    head, *rows = text.splitlines()
+    rows = [json.dumps(json.loads(row) | {"quality": None}) for row in rows]  # a killed run has judged nothing
+    paths.calibration.write_text("\n".join([head, *rows[:-1], rows[-1][:40]]))
     nnunet_lite.select(workspace=workspace, device="cpu", workers=1)
-    assert paths.calibration.read_text().splitlines() == lines
+    assert paths.calibration.read_text() == text
     assert (paths.models / "short" / "quality.json").read_text() == quality
+
+
+def test_a_slow_calibration_ends_after_a_round_and_is_kept(
+    selected: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace = Path(shutil.copytree(selected.root.parent, tmp_path / "workspace"))
+    paths = Paths(workspace / selected.name)
+    paths.calibration.unlink()
+    monkeypatch.setattr(calibration_rows, "_MINUTES", 0)
+    nnunet_lite.select(workspace=workspace, device="cpu", workers=1)
+    rows = read_rows(paths.calibration)
+    numbers = Counter(row.kind for row in rows)
+    assert numbers.pop("clean") == 12 and set(numbers.values()) <= {4, 5} and len(numbers) == len(DEGRADATIONS)
+    assert read_json(paths.models / "short" / "quality.json")["n_degraded"] == len(rows) - 12 == 36
+    monkeypatch.undo()
+    nnunet_lite.select(workspace=workspace, device="cpu", workers=1)
+    assert read_rows(paths.calibration) == rows
 
 
 def test_few_held_out_cases_say_nothing(tiny_workspace: Path, tiny_model: Path, tmp_path: Path, capfd: Any) -> None:

@@ -7,6 +7,7 @@ From the rows calibration.py learns how good predictions are; the report shows t
 from __future__ import annotations
 
 import json
+import time
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -39,6 +40,9 @@ from nnunet_lite.system import pairs_at_once
 _MOST_CASES = 200  # predicted again
 _COPIES = 240  # degraded copies to predict at least, up to _MOST_COPIES of each case
 _MOST_COPIES = 8
+_MINUTES = 30  # after which no further round begins
+_ROUND = 20  # cases of a round, at most
+_COPIES_OF_ROUND = 3  # of each case; no divisor of the number of kinds
 
 
 class Row(BaseModel):
@@ -157,6 +161,9 @@ def _key(held_out: HeldOut, team: Team) -> str:
 def predict_rows(held_out: HeldOut, team: Team) -> list[Row]:
     """Predict held-out cases and degraded copies of them; those in calibration.jsonl are not predicted again.
 
+    It takes half an hour, or longer if the first round does: large images give fewer copies. A calibration that ended
+    is not continued.
+
     Parameters
     ----------
     held_out : HeldOut
@@ -166,49 +173,61 @@ def predict_rows(held_out: HeldOut, team: Team) -> list[Row]:
     """
     file = held_out.paths.calibration
     rows = read_rows(file, _key(held_out, team))
+    if rows and all(row.quality for row in rows):
+        log.info("the quality was calibrated before")
+        return rows
     write_rows(held_out, team, rows)
     made = {(row.case, row.kind): row for row in rows}
-    names = list(held_out.fold_of)
-    names = names[:: -(-len(names) // _MOST_CASES)]
-    wanted = list(_choose_copies(names))
-    missing = [pair for pair in wanted if pair not in made]
     cases = {case.id: case for case in held_out.dataset.cases}
-    missing.sort(key=lambda pair: held_out.fold_of[pair[0]].name)
-    what = f"calibrating the quality of predictions: {len(missing)} held-out images and degraded copies to predict"
-    log.info(f"{what}; `nnlite select --no-quality` does without" if missing else "the quality was calibrated before")
+    rounds = [[pair for pair in pairs if pair not in made] for pairs in _plan_rounds(list(held_out.fold_of))]
+    n_missing, began = sum(map(len, rounds)), time.monotonic()
+    what = f"calibrating the quality of predictions: {n_missing} held-out images and degraded copies to predict"
+    log.info(f"{what}, fewer if this takes more than {_MINUTES} minutes; `nnlite select --no-quality` does without")
     loaded: dict[str, Predictor] = {}
-    for name, kind in log.progress(missing, len(missing), "calibrate"):
-        fold = held_out.fold_of[name].name
-        if fold not in loaded:
-            loaded = {fold: load_team(held_out, team, fold)}
-        try:
-            row = _predict_row(loaded[fold], cases[name], kind, held_out.dataset)
-        except UserError as error:
-            if kind == "clean":
-                raise
-            log.detail(f"{name}, {kind}: {describe(error)}")  # such as a cut image that is too small to normalise
-            continue
-        append(file, row.model_dump_json())
-        made[name, kind] = row
-    return [made[pair] for pair in wanted if pair in made]
+    with log.working("calibrate", n_missing) as advance:
+        for pairs in rounds:
+            if pairs is not rounds[0] and time.monotonic() - began > 60 * _MINUTES:
+                log.info(f"{_MINUTES} minutes are over: the quality is calibrated on {len(made)} images")
+                break
+            for name, kind in sorted(pairs, key=lambda pair: held_out.fold_of[pair[0]].name):
+                fold = held_out.fold_of[name].name
+                if fold not in loaded:
+                    loaded = {fold: load_team(held_out, team, fold)}
+                if row := _predict_row(loaded[fold], cases[name], kind, held_out.dataset):
+                    append(file, row.model_dump_json())
+                    made[name, kind] = row
+                advance(1)
+    return sorted(made.values(), key=lambda row: row.case)
 
 
-def _choose_copies(cases: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield case and kind of each image to predict: all kinds equally often."""
+def _plan_rounds(cases: Sequence[str]) -> Iterator[list[tuple[str, str]]]:
+    """Yield case and kind of the images to predict, in rounds in which all kinds are equally frequent."""
     kinds = list(DEGRADATIONS)
-    each = min(_MOST_COPIES, max(1, -(-_COPIES // len(cases))))
-    for number, case in enumerate(cases):
-        yield case, "clean"
-        for copy in range(each):
-            yield case, kinds[(number * each + copy) % len(kinds)]
+    cases = cases[:: -(-len(cases) // _MOST_CASES)]
+    n_parts, copies = -(-len(cases) // _ROUND), min(_MOST_COPIES, -(-_COPIES // len(cases)))
+    for first in range(0, copies, _COPIES_OF_ROUND):
+        numbers = range(first, min(first + _COPIES_OF_ROUND, copies))
+        for part in (cases[start::n_parts] for start in range(n_parts)):
+            clean = [(case, "clean") for case in part] if first == 0 else []
+            shifts = range(0, _COPIES_OF_ROUND * len(part), _COPIES_OF_ROUND)
+            yield clean + [
+                (case, kinds[(shift + number) % len(kinds)])
+                for case, shift in zip(part, shifts, strict=True)
+                for number in numbers
+            ]
 
 
-def _predict_row(predictor: Predictor, case: Case, kind: str, dataset: Dataset) -> Row:
+def _predict_row(predictor: Predictor, case: Case, kind: str, dataset: Dataset) -> Row | None:
+    """Predict a case or a degraded copy; None if the copy cannot be predicted."""
     pair = read_labelled(predictor, case, dataset)
-    if kind != "clean":
-        random = np.random.default_rng(zlib.crc32(f"{case.id} {kind}".encode()))  # the same in every run
-        pair = DEGRADATIONS[kind](pair, random.random(), random)
-    return predict_pair(predictor, pair, case.id, kind)
+    if kind == "clean":
+        return predict_pair(predictor, pair, case.id, kind)
+    random = np.random.default_rng(zlib.crc32(f"{case.id} {kind}".encode()))  # the same in every run
+    try:
+        return predict_pair(predictor, DEGRADATIONS[kind](pair, random.random(), random), case.id, kind)
+    except UserError as error:  # such as a cut image that is too small to normalise
+        log.detail(f"{case.id}, {kind}: {describe(error)}")
+        return None
 
 
 def read_labelled(predictor: Predictor, case: Case, dataset: Dataset) -> Labelled:
