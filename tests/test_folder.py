@@ -15,7 +15,7 @@ from nnunet_lite.data.cases import Case
 from nnunet_lite.data.images import read_image, write_label
 from nnunet_lite.errors import UserError
 from nnunet_lite.inference.cases import read_case_image
-from nnunet_lite.inference.folder import predict_cases
+from nnunet_lite.inference.folder import Outputs, predict_cases
 from nnunet_lite.inference.outputs import ExtraMaps
 from nnunet_lite.inference.predictor import Predictor
 from nnunet_lite.networks.precision import ComputeFormat
@@ -55,7 +55,7 @@ def test_logits_that_are_not_finite_are_no_background(
     with pytest.raises(UserError, match="Predict with --precision fp32"):
         half(scan)
     for wanted in (ExtraMaps(("Anterior",)), ExtraMaps(uncertainty=True)):
-        _, failed = predict_cases(broken, cases[:1], tmp_path / "out", maps=wanted)
+        _, failed = predict_cases(broken, cases[:1], tmp_path / "out", Outputs(maps=wanted))
         assert "NaN or infinite" in failed[cases[0].id]
     voting = replace(model, partners=(broken,))
     with pytest.raises(UserError, match="NaN or infinite"):
@@ -77,7 +77,7 @@ def test_maps_whose_names_are_too_long_are_refused_before_the_prediction(
     scan = shutil.copy(scans[0], tmp_path / f"{'n' * 240}.nii.gz")
     cases = [Case("n" * 240, (scan,), None)]
     with pytest.raises(UserError, match=r"n_Posterior\.nii\.gz: has a longer name than file systems allow"):
-        predict_cases(model, cases, tmp_path / "out", maps=ExtraMaps(("Posterior",)))
+        predict_cases(model, cases, tmp_path / "out", Outputs(maps=ExtraMaps(("Posterior",))))
     assert not (tmp_path / "out").exists()
     (file,), failed = predict_cases(model, cases, tmp_path / "out")
     assert file.is_file() and not failed
@@ -89,7 +89,7 @@ def test_a_label_map_that_is_replaced_is_deleted_first(model: Predictor, scans: 
     cases = [Case("a", (scans[0],), None)]
     (file,), _ = predict_cases(model, cases, tmp_path)
     there: list[bool] = []
-    predict_cases(model, cases, tmp_path, per_label=True, report=lambda _: there.append(file.exists()))
+    predict_cases(model, cases, tmp_path, Outputs(per_label=True), report=lambda _: there.append(file.exists()))
     assert there == [False] and file.exists()
 
 
@@ -97,19 +97,18 @@ def test_label_maps_are_kept_unless_their_maps_are_missing(
     model: Predictor, scans: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cases, maps = [Case(name, (scans[0],), None) for name in ("a", "b")], ExtraMaps(("Anterior",))
-    predict_cases(model, cases, tmp_path, maps=maps)
+    predict_cases(model, cases, tmp_path, Outputs(maps=maps))
     written = [(tmp_path / f"{name}.nii.gz").stat().st_mtime_ns for name in ("a", "b")]
     (tmp_path / "probabilities" / "b_Anterior.nii.gz").unlink()
     capsys.readouterr()
-    files, failed = predict_cases(model, cases, tmp_path, maps=maps, skip_existing=True, per_label=True)
+    files, failed = predict_cases(model, cases, tmp_path, Outputs(maps=maps, skip_existing=True, per_label=True))
     assert len(files) == 2 and not failed and len(list(tmp_path.glob("segmentations/*/*.nii.gz"))) == 4
     assert "1 label map will be replaced; files that are made with them are missing" in capsys.readouterr().err
     kept = [(tmp_path / f"{name}.nii.gz").stat().st_mtime_ns for name in ("a", "b")]
     assert kept[0] == written[0] and kept[1] != written[1]
     shutil.rmtree(tmp_path / "segmentations")
-    _, failed = predict_cases(
-        model, [replace(cases[0], images=(scans[1],))], tmp_path, skip_existing=True, per_label=True
-    )
+    other = replace(cases[0], images=(scans[1],))
+    _, failed = predict_cases(model, [other], tmp_path, Outputs(skip_existing=True, per_label=True))
     assert "is the label map of another image" in failed["a"]
 
 
@@ -119,7 +118,7 @@ def test_two_cases_never_share_a_file(
 ) -> None:
     cases = [Case(name, (scans[0],), None) for name in ids]
     with pytest.raises(UserError, match=r"would be written twice, for two cases or labels\. Rename one\."):
-        predict_cases(model, cases, tmp_path / "out", maps=maps)
+        predict_cases(model, cases, tmp_path / "out", Outputs(maps=maps))
     assert not (tmp_path / "out").exists()
 
 

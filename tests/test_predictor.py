@@ -26,7 +26,7 @@ from nnunet_lite.data.images import Image, read_image, read_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json
-from nnunet_lite.inference.folder import _read_ahead, predict_cases
+from nnunet_lite.inference.folder import Outputs, _read_ahead, predict_cases
 from nnunet_lite.inference.predictor import (
     Predictor,
     PreparedImage,
@@ -178,7 +178,7 @@ def test_existing_label_maps_are_skipped_with_the_option(model: Predictor, folde
     cases, out = find_cases([folder], 1), tmp_path / "out"
     files, _ = predict_cases(model, cases[:1], out)
     before = files[0].stat().st_mtime_ns
-    files, failed = predict_cases(model, cases, out, skip_existing=True)
+    files, failed = predict_cases(model, cases, out, Outputs(skip_existing=True))
     assert (len(files), failed) == (3, {})
     assert files[0].stat().st_mtime_ns == before
     predict_cases(model, cases[:1], out)
@@ -219,7 +219,7 @@ def test_images_are_read_ahead_as_memory_allows(most: int, nbytes: int, expected
 
     with ThreadPoolExecutor(most) as reader:
         found = []
-        for source in _read_ahead(reader, read, range(8), most):  # type: ignore[arg-type]
+        for _, source in _read_ahead(reader, read, range(8), most):  # type: ignore[arg-type]
             found.append(source.exception() is None)
             wait(reader.submit(int) for _ in range(most))
             assert len(begun) <= min(8, len(found) - 1 + expected)

@@ -15,7 +15,7 @@ from nnunet_lite.data.images import read_image
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.inference.cases import check_output
-from nnunet_lite.inference.folder import predict_cases
+from nnunet_lite.inference.folder import Outputs, predict_cases
 from nnunet_lite.inference.predictor import Predictor
 from nnunet_lite.inference.results import label_file, measure_labels, write_segmentation
 
@@ -33,7 +33,7 @@ def renamed(model: Predictor, *names: str) -> Predictor:
 def test_a_file_for_each_label(model: Predictor, scans: list[Path], tmp_path: Path) -> None:
     other = renamed(model, "Hippocampus: vorn/Ä", "hinten")
     cases = find_cases(scans[:2], 1)
-    files, failed = predict_cases(other, cases, tmp_path, per_label=True)
+    files, failed = predict_cases(other, cases, tmp_path, Outputs(per_label=True))
     assert len(files) == 2 and not failed
     for case, file in zip(cases, files, strict=True):
         label_map = nibabel.load(file)
@@ -47,7 +47,7 @@ def test_a_file_for_each_label(model: Predictor, scans: list[Path], tmp_path: Pa
             assert mask.get_data_dtype() == np.uint8
     kept = files[0].stat().st_mtime_ns
     (tmp_path / "segmentations" / cases[1].id / names[0]).unlink()
-    predict_cases(other, cases, tmp_path, per_label=True, skip_existing=True)
+    predict_cases(other, cases, tmp_path, Outputs(per_label=True, skip_existing=True))
     assert (tmp_path / "segmentations" / cases[1].id / names[0]).is_file(), "a case is complete if all its files exist"
     assert files[0].stat().st_mtime_ns == kept
     assert label_file(Path("out/a.seg.nrrd"), "x", Path("a.png")) == Path("out/segmentations/a/x.png")
@@ -57,7 +57,7 @@ def test_a_file_for_each_label(model: Predictor, scans: list[Path], tmp_path: Pa
 def test_two_labels_never_share_a_file(model: Predictor, scans: list[Path], tmp_path: Path) -> None:
     other = renamed(model, "left/lung", "left lung")
     with pytest.raises(UserError, match=r"left_lung\.nii\.gz: would be written twice, for two cases or labels"):
-        predict_cases(other, find_cases(scans[:1], 1), tmp_path / "out", per_label=True)
+        predict_cases(other, find_cases(scans[:1], 1), tmp_path / "out", Outputs(per_label=True))
     assert not (tmp_path / "out").exists()
 
 

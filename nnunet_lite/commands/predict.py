@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
@@ -20,7 +20,7 @@ from nnunet_lite.evaluation.postprocessing import apply_rules
 from nnunet_lite.evaluation.selection import choose_models
 from nnunet_lite.files import read_json
 from nnunet_lite.inference.cases import check_output, names_file, output_file
-from nnunet_lite.inference.folder import predict_cases
+from nnunet_lite.inference.folder import Outputs, predict_cases
 from nnunet_lite.inference.outputs import ExtraMaps, parse_label_names
 from nnunet_lite.inference.predictor import Predictor, load
 from nnunet_lite.inference.quality import QUALITY_TABLE, CaseQuality, worst_first
@@ -309,16 +309,11 @@ def predict(
     several = len(folders) * len(used) > 1
     if save_uncertainty and not several:
         log.info("one network predicts: there is no map of disagreement, only of entropy")
-    writing: dict[str, Any] = {
-        "maps": ExtraMaps(names, save_uncertainty, several),
-        "format": format,
-        "per_label": per_label,
-        "statistics": statistics,
-        "quality": quality,
-        "skip_existing": skip_existing,
-        "postprocess": partial(apply_rules, labels=plan.labels, rules=rules) if rules else None,
-        "accept_geometry": accept_geometry,
-    }
+    outputs = Outputs(
+        maps=ExtraMaps(names, save_uncertainty, several), format=format, per_label=per_label, statistics=statistics,
+        quality=quality, skip_existing=skip_existing,
+        postprocess=partial(apply_rules, labels=plan.labels, rules=rules) if rules else None,
+    )  # fmt: skip
     words = {label: str(rule) for label, rule in rules.items()}
     order = plan.labels.region_order
     run = {
@@ -332,10 +327,15 @@ def predict(
         log.info(f"predicting {plural(len(cases), 'image')} with {how}")
         with record:
             report = partial(record.add, run={**run, **describe_predictor(predictor)})
-            files, failed = predict_cases(predictor, cases, out, report=report, **writing)
+            files, failed = predict_cases(
+                predictor, cases, out, outputs, report=report, accept_geometry=accept_geometry
+            )
     else:
         with record:
-            files, failed = _predict_on(scheduler, loader, cases, out.absolute(), writing, record, run)
+            task = partial(
+                _predict_case, loader=loader, out=out.absolute(), outputs=outputs, accept_geometry=accept_geometry
+            )
+            files, failed = _predict_on(scheduler, task, cases, out.absolute(), format, record, run)
     for case, reason in failed.items():
         log.error(f"failed: {case}: {reason}")
     images, highest = {case.id: case.images[0] for case in cases}, max(plan.labels.values)
@@ -379,7 +379,7 @@ _loaded: dict[str, Predictor] = {}  # the model that this worker predicts with
 
 
 def _predict_case(
-    case: Case, loader: partial[Predictor], out: Path, writing: dict[str, Any]
+    case: Case, loader: partial[Predictor], out: Path, outputs: Outputs, accept_geometry: bool
 ) -> tuple[list[Path], dict[str, str], list[CaseResult], dict[str, Any]]:
     """Predict a case on a worker; as `predict_cases`, and for the record. Other weights are loaded again."""
     folders, folds = loader.args[:2]
@@ -388,30 +388,31 @@ def _predict_case(
         _loaded.clear()
         _loaded[key] = loader()
     results: list[CaseResult] = []
-    files, failed = predict_cases(_loaded[key], [case], out, report=results.append, **writing)
+    files, failed = predict_cases(
+        _loaded[key], [case], out, outputs, report=results.append, accept_geometry=accept_geometry
+    )
     return files, failed, results, describe_predictor(_loaded[key])
 
 
 def _predict_on(
     scheduler: str,
-    loader: partial[Predictor],
+    task: Callable[[Case], Any],
     cases: Sequence[Case],
     out: Path,
-    writing: dict[str, Any],
+    format: Format | None,
     record: PredictionRecord,
     run: dict[str, Any],
 ) -> tuple[list[Path], dict[str, str]]:
     """Predict cases on the workers of a Dask scheduler; as `predict_cases`."""
     files: list[Path] = []
     failed: dict[str, str] = {}
-    work = partial(_predict_case, loader=loader, out=out, writing=writing)
     with options.cluster_of(scheduler, out.parent if names_file(out) else out) as cluster:
         assert cluster is not None  # there is a scheduler
         absolute = [replace(case, images=tuple(path.absolute() for path in case.images)) for case in cases]
-        for case, found in cluster.spread(work, absolute, "predict", heavy=True):
+        for case, found in cluster.spread(task, absolute, "predict", heavy=True):
             if isinstance(found, Exception):
                 failed[case.id] = describe(found)
-                file = output_file(case, out, writing["format"])
+                file = output_file(case, out, format)
                 record.add(CaseResult(file, case, f"failed: {failed[case.id]}"), run)
             else:
                 files += found[0]

@@ -21,7 +21,7 @@ from nnunet_lite.evaluation.postprocessing import CasePair
 from nnunet_lite.evaluation.scores import CaseScore, Scores, read_summaries
 from nnunet_lite.files import write_json, write_text
 from nnunet_lite.inference.cases import output_file
-from nnunet_lite.inference.folder import predict_cases
+from nnunet_lite.inference.folder import Outputs, predict_cases
 from nnunet_lite.inference.predictor import Predictor, load
 from nnunet_lite.inference.record import PredictionRecord, describe_predictor
 from nnunet_lite.models.folder import SUMMARY, VALIDATION, now_as_text, versions_in_use
@@ -108,9 +108,10 @@ def validate_cases(
     cases = _cases(dataset, case_ids)
     run = {"date": now_as_text(), "versions": versions_in_use(), **describe_predictor(model)}
     with PredictionRecord(out) as record:
-        _, failed = predict_cases(model, cases, out, skip_existing=True, stage_classes=stage_classes,
-                                  accept_geometry=dataset.accept_geometry,
-                                  report=partial(record.add, run=run))  # fmt: skip
+        _, failed = predict_cases(
+            model, cases, out, Outputs(skip_existing=True), report=partial(record.add, run=run),
+            stage_classes=stage_classes, accept_geometry=dataset.accept_geometry,
+        )  # fmt: skip
     if failed:
         case_id, why = next(iter(failed.items()))
         raise UserError(

@@ -6,19 +6,21 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryFile
 from traceback import format_exception
+from typing import Any, TypeVar
 
 import numpy as np
 
 from nnunet_lite import log
 from nnunet_lite.data.cases import Case
 from nnunet_lite.data.geometry import Geometry
-from nnunet_lite.data.images import read_images, read_label, write_label
+from nnunet_lite.data.images import Image, read_label, write_label
+from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.names import Format, case_of, format_of
 from nnunet_lite.data.nifti import write_nifti
 from nnunet_lite.data.problems import few, plural
@@ -32,7 +34,10 @@ from nnunet_lite.inference.predictor import Predictor, PreparedImage, prepare_im
 from nnunet_lite.inference.quality import CaseQuality, judge
 from nnunet_lite.inference.record import KEPT, CaseResult, read_statistics
 from nnunet_lite.inference.results import SEGMENTATIONS, label_file, measure_labels, write_segmentation
+from nnunet_lite.planning.schema import Plan
 from nnunet_lite.system import cases_in_flight, cpus
+
+T = TypeVar("T")
 
 # changes a label map (z, y, x) of some spacing before it is written
 Postprocess = Callable[[np.ndarray, tuple[float, float, float]], np.ndarray]
@@ -44,20 +49,66 @@ _MOST_WRITING = 2  # label maps that wait to be written
 _NAME_BYTES = 255
 
 
+@dataclass(frozen=True)
+class Outputs:
+    """What is written of each case.
+
+    Parameters
+    ----------
+    maps : ExtraMaps
+        Maps to write too, into the folders probabilities and uncertainty.
+    format : str, optional
+        Of the label maps; default: that of their images.
+    per_label : bool
+        Write a file for each label too, into the folder segmentations.
+    statistics : bool
+        Measure the labels, for the report.
+    quality : bool
+        Judge the predictions, for the report, if that was calibrated for the model.
+    skip_existing : bool
+        Keep label maps that exist already, unless `maps` of the case are missing. Statistics and files of labels that
+        are missing are made from them.
+    postprocess : callable, optional
+        Changes each label map before it is written.
+    """
+
+    maps: ExtraMaps = field(default_factory=ExtraMaps)
+    format: Format | None = None
+    per_label: bool = False
+    statistics: bool = False
+    quality: bool = False
+    skip_existing: bool = False
+    postprocess: Postprocess | None = None
+
+
+@dataclass(frozen=True)
+class _CaseFiles:
+    """The files of a case: its label map, its maps by their names, and those of single labels."""
+
+    label_map: Path
+    maps: dict[str, Path]
+    masks: dict[str, Path]
+
+
+@dataclass(frozen=True)
+class _Prediction:
+    """What is predicted of a case; `seconds` is the time from the preprocessed image to the label map."""
+
+    geometry: Geometry
+    label_map: np.ndarray
+    maps: dict[str, np.ndarray]
+    quality: CaseQuality | None
+    seconds: float
+
+
 def predict_cases(
     predictor: Predictor,
     cases: Sequence[Case],
     out: Path,
+    outputs: Outputs = Outputs(),
     *,
-    maps: ExtraMaps = ExtraMaps(),
-    format: Format | None = None,
-    per_label: bool = False,
-    statistics: bool = False,
-    quality: bool = False,
     report: Callable[[CaseResult], None] = lambda result: None,
-    skip_existing: bool = False,
     stage_classes: Callable[[str], np.ndarray] | None = None,
-    postprocess: Postprocess | None = None,
     accept_geometry: bool = False,
 ) -> tuple[list[Path], dict[str, str]]:
     """Predict cases into a folder: a label map for each, in the format of its image. One that fails stops no other.
@@ -70,26 +121,13 @@ def predict_cases(
         Their images.
     out : Path
         A folder; of a single case also the name of its label map, whose ending decides the format.
-    maps : ExtraMaps
-        Maps to write too, into the folders probabilities and uncertainty in `out`.
-    format : str, optional
-        Of the label maps; default: that of their images.
-    per_label : bool
-        Write a file for each label too, into the folder segmentations in `out`.
-    statistics : bool
-        Measure the labels, for `report`.
-    quality : bool
-        Judge the predictions, for `report`, if that was calibrated for the model.
+    outputs : Outputs
+        What to write.
     report : callable
         Takes each case before its label map is written; in the end those that failed.
-    skip_existing : bool
-        Keep label maps that exist already, unless `maps` of the case are missing. Statistics and files of labels that
-        are missing are made from them.
     stage_classes : callable, optional
         Returns the classes that the first stage predicts of a case, by its id, on the grid of its preprocessed array;
         for the second stage of a cascade that was loaded without the first.
-    postprocess : callable, optional
-        Changes each label map before it is written.
     accept_geometry : bool
         Whether the files of a case's channels may differ in origin and direction.
 
@@ -107,145 +145,87 @@ def predict_cases(
     OSError
         The disk is full.
     """
-    labels, channels = predictor.plan.labels, [channel.name for channel in predictor.plan.channels]
-    targets = {case.id: output_file(case, out, format) for case in cases}
-    maps_of = {case.id: [_map_file(targets[case.id], name) for name in maps.names] for case in cases}
-    masks_of = {
-        case.id: {label: label_file(targets[case.id], label, case.images[0]) for label in labels.segments if per_label}
-        for case in cases
-    }
-    _check_targets(cases, targets, {name: [*files, *masks_of[name].values()] for name, files in maps_of.items()})
+    plan = predictor.plan
+    files = {case.id: _name_files(case, out, outputs, plan.labels) for case in cases}
+    _check_files(cases, files)
     out = out.parent if names_file(out) else out
     out.mkdir(parents=True, exist_ok=True)
     for folder in (out / "probabilities", out / "uncertainty", *out.glob(f"{SEGMENTATIONS}/*")):
         sweep(folder)  # of a killed run; this one may write nothing there
-    measured = read_statistics(out) if statistics and skip_existing else {}
-
-    readable = (None, "nifti") if needs_layers(labels) else (None, "nifti", "seg.nrrd")  # as values of the dataset
-
-    def is_complete(case: Case) -> bool:
-        has_masks = all(path.is_file() for path in masks_of[case.id].values())
-        return has_masks and (not statistics or case_of(targets[case.id]) in measured)
-
-    def is_kept(case: Case) -> bool:
-        has_files = all(path.is_file() for path in (targets[case.id], *maps_of[case.id]))
-        return has_files and (is_complete(case) or format_of(targets[case.id]) in readable)
-
-    kept = [case for case in cases if skip_existing and is_kept(case)]
-    files = [targets[case.id] for case in kept]
-    kept_ids = {case.id for case in kept}
-    todo = [case for case in cases if case.id not in kept_ids]
-    if old := [case for case in todo if targets[case.id].is_file()]:
-        why = "files that are made with them are missing" if skip_existing else "--continue keeps them"
-        log.info(f"{out}: {plural(len(old), 'label map')} will be replaced; {why}")
+    complete, incomplete = _find_existing(files, out, outputs, plan.labels) if outputs.skip_existing else ([], [])
+    todo = [case for case in cases if case.id not in {*complete, *incomplete}]
+    if n_replaced := sum(files[case.id].label_map.is_file() for case in todo):
+        why = "files that are made with them are missing" if outputs.skip_existing else "--continue keeps them"
+        log.info(f"{out}: {plural(n_replaced, 'label map')} will be replaced; {why}")
     failed: dict[str, str] = {}
-    computed = maps
-    calibrated = predictor.quality if quality else None
-    if calibrated is not None and not maps.uncertainty:
-        computed = replace(predictor.quality_maps, probabilities=maps.probabilities)
-    turned: dict[str, list[str]] = defaultdict(list)
 
-    def read(case: Case) -> PreparedImage:
-        return prepare_image(predictor, read_case_image(predictor.plan, case, accept_geometry))
-
-    def write(
-        case: Case,
-        geometry: Geometry,
-        label_map: np.ndarray,
-        arrays: dict[str, np.ndarray],
-        judged: CaseQuality | None,
-        seconds: float,
-    ) -> None:
-        target = targets[case.id]
-        target.unlink(missing_ok=True)  # an older one beside new files would be taken for theirs
-        for name in maps.names:
-            with atomic(_map_file(target, name)) as temporary:
-                write_nifti(temporary, arrays[name], geometry, 1 / STEPS, case.images[0])
-        if postprocess is not None:
-            label_map = postprocess(label_map, geometry.spacing)
-        for label, file in masks_of[case.id].items():
-            write_label(file, np.isin(label_map, labels.segments[label]), geometry, like=case.images[0])
-        sizes = None
-        if statistics:
-            image = read_images(case.images, len(channels), accept_geometry).array
-            sizes = measure_labels(label_map, image, geometry, labels, channels)
-        report(CaseResult(target, case, "written", round(seconds, 2), sizes, judged))
-        # the label map is the last file: if it exists, the case is complete
-        write_segmentation(target, label_map, geometry, labels, case.images[0])
-
-    def complete(case: Case) -> None:
-        image = read_case_image(predictor.plan, case, accept_geometry)
-        label_map = read_label(targets[case.id], image.geometry)[0]
-        if label_map.shape != image.geometry.shape:
-            raise UserError("is the label map of another image", targets[case.id], "Choose another --output.")
-        for label, file in masks_of[case.id].items():
-            write_label(file, np.isin(label_map, labels.segments[label]), image.geometry, like=case.images[0])
-        if statistics:
-            sizes = measure_labels(label_map, image.array, image.geometry, labels, channels)
-            report(CaseResult(targets[case.id], case, KEPT, None, sizes))
-
-    def fail(case: Case, error: Exception) -> None:
-        if lacks_space(error):  # then no other case can be written either
-            raise error
-        log.detail("".join(format_exception(error)).rstrip())
-        failed[case.id] = describe(error)
-
-    def finish(case: Case, writing: Future[None]) -> None:
+    def attempt(case: Case, action: Callable[[], T]) -> T | None:
+        """Whatever is wrong with one case, the others are predicted."""
         try:
-            writing.result()
-            files.append(targets[case.id])
-        except Exception as error:  # whatever is wrong with one case, the others are predicted
-            fail(case, error)
+            return action()
+        except Exception as error:
+            if lacks_space(error):  # then no other case can be written either
+                raise
+            log.detail("".join(format_exception(error)).rstrip())
+            failed[case.id] = describe(error)
+            return None
 
-    incomplete = [case for case in kept if not is_complete(case)]
-    for case in log.progress(incomplete, len(incomplete), "complete") if incomplete else ():
-        try:
-            complete(case)
-        except Exception as error:  # as above
-            fail(case, error)
+    read = partial(read_case_image, plan, accept_geometry=accept_geometry)
+    partial_cases = [case for case in cases if case.id in incomplete]
+    for case in log.progress(partial_cases, len(partial_cases), "complete") if partial_cases else ():
+        attempt(case, partial(_complete_case, case, files[case.id], plan, outputs, read, report))
     n_readers = 1 if predictor.device.type == "cpu" else min(cpus(), _MOST_READERS)  # a CPU computes at the same time
-    with ThreadPoolExecutor(n_readers) as reader, ThreadPoolExecutor(1) as writer:
-        size = _READING + _MEASURING * statistics
-        sources, queue = _read_ahead(reader, read, todo, n_readers, size), deque[tuple[Case, Future[None]]]()
-        for case, source in zip(log.progress(todo, len(todo), "predict"), sources, strict=True):
-            try:
-                prepared = source.result()
-                began = time.monotonic()
-                classes = None if stage_classes is None else stage_classes(case.id)
-                label_map, arrays = segment(predictor, prepared, classes, computed, partial(array_on_disk, out))
-                judged = None
-                if calibrated is not None:
-                    judged = judge(calibrated, describe_prediction(prepared.arrays[0], label_map, arrays, labels))
-            except Exception as error:  # as above
-                fail(case, error)
-                continue
-            geometry = prepared.arrays[0].placement.geometry
-            own = geometry.orientation
-            if own is not None and own != (predictor.plan.orientation or own):
-                turned[own].append(case.id)
-            del prepared  # or it would be in memory until the next image is read
-            seconds = time.monotonic() - began
-            queue.append((case, writer.submit(write, case, geometry, label_map, arrays, judged, seconds)))
+    turned, size = defaultdict[str, list[str]](list), _READING + _MEASURING * outputs.statistics
+    with (
+        ThreadPoolExecutor(n_readers) as reader,
+        ThreadPoolExecutor(1) as writer,
+        log.working("predict", len(todo)) as advance,
+    ):
+        queue = deque[tuple[Case, Future[None]]]()
+        for case, source in _read_ahead(
+            reader, lambda case: prepare_image(predictor, read(case)), todo, n_readers, size
+        ):
+            classes = None if stage_classes is None else partial(stage_classes, case.id)
+            prediction = attempt(case, partial(_predict_case, predictor, source, classes, outputs, out))
+            del source  # or the image would be in memory until the next one is read
+            if prediction is not None:
+                own = prediction.geometry.orientation
+                if own is not None and own != (plan.orientation or own):
+                    turned[own].append(case.id)
+                work = partial(_write_case, case, files[case.id], prediction, plan, outputs, read, report)
+                queue.append((case, writer.submit(work)))
             if len(queue) > _MOST_WRITING:
-                finish(*queue.popleft())
+                written, writing = queue.popleft()
+                attempt(written, writing.result)
+            advance(1)
         for case, writing in queue:
-            finish(case, writing)
+            attempt(case, writing.result)
     for case in todo:
         if case.id in failed:
-            report(CaseResult(targets[case.id], case, f"failed: {failed[case.id]}"))
+            report(CaseResult(files[case.id].label_map, case, f"failed: {failed[case.id]}"))
     if turned:
         stored = ", ".join(f"{plural(len(ids), 'image')} stored as {own} ({few(ids)})" for own, ids in turned.items())
-        log.info(f"turned to {predictor.plan.orientation}, the orientation of the model: {stored}")
-    return sorted(files), failed
+        log.info(f"turned to {plan.orientation}, the orientation of the model: {stored}")
+    return sorted(files[case.id].label_map for case in cases if case.id not in failed), failed
 
 
-def _check_targets(cases: Sequence[Case], targets: Mapping[str, Path], extra: Mapping[str, Sequence[Path]]) -> None:
-    """Refuse label maps and further files, by case id, that could not be written, before anything is predicted."""
+def _name_files(case: Case, out: Path, outputs: Outputs, labels: Labels) -> _CaseFiles:
+    target, maps = output_file(case, out, outputs.format), {}
+    for name in outputs.maps.names:  # such as probabilities/liver
+        folder, _, of = name.partition("/")
+        maps[name] = target.parent / folder / f"{case_of(target)}_{file_name(of)}.nii.gz"
+    masks = {label: label_file(target, label, case.images[0]) for label in labels.segments if outputs.per_label}
+    return _CaseFiles(target, maps, masks)
+
+
+def _check_files(cases: Sequence[Case], files: Mapping[str, _CaseFiles]) -> None:
+    """Refuse files, by case id, that could not be written, before anything is predicted."""
     images = {identify(path) for case in cases for path in case.images}
-    if overwritten := next((path for path in targets.values() if identify(path) in images), None):
+    targets = [of.label_map for of in files.values()]
+    if overwritten := next((path for path in targets if identify(path) in images), None):
         raise UserError("would be overwritten by its own label map", overwritten, "Choose another --output.")
-    further = [path for paths in extra.values() for path in paths]
-    written = [*targets.values(), *further]
+    further = [path for of in files.values() for path in (*of.maps.values(), *of.masks.values())]
+    written = [*targets, *further]
     if too_long := next((path for path in written if len(path.name.encode()) > _NAME_BYTES), None):
         what = f"has a longer name than file systems allow ({_NAME_BYTES} bytes)"
         raise UserError(what, too_long, f"Rename the image{', or leave out its maps' if further else ''}.")
@@ -254,10 +234,96 @@ def _check_targets(cases: Sequence[Case], targets: Mapping[str, Path], extra: Ma
         raise UserError("would be written twice, for two cases or labels", twice, "Rename one.")
 
 
-def _map_file(target: Path, name: str) -> Path:
-    """Return the file of a map, by its name in `ExtraMaps`, of the image with a label map."""
-    folder, _, of = name.partition("/")
-    return target.parent / folder / f"{case_of(target)}_{file_name(of)}.nii.gz"
+def _find_existing(
+    files: Mapping[str, _CaseFiles], out: Path, outputs: Outputs, labels: Labels
+) -> tuple[list[str], list[str]]:
+    """Return the ids of cases that have all files, and of those whose missing ones can be made from the label map."""
+    measured = read_statistics(out) if outputs.statistics else {}
+    readable = (None, "nifti") if needs_layers(labels) else (None, "nifti", "seg.nrrd")  # as values of the dataset
+    complete, incomplete = [], []
+    for name, of in files.items():
+        if not all(path.is_file() for path in (of.label_map, *of.maps.values())):
+            continue
+        is_measured = not outputs.statistics or case_of(of.label_map) in measured
+        if is_measured and all(path.is_file() for path in of.masks.values()):
+            complete.append(name)
+        elif format_of(of.label_map) in readable:
+            incomplete.append(name)
+    return complete, incomplete
+
+
+def _complete_case(
+    case: Case,
+    files: _CaseFiles,
+    plan: Plan,
+    outputs: Outputs,
+    read: Callable[[Case], Image],
+    report: Callable[[CaseResult], None],
+) -> None:
+    """Make statistics and files of labels from a label map that exists."""
+    image = read(case)
+    label_map = read_label(files.label_map, image.geometry)[0]
+    if label_map.shape != image.geometry.shape:
+        raise UserError("is the label map of another image", files.label_map, "Choose another --output.")
+    _write_masks(case, files, label_map, image.geometry, plan.labels)
+    if outputs.statistics:
+        report(CaseResult(files.label_map, case, KEPT, None, _measure(label_map, image, plan)))
+
+
+def _predict_case(
+    predictor: Predictor,
+    source: Future[PreparedImage],
+    stage_classes: Callable[[], np.ndarray] | None,
+    outputs: Outputs,
+    out: Path,
+) -> _Prediction:
+    """Predict an image, and judge the prediction."""
+    prepared = source.result()
+    began = time.monotonic()
+    calibrated, maps = predictor.quality if outputs.quality else None, outputs.maps
+    if calibrated is not None and not maps.uncertainty:
+        maps = replace(predictor.quality_maps, probabilities=maps.probabilities)
+    classes = None if stage_classes is None else stage_classes()
+    label_map, arrays = segment(predictor, prepared, classes, maps, partial(array_on_disk, out))
+    judged = None
+    if calibrated is not None:
+        features = describe_prediction(prepared.arrays[0], label_map, arrays, predictor.plan.labels)
+        judged = judge(calibrated, features)
+    geometry = prepared.arrays[0].placement.geometry
+    return _Prediction(geometry, label_map, arrays, judged, time.monotonic() - began)
+
+
+def _write_case(
+    case: Case,
+    files: _CaseFiles,
+    prediction: _Prediction,
+    plan: Plan,
+    outputs: Outputs,
+    read: Callable[[Case], Image],
+    report: Callable[[CaseResult], None],
+) -> None:
+    """Write all files of a case; the label map is the last one: if it exists, the case is complete."""
+    label_map, geometry = prediction.label_map, prediction.geometry
+    files.label_map.unlink(missing_ok=True)  # an older one beside new files would be taken for theirs
+    for name, file in files.maps.items():
+        with atomic(file) as temporary:
+            write_nifti(temporary, prediction.maps[name], geometry, 1 / STEPS, case.images[0])
+    if outputs.postprocess is not None:
+        label_map = outputs.postprocess(label_map, geometry.spacing)
+    _write_masks(case, files, label_map, geometry, plan.labels)
+    sizes = _measure(label_map, read(case), plan) if outputs.statistics else None
+    report(CaseResult(files.label_map, case, "written", round(prediction.seconds, 2), sizes, prediction.quality))
+    write_segmentation(files.label_map, label_map, geometry, plan.labels, case.images[0])
+
+
+def _write_masks(case: Case, files: _CaseFiles, label_map: np.ndarray, geometry: Geometry, labels: Labels) -> None:
+    for label, file in files.masks.items():
+        write_label(file, np.isin(label_map, labels.segments[label]), geometry, like=case.images[0])
+
+
+def _measure(label_map: np.ndarray, image: Image, plan: Plan) -> dict[str, dict[str, Any]]:
+    channels = [channel.name for channel in plan.channels]
+    return measure_labels(label_map, image.array, image.geometry, plan.labels, channels)
 
 
 def _read_ahead(
@@ -266,22 +332,20 @@ def _read_ahead(
     cases: Iterable[Case],
     most: int,
     size: int = _READING,
-) -> Iterator[Future[PreparedImage]]:
-    """Yield the image of each case, in order, while the next ones are read: one, or as many as fit into memory.
+) -> Iterator[tuple[Case, Future[PreparedImage]]]:
+    """Yield cases with their images, in order, while the next ones are read: one, or as many as fit into memory.
 
-    `size` is what one takes, in sizes of a preprocessed image.
+    `size` is what one takes, in sizes of a preprocessed image. Nothing here holds an image that was yielded.
     """
-    waiting: deque[Future[PreparedImage]] = deque()
+    waiting = deque[tuple[Case, Future[PreparedImage]]]()
     n_ahead = 1
     for case in cases:
-        waiting.append(reader.submit(read, case))
+        waiting.append((case, reader.submit(read, case)))
         if len(waiting) <= n_ahead:
             continue
-        source = waiting.popleft()
-        yield source
-        if source.exception() is None:
-            n_ahead = cases_in_flight(size * source.result().nbytes, most)
-        del source
+        if waiting[0][1].exception() is None:
+            n_ahead = cases_in_flight(size * waiting[0][1].result().nbytes, most)
+        yield waiting.popleft()
     while waiting:
         yield waiting.popleft()
 
