@@ -41,7 +41,7 @@ _MOST_CASES = 200  # predicted again
 _COPIES = 240  # degraded copies to predict at least, up to _MOST_COPIES of each case
 _MOST_COPIES = 8
 _MINUTES = 30  # after which no further round begins
-_ROUND = 20  # cases of a round, at most
+_ROUND = 10  # cases of a round, at least, if there are so many
 _COPIES_OF_ROUND = 3  # of each case; no divisor of the number of kinds
 
 
@@ -161,8 +161,8 @@ def _key(held_out: HeldOut, team: Team) -> str:
 def predict_rows(held_out: HeldOut, team: Team) -> list[Row]:
     """Predict held-out cases and degraded copies of them; those in calibration.jsonl are not predicted again.
 
-    It takes half an hour, or longer if the first round does: large images give fewer copies. A calibration that ended
-    is not continued.
+    It ends after half an hour, but not before ten cases and two or three copies of each are predicted. A calibration
+    that ended is not continued.
 
     Parameters
     ----------
@@ -192,7 +192,7 @@ def predict_rows(held_out: HeldOut, team: Team) -> list[Row]:
             for name, kind in sorted(pairs, key=lambda pair: held_out.fold_of[pair[0]].name):
                 fold = held_out.fold_of[name].name
                 if fold not in loaded:
-                    loaded = {fold: load_team(held_out, team, fold)}
+                    loaded[fold] = load_team(held_out, team, fold)
                 if row := _predict_row(loaded[fold], cases[name], kind, held_out.dataset):
                     append(file, row.model_dump_json())
                     made[name, kind] = row
@@ -204,7 +204,7 @@ def _plan_rounds(cases: Sequence[str]) -> Iterator[list[tuple[str, str]]]:
     """Yield case and kind of the images to predict, in rounds in which all kinds are equally frequent."""
     kinds = list(DEGRADATIONS)
     cases = cases[:: -(-len(cases) // _MOST_CASES)]
-    n_parts, copies = -(-len(cases) // _ROUND), min(_MOST_COPIES, -(-_COPIES // len(cases)))
+    n_parts, copies = max(1, len(cases) // _ROUND), min(_MOST_COPIES, -(-_COPIES // len(cases)))
     for first in range(0, copies, _COPIES_OF_ROUND):
         numbers = range(first, min(first + _COPIES_OF_ROUND, copies))
         for part in (cases[start::n_parts] for start in range(n_parts)):
