@@ -397,13 +397,13 @@ def _flags(quality: Quality, features: CaseFeatures, is_unusual: bool) -> tuple[
 
 
 def _spacing_flags(quality: Quality, features: CaseFeatures) -> list[str]:
-    flags = []
+    axes = defaultdict[tuple[str, str], list[str]](list)
     for name, axis, low, high in zip(AXES, features.axes, *quality.spacing, strict=True):
         own = float(np.exp(features.image[f"spacing/{name}"]))
         if own > _LARGER * high or own * _LARGER < low:
             trained = f"{low:.3g}" if high < 1.01 * low else f"{low:.3g} to {high:.3g}"
-            flags.append(f"spacing {own:.3g} mm along {axis}, trained on {trained} mm")
-    return flags
+            axes[f"{own:.3g}", trained].append(axis)
+    return [f"spacing {own} mm along {few(of, 3)}, trained on {trained} mm" for (own, trained), of in axes.items()]
 
 
 def _label_flags(quality: Quality, features: CaseFeatures) -> list[str]:
