@@ -7,8 +7,6 @@ usual deviations its correction raises the Dice of a label. Nothing is changed i
 
 from __future__ import annotations
 
-import csv
-import io
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +28,7 @@ from nnunet_lite.data.raw_files import read_stamps, scan_raw_cases
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.evaluation.contradictions import Evidence, Kind, Place, collect_evidence, dice_of_counts
 from nnunet_lite.evaluation.members import Member, find_members
-from nnunet_lite.files import hash_of, read_validated, write_json, write_text
+from nnunet_lite.files import hash_of, read_validated, to_csv, write_json, write_text
 from nnunet_lite.inference.cases import output_file
 from nnunet_lite.models.folder import VALIDATION, validation_dice
 from nnunet_lite.system import cases_in_flight
@@ -216,9 +214,7 @@ def audit_labels(paths: Paths, dataset: Dataset, only: Sequence[str] | None, wor
         top=top,
     )
     write_json(paths.audit, audit.to_json())
-    table = io.StringIO()
-    csv.writer(table, lineterminator="\n").writerows(audit.rows())
-    write_text(paths.audit.with_suffix(".csv"), table.getvalue())
+    write_text(paths.audit.with_suffix(".csv"), to_csv(audit.rows()))
     return audit
 
 

@@ -35,7 +35,7 @@ from nnunet_lite.models.lookup import read_model
 from nnunet_lite.planning.fingerprint import Fingerprint
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.reporting.pictures import MAX_CHANNELS, OrientedImage, Picture, box_around
-from nnunet_lite.training.metrics import METRICS
+from nnunet_lite.training.metrics import read_epochs
 from nnunet_lite.workspace import Paths
 
 TILES = 24  # cases in the montage
@@ -350,9 +350,6 @@ def read_results(folder: Path, notes: list[str], labels: Labels | None = None) -
 
 def _read_fold(folder: Path, notes: list[str]) -> FoldHistory:
     state = read_weights_header(folder / MODEL) if (folder / MODEL).is_file() else {}
-    file = folder / METRICS
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
-    rows = tuple(json.loads(line) for line in lines if line.endswith("\n"))  # the last may be half written
     record = folder / VALIDATION / RECORD
     seconds: tuple[float, ...] = ()
     try:
@@ -361,7 +358,7 @@ def _read_fold(folder: Path, notes: list[str]) -> FoldHistory:
             seconds = tuple(float(one["seconds"]) for one in predictions if one["seconds"] is not None)
     except UserError as error:
         notes.append(f"the times of predictions are left out: {error}")
-    return FoldHistory(folder.name.removeprefix("fold_"), rows, state, seconds)
+    return FoldHistory(folder.name.removeprefix("fold_"), tuple(read_epochs(folder)), state, seconds)
 
 
 def _read_scores(folder: Path, labels: Labels, notes: list[str]) -> tuple[Scores, dict[str, str]]:

@@ -12,7 +12,6 @@ folds, `read_groups` serves `--group-by`, `stratify_by_labels` serves `--stratif
 
 from __future__ import annotations
 
-import csv
 import os
 import re
 import warnings
@@ -32,7 +31,7 @@ from nnunet_lite.data.dataset import Dataset, map_labels
 from nnunet_lite.data.images import read_label
 from nnunet_lite.data.problems import few, name_cases, plural
 from nnunet_lite.errors import UserError
-from nnunet_lite.files import hash_of, read_json, read_text, understood, write_json
+from nnunet_lite.files import hash_of, read_json, read_table, understood, write_json
 from nnunet_lite.system import cpus
 
 ALL = "all"  # the fold that trains on every case
@@ -368,10 +367,8 @@ def read_column(file: Path, case_ids: Sequence[str], what: str) -> dict[str, str
     UserError
         There is no such table, or it has no value or two values for a case.
     """
-    text = read_text(file)
     values = defaultdict[str, set[str]](set)
-    for line, row in enumerate(csv.reader(text.splitlines(), delimiter=max(",;\t", key=text.count)), 1):
-        cells = [cell.strip() for cell in row]
+    for line, cells in enumerate(read_table(file), 1):
         if any(cells) and len(cells) != 2:
             raise UserError(f"line {line} has {len(cells)} columns, not two: case, {what}", file)
         if any(cells):
