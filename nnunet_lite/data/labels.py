@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from nnunet_lite.errors import UserError
 
@@ -64,10 +64,8 @@ def label_colours(n: int) -> list[Colour]:
     return [*_COLOURS, *((round(255 * r), round(255 * g), round(255 * b)) for r, g, b in more)][:n]
 
 
-class Labels(BaseModel):
+class Labels(BaseModel, frozen=True, extra="forbid"):
     """The labels of a dataset. The background is the label of that name, otherwise the value 0, which is added."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     names: dict[str, int | tuple[int, ...]] = Field(description="value of each label, or values of each region")
     ignore: int | None = Field(None, description="value of voxels that are not annotated, which the loss ignores")

@@ -26,7 +26,7 @@ from nnunet_lite.data.names import case_of, stem
 from nnunet_lite.data.problems import align, few, html_table, plural
 from nnunet_lite.errors import UserError, no_such_file
 from nnunet_lite.evaluation.metrics import COARSE, METRICS, Metric, MetricValues, is_coarse, score_case
-from nnunet_lite.evaluation.statistics import Statistic, summarize
+from nnunet_lite.evaluation.statistics import Statistic, mean_of_known, summarize
 from nnunet_lite.files import read_json, to_csv
 from nnunet_lite.log import progress
 from nnunet_lite.models.folder import RECORD
@@ -62,8 +62,7 @@ class CaseScore:
     @property
     def mean_dice(self) -> float | None:
         """The mean over the labels that are in the case or in its prediction; None if there are none."""
-        dice = [values["Dice"] for values in self.metrics.values() if values["Dice"] is not None]
-        return sum(dice) / len(dice) if dice else None
+        return mean_of_known(values["Dice"] for values in self.metrics.values())
 
     def __repr__(self) -> str:
         by_label = few([f"{name} {four_digits(values['Dice'])}" for name, values in self.metrics.items()], 8)

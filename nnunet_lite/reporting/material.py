@@ -27,6 +27,7 @@ from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.evaluation.audit import Audit, Finding, read_audit
 from nnunet_lite.evaluation.calibration_rows import Row, read_rows
+from nnunet_lite.evaluation.metrics import METRICS
 from nnunet_lite.evaluation.scores import CaseScore, Scores, read_summaries
 from nnunet_lite.evaluation.selection import Selection, changed_models, read_selection
 from nnunet_lite.files import read_json, understood
@@ -36,6 +37,7 @@ from nnunet_lite.planning.fingerprint import Fingerprint
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.reporting.pictures import MAX_CHANNELS, OrientedImage, Picture, box_around
 from nnunet_lite.training.metrics import read_epochs
+from nnunet_lite.training.splits import Split, load_splits
 from nnunet_lite.workspace import Paths
 
 TILES = 24  # cases in the montage
@@ -108,6 +110,11 @@ class ModelResults:
     fold_of: dict[str, str]
 
     @property
+    def begun(self) -> list[FoldHistory]:
+        """The folds with at least one epoch."""
+        return [fold for fold in self.folds if fold.rows]
+
+    @property
     def label(self) -> str:
         return " + ".join(self.name.split("+"))
 
@@ -173,6 +180,16 @@ class Units:
     def size(self) -> str:
         """What a label has: an area or a volume."""
         return "Area" if self.dimensions == 2 else "Volume"
+
+    def scale_of(self, metric: str) -> float:
+        """Return by what a metric is multiplied: lengths are measured in mm.
+
+        Parameters
+        ----------
+        metric : str
+            A name of `METRICS`.
+        """
+        return self.per_mm if METRICS[metric].unit == "length" else 1.0
 
     def volume_of(self, voxels: float, geometry: Geometry) -> float:
         """Return the volume of some voxels, or the area of some pixels.
@@ -267,6 +284,11 @@ class Material:
     @cached_property
     def units(self) -> Units:
         return Units.of([one.geometry for one in self.pictures.values() if one.geometry])
+
+    @property
+    def splits(self) -> list[Split]:
+        """The folds of the dataset; none before they are made."""
+        return load_splits(self.paths.splits) if self.paths.splits.is_file() else []
 
     @property
     def scored(self) -> list[ModelResults]:
