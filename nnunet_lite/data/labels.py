@@ -135,12 +135,17 @@ class Labels(BaseModel, frozen=True, extra="forbid"):
         """The values of each of `region_names`."""
         return tuple(_members(self.names[name]) for name in self.region_names)
 
+    @property
+    def regions(self) -> dict[str, tuple[int, ...]]:
+        """Each of `region_names` with its values."""
+        return dict(zip(self.region_names, self.region_values, strict=True))
+
     @cached_property
     def segments(self) -> dict[str, tuple[int, ...]]:
         """For each of `region_names`, the values in a predicted label map that it covers; regions may overlap."""
         written = self.region_order if self.has_regions and self.region_order else [v[0] for v in self.region_values]
-        each = zip(self.region_names, self.region_values, written, strict=True)
-        return {name: values if value in values else (value,) for name, values, value in each}
+        each = zip(self.regions.items(), written, strict=True)
+        return {name: values if value in values else (value,) for (name, values), value in each}
 
     @property
     def n_classes(self) -> int:
@@ -171,8 +176,8 @@ class Labels(BaseModel, frozen=True, extra="forbid"):
     @cached_property
     def class_names(self) -> tuple[str, ...]:
         """The name of each class: its label, or the regions that contain it; the background's comes first."""
-        regions = list(zip(self.region_names, self.region_values, strict=True))
-        named = (" + ".join(name for name, values in regions if value in values) for value in self.values[1:])
+        regions, values = self.regions.items(), self.values[1:]
+        named = (" + ".join(name for name, members in regions if value in members) for value in values)
         return (BACKGROUND, *named)
 
     @property

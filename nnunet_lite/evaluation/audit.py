@@ -21,7 +21,7 @@ from pydantic import BaseModel, Field
 import nnunet_lite
 from nnunet_lite import log
 from nnunet_lite.data.cases import Case
-from nnunet_lite.data.dataset import Dataset, map_labels
+from nnunet_lite.data.dataset import Dataset, read_annotation
 from nnunet_lite.data.images import read_label
 from nnunet_lite.data.problems import align, few, plural
 from nnunet_lite.data.raw_files import read_stamps, scan_raw_cases
@@ -283,10 +283,9 @@ def _held_out_files(
 
 def _compare(case: Case, files: Sequence[Path], dataset: Dataset) -> Evidence:
     """Read the maps of a case as classes, and compare them."""
-    assert case.label is not None  # every case of a planned dataset has one
     labels, (first, grid, _) = dataset.labels, read_label(files[0])
-    reference, geometry, _ = read_label(case.label, grid)
-    maps = [map_labels(reference, dataset.value_map), first, *(read_label(file, grid)[0] for file in files[1:])]
+    reference, geometry = read_annotation(case, dataset, grid)
+    maps = [reference, first, *(read_label(file, grid)[0] for file in files[1:])]
     if any(one.shape != first.shape for one in maps):
         raise UserError(f"has shape {geometry.shape}, its predictions {grid.shape}", case.label)
     own, *others = map(labels.encode, maps)

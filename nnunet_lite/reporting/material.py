@@ -20,10 +20,11 @@ import numpy as np
 
 from nnunet_lite import log, system
 from nnunet_lite.data.cases import Case
-from nnunet_lite.data.dataset import Dataset, map_labels, read_case, stored_dataset
+from nnunet_lite.data.dataset import Dataset, read_annotation, read_case, stored_dataset
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import read_geometry, read_label
 from nnunet_lite.data.labels import Labels
+from nnunet_lite.data.problems import Problem, read_problems
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.evaluation.audit import Audit, Finding, read_audit
 from nnunet_lite.evaluation.calibration_rows import Row, read_rows
@@ -250,7 +251,7 @@ class Material:
         Its plan.
     fingerprint : Fingerprint or None
         None if its file is gone.
-    problems : tuple of dict
+    problems : tuple of Problem
         From check.json.
     models : tuple of ModelResults
         The selected one first, then by Dice, those without scores last.
@@ -272,7 +273,7 @@ class Material:
     dataset: Dataset
     plan: Plan
     fingerprint: Fingerprint | None
-    problems: tuple[dict[str, Any], ...]
+    problems: tuple[Problem, ...]
     models: tuple[ModelResults, ...]
     selection: Selection | None
     audit: Audit | None
@@ -330,7 +331,7 @@ def read_material(paths: Paths) -> Material:
         dataset,
         plan,
         Fingerprint.read(paths.fingerprint) if paths.fingerprint.is_file() else None,
-        tuple(read_json(paths.check)["problems"]) if paths.check.is_file() else (),
+        read_problems(paths.check) if paths.check.is_file() else (),
         tuple(models),
         selection,
         read_audit(paths),
@@ -559,7 +560,7 @@ def draw_case(
         else:
             out.geometry, label = read_geometry(case.images[0])[0], None
             if volumes and case.label is not None:
-                label = map_labels(read_label(case.label)[0], dataset.value_map)
+                label, _ = read_annotation(case, dataset)
         if volumes and label is not None:
             out.voxels = _count_voxels(label, plan.labels)
     except (UserError, OSError, MemoryError) as error:
@@ -605,8 +606,7 @@ def _count_voxels(label: np.ndarray, labels: Labels) -> dict[str, int]:
     """Count the voxels of each region."""
     values, counts = np.unique(label, return_counts=True)
     voxels = dict(zip(values.tolist(), counts.tolist(), strict=True))
-    regions = zip(labels.region_names, labels.region_values, strict=True)
-    return {name: sum(voxels.get(value, 0) for value in members) for name, members in regions}
+    return {name: sum(voxels.get(value, 0) for value in members) for name, members in labels.regions.items()}
 
 
 def _sample_intensities(image: np.ndarray, label: np.ndarray | None, plan: Plan) -> dict[str, np.ndarray]:
@@ -615,8 +615,7 @@ def _sample_intensities(image: np.ndarray, label: np.ndarray | None, plan: Plan)
     nonzero = (flat != 0).any(axis=0)
     masks = {"image": nonzero}
     if label is not None:
-        regions = zip(plan.labels.region_names, plan.labels.region_values, strict=True)
-        masks |= {name: np.isin(label.reshape(-1), members) for name, members in regions}
+        masks |= {name: np.isin(label.reshape(-1), members) for name, members in plan.labels.regions.items()}
     samples = {}
     for name, mask in masks.items():
         inside = np.flatnonzero(mask)

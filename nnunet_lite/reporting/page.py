@@ -24,7 +24,7 @@ from markupsafe import Markup
 import nnunet_lite
 from nnunet_lite import log
 from nnunet_lite.data.labels import label_colours
-from nnunet_lite.data.problems import plural
+from nnunet_lite.data.problems import by_severity, plural
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.evaluation.audit import changed_since
 from nnunet_lite.evaluation.calibration_rows import Row
@@ -56,7 +56,6 @@ _INTENSITY_BINS = 60
 _CASES_TO_LOOK_AT = 8
 _PALETTE = 10  # colours of report.css
 _AUDITED_CASES = 8  # the first ones of the audit
-_SEVERITIES = ("error", "warning", "notice")
 
 # the metrics that the page shows of a case
 _CASE_METRICS = (
@@ -304,8 +303,7 @@ def _overview_section(material: Material) -> dict[str, Any]:
 def _data_section(material: Material) -> dict[str, Any]:
     """Return what the dataset contains, what its check found, the montage, sizes, volumes and intensities."""
     dataset, labels = material.dataset, material.dataset.labels
-    regions = zip(labels.region_names, labels.region_values, strict=True)
-    named = [f"{name} ({', '.join(map(str, values))})" for name, values in regions]
+    named = [f"{name} ({', '.join(map(str, values))})" for name, values in labels.regions.items()]
     named += [] if labels.ignore is None else [f"ignore ({labels.ignore})"]
     volumes = _volumes(material)
     charts, constants = _spreads(material, volumes)
@@ -318,7 +316,7 @@ def _data_section(material: Material) -> dict[str, Any]:
             ("Folder", str(dataset.root)),
             *(("Understood", note) for note in dataset.notes),
         ],
-        "problems": _problems(material),
+        "problems": by_severity(material.problems),
         "tiles": [(case, pictures.tile) for case, pictures in material.pictures.items() if pictures.tile],
         "charts": charts,
         "constants": constants,
@@ -327,15 +325,6 @@ def _data_section(material: Material) -> dict[str, Any]:
         "intensity_table": _intensity_table(material),
         "cases": _case_table(material, volumes),
     }
-
-
-def _problems(material: Material) -> list[tuple[tuple[str, ...], list[str]]]:
-    """Group the problems of the check, errors first: ((severity, found, expected, fix), files)."""
-    files: dict[tuple[str, ...], list[str]] = {}
-    for problem in sorted(material.problems, key=lambda problem: _SEVERITIES.index(problem["severity"])):
-        key = tuple(problem[name] for name in ("severity", "found", "expected", "fix"))
-        files.setdefault(key, []).append(problem["file"])
-    return list(files.items())
 
 
 def _volumes(material: Material) -> Volumes:

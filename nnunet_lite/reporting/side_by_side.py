@@ -25,6 +25,7 @@ from nnunet_lite.reporting import figures, page
 from nnunet_lite.reporting.figures import Chart, Column, Table, share_column
 from nnunet_lite.reporting.material import Material, ModelResults, draw_case, read_material, read_results
 from nnunet_lite.reporting.verdict import judge_training
+from nnunet_lite.settings import flatten
 from nnunet_lite.workspace import Paths
 
 _PICTURE_PIXELS = 320  # along the longer side of a plane
@@ -101,10 +102,10 @@ def _names_of(folders: Sequence[Path]) -> dict[Path, str]:
 
 def _differences(models: Sequence[ModelResults]) -> tuple[Table, int]:
     """Return what differs in settings, plan and machine, and how many values are equal."""
-    first, second = (_flat(_describe(model)) for model in models)
+    first, second = (dict(flatten(_describe(model))) for model in models)
     keys = list(first | second)
     other = [key for key in keys if first.get(key) != second.get(key)]
-    values = ([of.get(key, "") for key in other] for of in (first, second))
+    values = ([_as_text(of[key]) if key in of else "" for key in other] for of in (first, second))
     columns = [Column(model.label, of) for model, of in zip(models, values, strict=True)]
     return Table("Settings and plan, where they differ", [Column("Setting", other), *columns]), len(keys) - len(other)
 
@@ -119,13 +120,8 @@ def _describe(model: ModelResults) -> dict[str, Any]:
     return {**model.run["settings"], "plan": planned, **{key: model.run.get(key) for key in keys}}
 
 
-def _flat(value: Any, key: str = "") -> dict[str, str]:
-    """Write nested values as texts under dotted keys."""
-    if isinstance(value, list) and any(isinstance(one, dict) for one in value):
-        value = {one.get("name", str(i)): one for i, one in enumerate(value)}
-    if isinstance(value, dict):
-        return {k: text for name, one in value.items() for k, text in _flat(one, f"{key}.{name}".lstrip(".")).items()}
-    return {key: "not set" if value is None else str(value).lower() if isinstance(value, bool) else str(value)}
+def _as_text(value: Any) -> str:
+    return "not set" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 # ----------------------------------------------------------------------------------------------------------- the scores

@@ -27,8 +27,7 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from nnunet_lite import log
 from nnunet_lite.data.cases import Case
-from nnunet_lite.data.dataset import Dataset, map_labels
-from nnunet_lite.data.images import read_label
+from nnunet_lite.data.dataset import Dataset, read_annotation
 from nnunet_lite.data.problems import few, name_cases, plural
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import hash_of, read_json, read_table, understood, write_json
@@ -393,9 +392,7 @@ def stratify_by_labels(dataset: Dataset, n_folds: int) -> dict[str, str]:
     foreground = dataset.labels.values[1:]  # the background comes first
 
     def measure(case: Case) -> tuple[str, tuple[tuple[int, ...], float]]:
-        assert case.label is not None  # every case of a planned dataset has one
-        label, geometry, _ = read_label(case.label)
-        label = map_labels(label, dataset.value_map)
+        label, geometry = read_annotation(case, dataset)
         values, counts = np.unique(label[np.isin(label, foreground)], return_counts=True)
         return case.id, (tuple(values.tolist()), float(counts.sum() * np.prod(geometry.spacing)))
 
