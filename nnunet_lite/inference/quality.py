@@ -14,8 +14,6 @@ stores it as quality.json in the model folder. `judge` applies it to the feature
 
 from __future__ import annotations
 
-import csv
-import io
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -27,7 +25,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from nnunet_lite.data.problems import few
-from nnunet_lite.files import read_validated
+from nnunet_lite.files import read_validated, to_csv
 from nnunet_lite.inference.features import AXES, CaseFeatures, Values
 from nnunet_lite.models.folder import QUALITY
 
@@ -240,15 +238,13 @@ def read_quality(folder: Path) -> Quality | None:
 
 def quality_table(cases: Mapping[str, CaseQuality]) -> str:
     """Return a CSV table with a row for each case and label, the lowest expected mean first."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("case", "label", "expected_dice", "low", "high", "case_mean", "unusual", "flags"))
+    rows: list[tuple[str, ...]] = [("case", "label", "expected_dice", "low", "high", "case_mean", "unusual", "flags")]
     for case, quality in worst_first(cases):
         about = ("" if quality.mean is None else f"{quality.mean:.4f}", f"{quality.unusual:.4f}")
         for label, one in quality.expected.items():
             dice = ("", "", "") if one is None else tuple(f"{value:.4f}" for value in (one.dice, one.low, one.high))
-            writer.writerow((case, label, *dice, *about, "; ".join(quality.flags)))
-    return text.getvalue()
+            rows.append((case, label, *dice, *about, "; ".join(quality.flags)))
+    return to_csv(rows)
 
 
 def worst_first(cases: Mapping[str, CaseQuality]) -> list[tuple[str, CaseQuality]]:
