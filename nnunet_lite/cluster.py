@@ -29,7 +29,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 import nnunet_lite
 from nnunet_lite import log
@@ -351,10 +351,8 @@ def _check_answer(worker: str, answer: Any) -> None:
         raise UserError(f"the worker {worker} {answer}")
 
 
-class ClusterConfig(BaseModel):
+class ClusterConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """A file of configs/cluster: the kind of cluster, its workers (jobs), and the options of Dask's class for it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     kind: Literal["local", "slurm", "lsf", "pbs"]
     workers: int = Field(ge=0)

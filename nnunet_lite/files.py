@@ -6,8 +6,10 @@ first writes to their folder: a living process holds a lock on its own.
 
 from __future__ import annotations
 
+import csv
 import errno
 import hashlib
+import io
 import json
 import math
 import os
@@ -16,7 +18,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -237,6 +239,32 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file completely or not at all."""
     write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def to_csv(rows: Iterable[Sequence[Any]]) -> str:
+    """Return a table as CSV, the headings first; None is an empty cell."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def table_of(records: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    """Return records as a table: the headings, then a row for each; None where a record lacks a value."""
+    columns = list(dict.fromkeys(name for record in records for name in record))
+    return [columns, *([record.get(name) for name in columns] for record in records)]
+
+
+def read_table(path: Path) -> list[list[str]]:
+    """Return the cells of a table between commas, semicolons or tabs, without spaces around them, line by line.
+
+    Raises
+    ------
+    UserError
+        As `read_text`.
+    """
+    text = read_text(path)
+    lines = csv.reader(text.splitlines(), delimiter=max(",;\t", key=text.count))
+    return [[cell.strip() for cell in line] for line in lines]
 
 
 def hash_of(value: Any) -> str:

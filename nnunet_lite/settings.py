@@ -14,7 +14,7 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from nnunet_lite.errors import UserError, suggest
 from nnunet_lite.files import must_be, read_text
@@ -79,8 +79,8 @@ Factory = Annotated[str, AfterValidator(_to_absolute)]
 # ---------------------------------------------------------------------------------------------------- the settings
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+class _Section(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
+    """What every section refuses: unknown keys and infinite numbers."""
 
 
 class PlanSettings(_Section):

@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from samples import FAST, TINY, Command, first_cases
 from scipy.stats import spearmanr
 
 import nnunet_lite
+from nnunet_lite.commands.predict import _predict_case
+from nnunet_lite.data.cases import find_cases
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation import calibration_rows
 from nnunet_lite.evaluation.calibration import MIN_CASES, fit_quality, split_by_case
@@ -23,6 +26,7 @@ from nnunet_lite.evaluation.calibration_rows import Row, TrainingRanges, read_ro
 from nnunet_lite.evaluation.degradation import DEGRADATIONS
 from nnunet_lite.files import read_json, write_json
 from nnunet_lite.inference.features import CaseFeatures
+from nnunet_lite.inference.folder import Outputs
 from nnunet_lite.inference.predictor import load
 from nnunet_lite.inference.quality import CaseQuality, Tree, judge
 from nnunet_lite.models.bundle import pack
@@ -119,6 +123,24 @@ def test_other_weights_have_no_quality(selected: Paths, tmp_path: Path, capfd: A
     write_json(folder / "quality.json", before | {"weights": {"short": {"0": "0" * 16}}})
     assert load(folder, device="cpu").quality is None
     assert "is of other weights" in capfd.readouterr().err
+
+
+def test_a_worker_reads_a_quality_that_was_calibrated_again(selected: Paths, images: Path, tmp_path: Path) -> None:
+    """In a folder and in a zip: the weights are the same, and the worker keeps its model otherwise."""
+    folder, zipped = Path(shutil.copytree(selected.models / "short", tmp_path / "short")), tmp_path / "short.zip"
+    case = find_cases([images], 1)[0]
+
+    def predict_on_worker(model: Path) -> CaseQuality | None:
+        loader, outputs = partial(load, [model], None, "cpu", {}), Outputs(quality=True)
+        return _predict_case(case, loader, tmp_path / "out", outputs, accept_geometry=False)[2][0].quality
+
+    pack(folder, zipped)
+    before = predict_on_worker(zipped)
+    assert before == predict_on_worker(folder) is not None
+    write_json(folder / "quality.json", read_json(folder / "quality.json") | {"lowest": 2.0})
+    zipped.unlink()
+    pack(folder, zipped)
+    assert predict_on_worker(folder) == predict_on_worker(zipped) != before
 
 
 def test_a_broken_quality_file_is_refused(selected: Paths, tmp_path: Path) -> None:
@@ -278,6 +300,8 @@ def test_flags_say_in_words_what_is_unusual() -> None:
     assert "spacing 5 mm along z, trained on 1 mm" in judge(quality, thick).flags
     turned = CaseFeatures(thick.image, clean.labels, axes=("y", "z", "x"))
     assert "spacing 5 mm along y, trained on 1 mm" in judge(quality, turned).flags  # as the image is stored
+    coarse = CaseFeatures(clean.image | {f"spacing/{axis}": float(np.log(5)) for axis in "zyx"}, clean.labels)
+    assert "spacing 5 mm along z, y, x, trained on 1 mm" in judge(quality, coarse).flags
     nothing = judge(quality, CaseFeatures(clean.image, {"liver": {}}))
     assert "no foreground found" in nothing.flags and nothing.mean == 0
     assert not any("less sure" in flag for flag in nothing.flags)

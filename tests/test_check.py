@@ -22,7 +22,7 @@ from nnunet_lite.commands.plan import check
 from nnunet_lite.data.check import broken_dataset, check_dataset
 from nnunet_lite.data.dataset import read_case, read_dataset, stored_dataset
 from nnunet_lite.data.geometry import ACCEPTABLE
-from nnunet_lite.data.problems import ACCEPTED_KINDS, KINDS, Report
+from nnunet_lite.data.problems import ACCEPTED_KINDS, KINDS, Problem, Report, by_severity, read_problems
 from nnunet_lite.errors import UserError
 from nnunet_lite.training.splits import Split, read_splits
 
@@ -421,3 +421,20 @@ def test_alpha_as_declared(pictures: Path, channels: int, note: str) -> None:
     assert ({p.found for p in report.problems} >= {note}) == bool(note)
     dataset = read_dataset(pictures)
     assert read_case(dataset.cases[0], dataset)[0].array.shape == (channels, 1, 40, 48)
+
+
+def test_problems_are_read_back_as_they_were_written(tmp_path: Path) -> None:
+    problems = (
+        Problem("constant", "b.nii.gz", "has one value"),
+        Problem("nan", "a.nii.gz", "has 3 NaN", "numbers", "Write 0."),
+        Problem("nan", "c.nii.gz", "has 3 NaN", "numbers", "Write 0.", accepted=True),
+    )
+    file = tmp_path / "check.json"
+    file.write_text(json.dumps(Report("D", 3, ("CT",), problems).to_json()))
+    assert read_problems(file) == problems
+    assert [(p.severity, files) for p, files in by_severity(problems)] == [
+        ("error", ["a.nii.gz"]), ("warning", ["b.nii.gz"]), ("notice", ["c.nii.gz"]),
+    ]  # fmt: skip
+    file.write_text('{"problems": [{"found": "x"}]}')
+    with pytest.raises(UserError, match="is not as nnlite writes it"):
+        read_problems(file)

@@ -133,3 +133,15 @@ def test_voxels_of_another_unit_are_reported(
         read_case_image(model.plan, Case("scan", (tmp_path / "scan.nii.gz",), None))
         said = f"has voxels of {size:.3g} mm, the training images of 1 mm; is its unit right?"
         assert (said in capsys.readouterr().err) is reported
+
+
+def test_an_image_that_is_measured_is_reported_once(
+    model: Predictor, scans: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is read a second time, for its intensities."""
+    image = read_image(scans[0])
+    geometry = replace(image.geometry, spacing=(0.01, 0.01, 0.01))
+    write_label(tmp_path / "scan.nii.gz", image.array[0], geometry)
+    case = Case("scan", (tmp_path / "scan.nii.gz",), None)
+    assert not predict_cases(model, [case], tmp_path / "out", Outputs(statistics=True))[1]
+    assert capsys.readouterr().err.count("is its unit right?") == 1

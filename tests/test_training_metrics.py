@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from nnunet_lite.files import table_of, to_csv
 from nnunet_lite.training.metrics import (
     METRICS,
     PICTURE,
@@ -18,7 +19,6 @@ from nnunet_lite.training.metrics import (
     Metrics,
     draw_metrics,
     record_metrics,
-    to_csv,
 )
 
 
@@ -40,7 +40,7 @@ def test_metrics_become_json_csv_and_a_picture(tmp_path: Path) -> None:
 
 
 def test_a_column_that_comes_later_is_empty_before() -> None:
-    lines = to_csv([{"epoch": 1}, {"epoch": 2, "mean_dice": 0.5}]).splitlines()
+    lines = to_csv(table_of([{"epoch": 1}, {"epoch": 2, "mean_dice": 0.5}])).splitlines()
     assert lines == ["epoch,mean_dice", "1,", "2,0.5"]
 
 

@@ -26,7 +26,14 @@ from nnunet_lite.inference.predictor import Predictor, load
 from nnunet_lite.inference.quality import QUALITY_TABLE, CaseQuality, worst_first
 from nnunet_lite.inference.record import CaseResult, PredictionRecord, describe_predictor
 from nnunet_lite.models.argument import as_model_folder, find_model
-from nnunet_lite.models.folder import now_as_text, trained_folds, versions_in_use, weights_fingerprint
+from nnunet_lite.models.folder import (
+    QUALITY,
+    now_as_text,
+    trained_folds,
+    versions_in_use,
+    weight_files,
+    weights_fingerprint,
+)
 from nnunet_lite.models.lookup import first_common_fold, read_model
 from nnunet_lite.networks.cpu import keep_freed_memory
 from nnunet_lite.planning.schema import Plan
@@ -383,7 +390,10 @@ def _predict_case(
 ) -> tuple[list[Path], dict[str, str], list[CaseResult], dict[str, Any]]:
     """Predict a case on a worker; as `predict_cases`, and for the record. Other weights are loaded again."""
     folders, folds = loader.args[:2]
-    key = str((loader, [weights_fingerprint(folder, f) for folder in folders for f in folds or trained_folds(folder)]))
+    weights = [weights_fingerprint(folder, f) for folder in folders for f in folds or trained_folds(folder)]
+    others = [file for folder in folders for file in (folder, folder / QUALITY, *weight_files(folder).values())]
+    stamps = [(file.stat().st_mtime_ns, file.stat().st_size) for file in others if file.is_file()]
+    key = str((loader, weights, stamps))
     if key not in _loaded:
         _loaded.clear()
         _loaded[key] = loader()

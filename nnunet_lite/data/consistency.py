@@ -236,7 +236,7 @@ def check_labels(dataset: Dataset, found: Sequence[set[int] | None]) -> Iterator
     found = [values and {mapped.get(value, value) for value in values} for values in found]
     known = [values for values in found if values is not None]
     union = set().union(*known)
-    members = dict(zip(dataset.labels.region_names, dataset.labels.region_values, strict=True))
+    members = dataset.labels.regions
     absent = [name for name, values in members.items() if not union & set(values)]
     if known and len(absent) == len(members) and not union:
         yield Problem("no_foreground", table, "no label map holds anything but background", "", "Add labelled cases.")

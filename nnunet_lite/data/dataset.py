@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 
 from nnunet_lite.data.cases import Case, common_ending, labelled_cases, split_name
-from nnunet_lite.data.geometry import ACCEPTABLE
+from nnunet_lite.data.geometry import ACCEPTABLE, Geometry
 from nnunet_lite.data.images import Image, read_geometry, read_images, read_label
 from nnunet_lite.data.labels import BACKGROUND, Labels
 from nnunet_lite.data.names import PICTURES, ending_of, stem, suffix_of
@@ -145,10 +145,39 @@ def read_case(case: Case, dataset: Dataset) -> tuple[Image, np.ndarray | None]:
         raise UserError(f"has {image.array.shape[0]} channels, {len(dataset.channels)} are expected", case.images[0])
     if case.label is None:
         return image, None
-    label, geometry, _ = read_label(case.label, image.geometry)
+    label, geometry = read_annotation(case, dataset, image.geometry)
     if geometry.shape != image.geometry.shape:
         raise UserError(f"has shape {geometry.shape}, its image {image.geometry.shape}", case.label)
-    return image, map_labels(label, dataset.value_map)
+    return image, label
+
+
+def read_annotation(case: Case, dataset: Dataset, grid: Geometry | None = None) -> tuple[np.ndarray, Geometry]:
+    """Read the reference of a case, and its geometry.
+
+    Parameters
+    ----------
+    case : Case
+        A case with a reference, as every one of a planned dataset.
+    dataset : Dataset
+        Its dataset.
+    grid : Geometry, optional
+        The one of its image or prediction, to which the reference is aligned.
+
+    Returns
+    -------
+    label : ndarray of int, shape (z, y, x)
+        Values of the dataset.
+    geometry : Geometry
+        Of the file.
+
+    Raises
+    ------
+    UserError
+        The file cannot be read.
+    """
+    assert case.label is not None
+    label, geometry, _ = read_label(case.label, grid)
+    return map_labels(label, dataset.value_map), geometry
 
 
 def map_labels(label: np.ndarray, value_map: Mapping[int, int] | None) -> np.ndarray:

@@ -8,13 +8,12 @@ What fits two cases, or differs between cases, is refused or left out, never gue
 
 from __future__ import annotations
 
-import csv
 import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import takewhile, zip_longest
 from pathlib import Path, PurePath
 from unicodedata import normalize
 
@@ -24,7 +23,7 @@ from nnunet_lite.data.images import is_image
 from nnunet_lite.data.names import LABEL_WORD, companions, ending_of, has_label_word, header_of, stem, suffix_of
 from nnunet_lite.data.problems import few, plural
 from nnunet_lite.errors import UserError
-from nnunet_lite.files import read_text
+from nnunet_lite.files import read_table
 from nnunet_lite.workspace import IMAGE_FOLDERS
 
 _NOT_SEARCHED = ("__MACOSX", "imagesTs", "labelsTs")  # of archives made on a Mac; test cases in nnU-Net's layout
@@ -208,10 +207,9 @@ def cases_in_table(file: Path) -> Discovery:
     UserError
         A column is missing, no row has all files, or a case has two rows.
     """
-    text = read_text(file)
-    lines = csv.DictReader(text.splitlines(), delimiter=max(",;\t", key=text.count), restkey="", restval="")
-    rows = [{str(key).strip(): str(value).strip() for key, value in line.items()} for line in lines]
-    columns = {key.lower(): key for key in (rows[0] if rows else ())}
+    head, *lines = [cells for cells in read_table(file) if cells] or [[]]
+    rows = [dict(zip_longest(head, cells, fillvalue="")) for cells in lines]
+    columns = {key.lower(): key for key in head}
     case, label = columns.pop("case", ""), columns.pop("label", "")
     files = [
         {key: file.parent / cell for key, cell in row.items() if cell and (file.parent / cell).exists()} for row in rows
@@ -219,7 +217,7 @@ def cases_in_table(file: Path) -> Discovery:
     channels = [key for key in columns.values() if any(key in found for found in files)]
     whole = {i: found for i, found in enumerate(files) if found.keys() >= {label, *channels} and rows[i].get(case)}
     if not channels or not whole:
-        raise UserError(f"has no row with existing files. Columns: {few([*(rows or [{}])[0]], 9)}", file, _COLUMNS)
+        raise UserError(f"has no row with existing files. Columns: {few(head, 9)}", file, _COLUMNS)
     cases = [
         Case(rows[i][case].replace("/", "_"), tuple(found[c] for c in channels), found[label])
         for i, found in whole.items()

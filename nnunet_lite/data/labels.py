@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from nnunet_lite.errors import UserError
 
@@ -64,10 +64,8 @@ def label_colours(n: int) -> list[Colour]:
     return [*_COLOURS, *((round(255 * r), round(255 * g), round(255 * b)) for r, g, b in more)][:n]
 
 
-class Labels(BaseModel):
+class Labels(BaseModel, frozen=True, extra="forbid"):
     """The labels of a dataset. The background is the label of that name, otherwise the value 0, which is added."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     names: dict[str, int | tuple[int, ...]] = Field(description="value of each label, or values of each region")
     ignore: int | None = Field(None, description="value of voxels that are not annotated, which the loss ignores")
@@ -137,12 +135,17 @@ class Labels(BaseModel):
         """The values of each of `region_names`."""
         return tuple(_members(self.names[name]) for name in self.region_names)
 
+    @property
+    def regions(self) -> dict[str, tuple[int, ...]]:
+        """Each of `region_names` with its values."""
+        return dict(zip(self.region_names, self.region_values, strict=True))
+
     @cached_property
     def segments(self) -> dict[str, tuple[int, ...]]:
         """For each of `region_names`, the values in a predicted label map that it covers; regions may overlap."""
         written = self.region_order if self.has_regions and self.region_order else [v[0] for v in self.region_values]
-        each = zip(self.region_names, self.region_values, written, strict=True)
-        return {name: values if value in values else (value,) for name, values, value in each}
+        each = zip(self.regions.items(), written, strict=True)
+        return {name: values if value in values else (value,) for (name, values), value in each}
 
     @property
     def n_classes(self) -> int:
@@ -173,8 +176,8 @@ class Labels(BaseModel):
     @cached_property
     def class_names(self) -> tuple[str, ...]:
         """The name of each class: its label, or the regions that contain it; the background's comes first."""
-        regions = list(zip(self.region_names, self.region_values, strict=True))
-        named = (" + ".join(name for name, values in regions if value in values) for value in self.values[1:])
+        regions, values = self.regions.items(), self.values[1:]
+        named = (" + ".join(name for name, members in regions if value in members) for value in values)
         return (BACKGROUND, *named)
 
     @property

@@ -6,10 +6,12 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from html import escape
+from pathlib import Path
 from typing import Any, Literal
 
 from nnunet_lite.data.geometry import ACCEPTABLE
 from nnunet_lite.errors import UserError, suggest
+from nnunet_lite.files import read_json, understood
 
 Severity = Literal["error", "warning", "notice"]
 
@@ -150,7 +152,7 @@ class Report:
         lines = [self._headline()]
         shown: Counter[str] = Counter()
         hidden: Counter[str] = Counter()
-        for problem, names in self._by_severity():
+        for problem, names in by_severity(self.problems):
             kind = problem.kind
             shown[kind] += 1
             if shown[kind] > _LINES_SHOWN[problem.severity]:
@@ -172,21 +174,48 @@ class Report:
         return f"{self.dataset}: {plural(self.cases, 'case')}{left_out}, {', '.join(counts)}"
 
     def __repr__(self) -> str:
-        found = [f"{p.severity}: {few(names)}: {p.text}" for p, names in self._by_severity()]
+        found = [f"{p.severity}: {few(names)}: {p.text}" for p, names in by_severity(self.problems)]
         rest = [f"... and {len(found) - _REPR} more; `to_text()` shows them"] if len(found) > _REPR else []
         return "\n".join([self._headline(), *found[:_REPR], *rest])
 
     def _repr_html_(self) -> str:
-        rows = [(p.severity, few(names), p.text, p.fix) for p, names in self._by_severity()]
+        rows = [(p.severity, few(names), p.text, p.fix) for p, names in by_severity(self.problems)]
         return html_table([("severity", "files", "problem", "fix"), *rows], [self._headline()])
 
-    def _by_severity(self) -> list[tuple[Problem, list[str]]]:
-        """Return equal problems once, with their files; errors first."""
-        files: dict[Problem, list[str]] = defaultdict(list)
-        for problem in self.problems:
-            files[replace(problem, file="")].append(problem.file)
-        order = list(_LINES_SHOWN)
-        return sorted(files.items(), key=lambda entry: order.index(entry[0].severity))
+
+def by_severity(problems: Sequence[Problem]) -> list[tuple[Problem, list[str]]]:
+    """Return equal problems once, with their files; errors first.
+
+    Parameters
+    ----------
+    problems : sequence of Problem
+        Of one dataset.
+    """
+    files: dict[Problem, list[str]] = defaultdict(list)
+    for problem in problems:
+        files[replace(problem, file="")].append(problem.file)
+    order = list(_LINES_SHOWN)
+    return sorted(files.items(), key=lambda entry: order.index(entry[0].severity))
+
+
+def read_problems(file: Path) -> tuple[Problem, ...]:
+    """Return the problems in a check.json.
+
+    Parameters
+    ----------
+    file : Path
+        What `Report.to_json` returned.
+
+    Raises
+    ------
+    UserError
+        The file is not as nnlite writes it.
+    """
+    with understood(file, "Run `nnlite check` again."):
+        return tuple(
+            Problem(**{key: value for key, value in entry.items() if key != "severity"})
+            for entry in read_json(file)["problems"]
+        )
 
 
 def check_kinds(kinds: Sequence[str]) -> tuple[str, ...]:

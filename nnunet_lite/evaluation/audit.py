@@ -7,8 +7,6 @@ usual deviations its correction raises the Dice of a label. Nothing is changed i
 
 from __future__ import annotations
 
-import csv
-import io
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,19 +16,20 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 import nnunet_lite
 from nnunet_lite import log
 from nnunet_lite.data.cases import Case
-from nnunet_lite.data.dataset import Dataset, map_labels
+from nnunet_lite.data.dataset import Dataset, read_annotation
 from nnunet_lite.data.images import read_label
 from nnunet_lite.data.problems import align, few, plural
 from nnunet_lite.data.raw_files import read_stamps, scan_raw_cases
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.evaluation.contradictions import Evidence, Kind, Place, collect_evidence, dice_of_counts
 from nnunet_lite.evaluation.members import Member, find_members
-from nnunet_lite.files import hash_of, read_validated, write_json, write_text
+from nnunet_lite.evaluation.statistics import mean_of_known
+from nnunet_lite.files import hash_of, read_validated, to_csv, write_json, write_text
 from nnunet_lite.inference.cases import output_file
 from nnunet_lite.models.folder import VALIDATION, validation_dice
 from nnunet_lite.system import cases_in_flight
@@ -54,7 +53,7 @@ _FEW_CASES = 10  # of fewer, what is usual is not known well
 _BYTES_PER_VOXEL = 12  # in memory while a case is compared, without the predictions
 
 
-class Finding(BaseModel):
+class Finding(BaseModel, frozen=True):
     """A probable error of a reference.
 
     Parameters
@@ -71,8 +70,6 @@ class Finding(BaseModel):
         By how many usual deviations the reference disagrees more than it would after a correction.
     """
 
-    model_config = ConfigDict(frozen=True)
-
     kind: Kind
     label: str
     text: str
@@ -80,7 +77,7 @@ class Finding(BaseModel):
     score: float
 
 
-class AuditedCase(BaseModel):
+class AuditedCase(BaseModel, frozen=True):
     """A case with what may be wrong with its reference.
 
     Parameters
@@ -95,15 +92,13 @@ class AuditedCase(BaseModel):
         Hash of its files.
     """
 
-    model_config = ConfigDict(frozen=True)
-
     case: str
     score: float
     findings: tuple[Finding, ...]
     files: str = ""
 
 
-class Audit(BaseModel):
+class Audit(BaseModel, frozen=True):
     """All cases that a model held out, the most suspicious first: the content of audit.json.
 
     Parameters
@@ -121,8 +116,6 @@ class Audit(BaseModel):
     top : int
         The most cases that are shown as text.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     format: Literal["nnlite-audit-1"] = "nnlite-audit-1"
     cases: tuple[AuditedCase, ...]
@@ -216,9 +209,7 @@ def audit_labels(paths: Paths, dataset: Dataset, only: Sequence[str] | None, wor
         top=top,
     )
     write_json(paths.audit, audit.to_json())
-    table = io.StringIO()
-    csv.writer(table, lineterminator="\n").writerows(audit.rows())
-    write_text(paths.audit.with_suffix(".csv"), table.getvalue())
+    write_text(paths.audit.with_suffix(".csv"), to_csv(audit.rows()))
     return audit
 
 
@@ -260,10 +251,7 @@ def changed_since(audit: Audit, paths: Paths, cases: Sequence[Case]) -> list[str
 
 def _leave_out_weak_models(members: Sequence[Member], notes: list[str]) -> list[Member]:
     """Return the models whose held-out Dice is near that of the best one, the best first."""
-    known = {one: [validation_dice(one.folder, fold) for fold in one.folds] for one in members}
-    dice = {
-        one: float(np.mean([value for value in values if value is not None] or [0])) for one, values in known.items()
-    }
+    dice = {one: mean_of_known(validation_dice(one.folder, fold) for fold in one.folds) or 0.0 for one in members}
     best = max(dice.values())
     weak = [one for one in members if 0 < dice[one] < _WEAK_MODEL * best]  # 0: not scored yet
     if weak:
@@ -295,10 +283,9 @@ def _held_out_files(
 
 def _compare(case: Case, files: Sequence[Path], dataset: Dataset) -> Evidence:
     """Read the maps of a case as classes, and compare them."""
-    assert case.label is not None  # every case of a planned dataset has one
     labels, (first, grid, _) = dataset.labels, read_label(files[0])
-    reference, geometry, _ = read_label(case.label, grid)
-    maps = [map_labels(reference, dataset.value_map), first, *(read_label(file, grid)[0] for file in files[1:])]
+    reference, geometry = read_annotation(case, dataset, grid)
+    maps = [reference, first, *(read_label(file, grid)[0] for file in files[1:])]
     if any(one.shape != first.shape for one in maps):
         raise UserError(f"has shape {geometry.shape}, its predictions {grid.shape}", case.label)
     own, *others = map(labels.encode, maps)

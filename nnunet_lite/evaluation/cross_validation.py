@@ -11,7 +11,7 @@ import numpy as np
 
 from nnunet_lite import log
 from nnunet_lite.data.cases import Case
-from nnunet_lite.data.dataset import Dataset, map_labels
+from nnunet_lite.data.dataset import Dataset, read_annotation
 from nnunet_lite.data.geometry import Spacing
 from nnunet_lite.data.images import read_geometry, read_label
 from nnunet_lite.data.names import PICTURES, suffix_of
@@ -200,10 +200,8 @@ def read_pair(case: Case, out: Path, dataset: Dataset) -> CasePair:
     dataset : Dataset
         The dataset of the case.
     """
-    assert case.label is not None  # every case of a planned dataset has one
     segmentation, geometry, _ = read_label(output_file(case, out))
-    reference, _, _ = read_label(case.label, geometry)
-    return CasePair(segmentation, map_labels(reference, dataset.value_map), geometry.spacing)
+    return CasePair(segmentation, read_annotation(case, dataset, geometry)[0], geometry.spacing)
 
 
 def read_reference(case: Case, dataset: Dataset) -> tuple[np.ndarray, Spacing]:
@@ -216,11 +214,10 @@ def read_reference(case: Case, dataset: Dataset) -> tuple[np.ndarray, Spacing]:
     dataset : Dataset
         The dataset of the case.
     """
-    assert case.label is not None  # every case of a planned dataset has one
-    array, geometry, _ = read_label(case.label)
-    if suffix_of(case.label) in PICTURES:  # its image may be of a format with a spacing
+    array, geometry = read_annotation(case, dataset)
+    if case.label and suffix_of(case.label) in PICTURES:  # its image may be of a format with a spacing
         geometry, _ = read_geometry(case.images[0])
-    return map_labels(array, dataset.value_map), geometry.spacing
+    return array, geometry.spacing
 
 
 def _cases(dataset: Dataset, case_ids: Sequence[str]) -> list[Case]:

@@ -26,7 +26,7 @@ from typing import Annotated, Literal, NamedTuple
 
 import cc3d
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from nnunet_lite.data.geometry import Spacing, bounding_box, slices
 from nnunet_lite.data.labels import Labels
@@ -49,7 +49,7 @@ _NEEDED = f"{LEAST_CASES} are needed to choose a rule and to confirm it"
 # ------------------------------------------------------------------------------------------------------ applying rules
 
 
-class Rule(BaseModel):
+class Rule(BaseModel, frozen=True, extra="forbid", strict=True):
     """Which components of a label remain.
 
     Parameters
@@ -61,8 +61,6 @@ class Rule(BaseModel):
     unit : {"mm3", "mm2", "voxels", "px"}
         The unit of the size.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     largest_component: bool = False
     min_size_mm3: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
@@ -216,7 +214,7 @@ class CasePair(NamedTuple):
     spacing: Spacing
 
 
-class Gain(BaseModel):
+class Gain(BaseModel, frozen=True, extra="forbid", strict=True):
     """The mean Dice of a label without and with postprocessing.
 
     Parameters
@@ -226,8 +224,6 @@ class Gain(BaseModel):
     n : int or None
         Number of these cases. None in an inference.json of a version that measured the gain on the cases that chose.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     before: float
     after: float

@@ -7,8 +7,6 @@ label is over the cases to which the metric applies, and the foreground mean is 
 
 from __future__ import annotations
 
-import csv
-import io
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,8 +26,8 @@ from nnunet_lite.data.names import case_of, stem
 from nnunet_lite.data.problems import align, few, html_table, plural
 from nnunet_lite.errors import UserError, no_such_file
 from nnunet_lite.evaluation.metrics import COARSE, METRICS, Metric, MetricValues, is_coarse, score_case
-from nnunet_lite.evaluation.statistics import Statistic, summarize
-from nnunet_lite.files import read_json
+from nnunet_lite.evaluation.statistics import Statistic, mean_of_known, summarize
+from nnunet_lite.files import read_json, to_csv
 from nnunet_lite.log import progress
 from nnunet_lite.models.folder import RECORD
 from nnunet_lite.system import cpus, pairs_at_once
@@ -64,8 +62,7 @@ class CaseScore:
     @property
     def mean_dice(self) -> float | None:
         """The mean over the labels that are in the case or in its prediction; None if there are none."""
-        dice = [values["Dice"] for values in self.metrics.values() if values["Dice"] is not None]
-        return sum(dice) / len(dice) if dice else None
+        return mean_of_known(values["Dice"] for values in self.metrics.values())
 
     def __repr__(self) -> str:
         by_label = few([f"{name} {four_digits(values['Dice'])}" for name, values in self.metrics.items()], 8)
@@ -169,9 +166,7 @@ class Scores:
 
     def to_csv(self) -> str:
         """One line per case and label; a metric that does not apply is empty."""
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(self._table())
-        return text.getvalue()
+        return to_csv(self._table())
 
     def to_dataframe(self) -> Any:
         """The table of `to_csv` as a DataFrame of pandas; a metric that does not apply is NaN.

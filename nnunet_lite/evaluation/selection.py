@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from nnunet_lite import log
 from nnunet_lite.data.problems import align, html_table
@@ -27,7 +27,7 @@ from nnunet_lite.workspace import Paths
 _SELECT_AGAIN = "Run `nnlite select` again."
 
 
-class Candidate(BaseModel):
+class Candidate(BaseModel, frozen=True):
     """A model, or two that vote, on the held-out cases that all candidates have predicted.
 
     Parameters
@@ -45,8 +45,6 @@ class Candidate(BaseModel):
     margin : Margin
         By how much the winner is better, on the same cases.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     models: tuple[str, ...]
     n_cases: int
@@ -70,7 +68,7 @@ class Candidate(BaseModel):
         return " + ".join(self.models)
 
 
-class Selection(BaseModel):
+class Selection(BaseModel, frozen=True, coerce_numbers_to_str=True):
     """The models to predict with, and what is done with their label maps: the content of inference.json.
 
     Parameters
@@ -96,8 +94,6 @@ class Selection(BaseModel):
     version : str
         The version of nnunet_lite.
     """
-
-    model_config = ConfigDict(frozen=True, coerce_numbers_to_str=True)
 
     format: Literal["nnlite-inference-1"]
     models: tuple[str, ...] = Field(min_length=1)

@@ -5,6 +5,7 @@ Intervals are percentiles of 1000 resamples of the cases (bootstrap, Efron 1979)
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -132,6 +133,17 @@ def p_of_difference(differences: np.ndarray) -> float:
 
     changed = differences[differences != 0]
     return float(wilcoxon(changed).pvalue) if len(changed) else 1.0
+
+
+def mean_of_known(values: Iterable[float | None]) -> float | None:
+    """Return the mean of the values that are not None; None if there are none.
+
+    Parameters
+    ----------
+    values : iterable of float or None
+    """
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def mean_of_labels(table: np.ndarray) -> float:

@@ -19,7 +19,7 @@ import numpy as np
 from nnunet_lite import log
 from nnunet_lite.data.cases import Case
 from nnunet_lite.data.geometry import Geometry
-from nnunet_lite.data.images import Image, read_label, write_label
+from nnunet_lite.data.images import Image, read_images, read_label, write_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.names import Format, case_of, format_of
 from nnunet_lite.data.nifti import write_nifti
@@ -171,6 +171,11 @@ def predict_cases(
             return None
 
     read = partial(read_case_image, plan, accept_geometry=accept_geometry)
+
+    def read_again(case: Case) -> np.ndarray:
+        """What there is to say about the image was said the first time."""
+        return read_images(case.images, len(plan.channels), accept_geometry).array
+
     partial_cases = [case for case in cases if case.id in incomplete]
     for case in log.progress(partial_cases, len(partial_cases), "complete") if partial_cases else ():
         attempt(case, partial(_complete_case, case, files[case.id], plan, outputs, read, report))
@@ -192,7 +197,7 @@ def predict_cases(
                 own = prediction.geometry.orientation
                 if own is not None and own != (plan.orientation or own):
                     turned[own].append(case.id)
-                work = partial(_write_case, case, files[case.id], prediction, plan, outputs, read, report)
+                work = partial(_write_case, case, files[case.id], prediction, plan, outputs, read_again, report)
                 queue.append((case, writer.submit(work)))
             if len(queue) > _MOST_WRITING:
                 written, writing = queue.popleft()
@@ -267,7 +272,7 @@ def _complete_case(
         raise UserError("is the label map of another image", files.label_map, "Choose another --output.")
     _write_masks(case, files, label_map, image.geometry, plan.labels)
     if outputs.statistics:
-        report(CaseResult(files.label_map, case, KEPT, None, _measure(label_map, image, plan)))
+        report(CaseResult(files.label_map, case, KEPT, None, _measure(label_map, image.array, image.geometry, plan)))
 
 
 def _predict_case(
@@ -299,7 +304,7 @@ def _write_case(
     prediction: _Prediction,
     plan: Plan,
     outputs: Outputs,
-    read: Callable[[Case], Image],
+    read: Callable[[Case], np.ndarray],
     report: Callable[[CaseResult], None],
 ) -> None:
     """Write all files of a case; the label map is the last one: if it exists, the case is complete."""
@@ -311,7 +316,7 @@ def _write_case(
     if outputs.postprocess is not None:
         label_map = outputs.postprocess(label_map, geometry.spacing)
     _write_masks(case, files, label_map, geometry, plan.labels)
-    sizes = _measure(label_map, read(case), plan) if outputs.statistics else None
+    sizes = _measure(label_map, read(case), geometry, plan) if outputs.statistics else None
     report(CaseResult(files.label_map, case, "written", round(prediction.seconds, 2), sizes, prediction.quality))
     write_segmentation(files.label_map, label_map, geometry, plan.labels, case.images[0])
 
@@ -321,9 +326,9 @@ def _write_masks(case: Case, files: _CaseFiles, label_map: np.ndarray, geometry:
         write_label(file, np.isin(label_map, labels.segments[label]), geometry, like=case.images[0])
 
 
-def _measure(label_map: np.ndarray, image: Image, plan: Plan) -> dict[str, dict[str, Any]]:
+def _measure(label_map: np.ndarray, array: np.ndarray, geometry: Geometry, plan: Plan) -> dict[str, dict[str, Any]]:
     channels = [channel.name for channel in plan.channels]
-    return measure_labels(label_map, image.array, image.geometry, plan.labels, channels)
+    return measure_labels(label_map, array, geometry, plan.labels, channels)
 
 
 def _read_ahead(

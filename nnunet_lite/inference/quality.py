@@ -14,8 +14,6 @@ stores it as quality.json in the model folder. `judge` applies it to the feature
 
 from __future__ import annotations
 
-import csv
-import io
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -27,7 +25,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from nnunet_lite.data.problems import few
-from nnunet_lite.files import read_validated
+from nnunet_lite.files import read_validated, to_csv
 from nnunet_lite.inference.features import AXES, CaseFeatures, Values
 from nnunet_lite.models.folder import QUALITY
 
@@ -240,15 +238,13 @@ def read_quality(folder: Path) -> Quality | None:
 
 def quality_table(cases: Mapping[str, CaseQuality]) -> str:
     """Return a CSV table with a row for each case and label, the lowest expected mean first."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("case", "label", "expected_dice", "low", "high", "case_mean", "unusual", "flags"))
+    rows: list[tuple[str, ...]] = [("case", "label", "expected_dice", "low", "high", "case_mean", "unusual", "flags")]
     for case, quality in worst_first(cases):
         about = ("" if quality.mean is None else f"{quality.mean:.4f}", f"{quality.unusual:.4f}")
         for label, one in quality.expected.items():
             dice = ("", "", "") if one is None else tuple(f"{value:.4f}" for value in (one.dice, one.low, one.high))
-            writer.writerow((case, label, *dice, *about, "; ".join(quality.flags)))
-    return text.getvalue()
+            rows.append((case, label, *dice, *about, "; ".join(quality.flags)))
+    return to_csv(rows)
 
 
 def worst_first(cases: Mapping[str, CaseQuality]) -> list[tuple[str, CaseQuality]]:
@@ -397,13 +393,13 @@ def _flags(quality: Quality, features: CaseFeatures, is_unusual: bool) -> tuple[
 
 
 def _spacing_flags(quality: Quality, features: CaseFeatures) -> list[str]:
-    flags = []
+    axes = defaultdict[tuple[str, str], list[str]](list)
     for name, axis, low, high in zip(AXES, features.axes, *quality.spacing, strict=True):
         own = float(np.exp(features.image[f"spacing/{name}"]))
         if own > _LARGER * high or own * _LARGER < low:
             trained = f"{low:.3g}" if high < 1.01 * low else f"{low:.3g} to {high:.3g}"
-            flags.append(f"spacing {own:.3g} mm along {axis}, trained on {trained} mm")
-    return flags
+            axes[f"{own:.3g}", trained].append(axis)
+    return [f"spacing {own} mm along {few(of, 3)}, trained on {trained} mm" for (own, trained), of in axes.items()]
 
 
 def _label_flags(quality: Quality, features: CaseFeatures) -> list[str]:

@@ -6,8 +6,6 @@ other for some seconds, and a process that is killed loses the entries of these.
 
 from __future__ import annotations
 
-import csv
-import io
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +17,7 @@ import torch
 from nnunet_lite.data.cases import Case
 from nnunet_lite.data.names import case_of
 from nnunet_lite.errors import UserError
-from nnunet_lite.files import locked, must_be_known, read_json, understood, write_json, write_text
+from nnunet_lite.files import locked, must_be_known, read_json, table_of, to_csv, understood, write_json, write_text
 from nnunet_lite.inference.predictor import Predictor
 from nnunet_lite.inference.quality import QUALITY_TABLE, CaseQuality, quality_table, worst_first
 from nnunet_lite.models.folder import QUALITY, RECORD
@@ -152,7 +150,9 @@ class PredictionRecord:
                 write_json(self.folder / RECORD, content)
             if statistics != before:
                 write_json(self.folder / STATISTICS, statistics)
-                write_text(self.folder / TABLE, _as_csv(statistics))
+                rows = [{"case": case, "label": label, **row} for case, of in statistics.items()
+                        for label, row in of.items()]  # fmt: skip
+                write_text(self.folder / TABLE, to_csv(table_of(rows)))
             if self.begins and judged != judged_before:
                 cases = {case: one.to_json() for case, one in worst_first(judged)}
                 write_json(self.folder / QUALITY, {"format": QUALITY_FORMAT, "cases": cases})
@@ -218,15 +218,6 @@ def read_case_qualities(folder: Path) -> dict[str, CaseQuality]:
         content = dict(read_json(file))
         must_be_known(content["format"], QUALITY_FORMAT, file)
         return {case: CaseQuality.from_json(value) for case, value in content["cases"].items()}
-
-
-def _as_csv(statistics: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    rows = [{"case": case, "label": label, **row} for case, of in statistics.items() for label, row in of.items()]
-    table = io.StringIO()
-    writer = csv.DictWriter(table, dict.fromkeys(name for row in rows for name in row), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return table.getvalue()
 
 
 def describe_predictor(predictor: Predictor) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from textwrap import shorten
 from typing import Any
 from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 import nnunet_lite
 from nnunet_lite.data.problems import few
@@ -56,16 +56,14 @@ _PUBLIC = ("name", "description", "reference", "licence", "license", "release", 
            "regions_class_order", "file_ending", "numTraining")  # fmt: skip
 
 
-class PackedFile(BaseModel):
+class PackedFile(BaseModel, frozen=True):
     """Checksum and size (bytes) of a file."""
-
-    model_config = ConfigDict(frozen=True)
 
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     size: int = Field(ge=0)
 
 
-class Manifest(BaseModel):
+class Manifest(BaseModel, frozen=True):
     """What a zip contains.
 
     Parameters
@@ -85,8 +83,6 @@ class Manifest(BaseModel):
     files : dict
         Path in the zip -> checksum and size, of all files but the manifest.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     format: str = FORMAT
     made_by: str

@@ -19,7 +19,7 @@ from threading import Lock
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ValidationError, model_validator
 
 from nnunet_lite import log
 from nnunet_lite.data.check import check_dataset
@@ -39,7 +39,7 @@ _BITS = 16  # counted of each number; 4 numbers to a count on average, so a coun
 _KEPT = 16  # blocks that are kept (16 MB): enough for datasets of a hundred cases; later ones are generated again
 
 
-class Fingerprint(BaseModel):
+class Fingerprint(BaseModel, frozen=True):
     """The content of fingerprint.json, which is nnU-Net's dataset_fingerprint.json and three fields more.
 
     Parameters
@@ -59,8 +59,6 @@ class Fingerprint(BaseModel):
     orientations : tuple of str or None
         Of each case, as in its file; empty for a fingerprint of nnU-Net.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     spacings: tuple[Spacing, ...]
     shapes_after_crop: tuple[Shape, ...]

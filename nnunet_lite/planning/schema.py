@@ -12,7 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.problems import html_table
@@ -58,8 +58,8 @@ def _sides(letters: str) -> list[int]:
     return sorted("LRAPSI".find(letter) // 2 for letter in letters)
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+class _Model(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
+    """What every part of a plan refuses: unknown entries and infinite numbers."""
 
 
 class Statistics(_Model):

@@ -38,6 +38,8 @@ class Column(NamedTuple):
     ----------
     name : str
         Its heading.
+    values : sequence
+        Its cells from the top; None is shown as "n/a".
     number_format : str
         How its numbers are written; "" for texts.
     unit : str
@@ -47,6 +49,7 @@ class Column(NamedTuple):
     """
 
     name: str
+    values: Sequence[Value]
     number_format: str = ""
     unit: str = ""
     bar: bool = False
@@ -61,9 +64,7 @@ class Table:
     caption : str
         Its title.
     columns : sequence of Column
-        Its columns.
-    rows : sequence
-        Values in the order of the columns; None is shown as "n/a". The first one is a name.
+        Its columns; the first one has names.
     sorted_by : int or None
         The column by which the rows are sorted.
     model : str
@@ -74,10 +75,14 @@ class Table:
 
     caption: str
     columns: Sequence[Column]
-    rows: Sequence[Sequence[Value]]
     sorted_by: int | None = None
     model: str = ""
     first_is_best: bool = False
+
+    @property
+    def rows(self) -> list[tuple[Value, ...]]:
+        """The values of each row, in the order of the columns."""
+        return list(zip(*(column.values for column in self.columns), strict=True))
 
     def cells(self) -> Iterator[list[Cell]]:
         """Yield each row."""
@@ -118,9 +123,9 @@ def _cell(value: Value, column: Column) -> Cell:
     return Cell(f"{value:{column.number_format}}{column.unit}", exact, bar=bar)
 
 
-def share_column(name: str) -> Column:
+def share_column(name: str, values: Sequence[Value]) -> Column:
     """Return a column of shares of one, such as Dice, with bars."""
-    return Column(name, ".3f", bar=True)
+    return Column(name, values, ".3f", bar=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- charts

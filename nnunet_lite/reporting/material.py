@@ -20,13 +20,15 @@ import numpy as np
 
 from nnunet_lite import log, system
 from nnunet_lite.data.cases import Case
-from nnunet_lite.data.dataset import Dataset, map_labels, read_case, stored_dataset
+from nnunet_lite.data.dataset import Dataset, read_annotation, read_case, stored_dataset
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import read_geometry, read_label
 from nnunet_lite.data.labels import Labels
+from nnunet_lite.data.problems import Problem, read_problems
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.evaluation.audit import Audit, Finding, read_audit
 from nnunet_lite.evaluation.calibration_rows import Row, read_rows
+from nnunet_lite.evaluation.metrics import METRICS
 from nnunet_lite.evaluation.scores import CaseScore, Scores, read_summaries
 from nnunet_lite.evaluation.selection import Selection, changed_models, read_selection
 from nnunet_lite.files import read_json, understood
@@ -35,7 +37,8 @@ from nnunet_lite.models.lookup import read_model
 from nnunet_lite.planning.fingerprint import Fingerprint
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.reporting.pictures import MAX_CHANNELS, OrientedImage, Picture, box_around
-from nnunet_lite.training.metrics import METRICS
+from nnunet_lite.training.metrics import read_epochs
+from nnunet_lite.training.splits import Split, load_splits
 from nnunet_lite.workspace import Paths
 
 TILES = 24  # cases in the montage
@@ -108,6 +111,11 @@ class ModelResults:
     fold_of: dict[str, str]
 
     @property
+    def begun(self) -> list[FoldHistory]:
+        """The folds with at least one epoch."""
+        return [fold for fold in self.folds if fold.rows]
+
+    @property
     def label(self) -> str:
         return " + ".join(self.name.split("+"))
 
@@ -174,6 +182,16 @@ class Units:
         """What a label has: an area or a volume."""
         return "Area" if self.dimensions == 2 else "Volume"
 
+    def scale_of(self, metric: str) -> float:
+        """Return by what a metric is multiplied: lengths are measured in mm.
+
+        Parameters
+        ----------
+        metric : str
+            A name of `METRICS`.
+        """
+        return self.per_mm if METRICS[metric].unit == "length" else 1.0
+
     def volume_of(self, voxels: float, geometry: Geometry) -> float:
         """Return the volume of some voxels, or the area of some pixels.
 
@@ -233,7 +251,7 @@ class Material:
         Its plan.
     fingerprint : Fingerprint or None
         None if its file is gone.
-    problems : tuple of dict
+    problems : tuple of Problem
         From check.json.
     models : tuple of ModelResults
         The selected one first, then by Dice, those without scores last.
@@ -255,7 +273,7 @@ class Material:
     dataset: Dataset
     plan: Plan
     fingerprint: Fingerprint | None
-    problems: tuple[dict[str, Any], ...]
+    problems: tuple[Problem, ...]
     models: tuple[ModelResults, ...]
     selection: Selection | None
     audit: Audit | None
@@ -267,6 +285,11 @@ class Material:
     @cached_property
     def units(self) -> Units:
         return Units.of([one.geometry for one in self.pictures.values() if one.geometry])
+
+    @property
+    def splits(self) -> list[Split]:
+        """The folds of the dataset; none before they are made."""
+        return load_splits(self.paths.splits) if self.paths.splits.is_file() else []
 
     @property
     def scored(self) -> list[ModelResults]:
@@ -308,7 +331,7 @@ def read_material(paths: Paths) -> Material:
         dataset,
         plan,
         Fingerprint.read(paths.fingerprint) if paths.fingerprint.is_file() else None,
-        tuple(read_json(paths.check)["problems"]) if paths.check.is_file() else (),
+        read_problems(paths.check) if paths.check.is_file() else (),
         tuple(models),
         selection,
         read_audit(paths),
@@ -350,9 +373,6 @@ def read_results(folder: Path, notes: list[str], labels: Labels | None = None) -
 
 def _read_fold(folder: Path, notes: list[str]) -> FoldHistory:
     state = read_weights_header(folder / MODEL) if (folder / MODEL).is_file() else {}
-    file = folder / METRICS
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
-    rows = tuple(json.loads(line) for line in lines if line.endswith("\n"))  # the last may be half written
     record = folder / VALIDATION / RECORD
     seconds: tuple[float, ...] = ()
     try:
@@ -361,7 +381,7 @@ def _read_fold(folder: Path, notes: list[str]) -> FoldHistory:
             seconds = tuple(float(one["seconds"]) for one in predictions if one["seconds"] is not None)
     except UserError as error:
         notes.append(f"the times of predictions are left out: {error}")
-    return FoldHistory(folder.name.removeprefix("fold_"), rows, state, seconds)
+    return FoldHistory(folder.name.removeprefix("fold_"), tuple(read_epochs(folder)), state, seconds)
 
 
 def _read_scores(folder: Path, labels: Labels, notes: list[str]) -> tuple[Scores, dict[str, str]]:
@@ -540,7 +560,7 @@ def draw_case(
         else:
             out.geometry, label = read_geometry(case.images[0])[0], None
             if volumes and case.label is not None:
-                label = map_labels(read_label(case.label)[0], dataset.value_map)
+                label, _ = read_annotation(case, dataset)
         if volumes and label is not None:
             out.voxels = _count_voxels(label, plan.labels)
     except (UserError, OSError, MemoryError) as error:
@@ -586,8 +606,7 @@ def _count_voxels(label: np.ndarray, labels: Labels) -> dict[str, int]:
     """Count the voxels of each region."""
     values, counts = np.unique(label, return_counts=True)
     voxels = dict(zip(values.tolist(), counts.tolist(), strict=True))
-    regions = zip(labels.region_names, labels.region_values, strict=True)
-    return {name: sum(voxels.get(value, 0) for value in members) for name, members in regions}
+    return {name: sum(voxels.get(value, 0) for value in members) for name, members in labels.regions.items()}
 
 
 def _sample_intensities(image: np.ndarray, label: np.ndarray | None, plan: Plan) -> dict[str, np.ndarray]:
@@ -596,8 +615,7 @@ def _sample_intensities(image: np.ndarray, label: np.ndarray | None, plan: Plan)
     nonzero = (flat != 0).any(axis=0)
     masks = {"image": nonzero}
     if label is not None:
-        regions = zip(plan.labels.region_names, plan.labels.region_values, strict=True)
-        masks |= {name: np.isin(label.reshape(-1), members) for name, members in regions}
+        masks |= {name: np.isin(label.reshape(-1), members) for name, members in plan.labels.regions.items()}
     samples = {}
     for name, mask in masks.items():
         inside = np.flatnonzero(mask)

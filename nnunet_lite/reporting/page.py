@@ -24,14 +24,14 @@ from markupsafe import Markup
 import nnunet_lite
 from nnunet_lite import log
 from nnunet_lite.data.labels import label_colours
-from nnunet_lite.data.problems import plural
+from nnunet_lite.data.problems import by_severity, plural
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.evaluation.audit import changed_since
 from nnunet_lite.evaluation.calibration_rows import Row
 from nnunet_lite.evaluation.metrics import METRICS
 from nnunet_lite.evaluation.scores import CaseScore
 from nnunet_lite.evaluation.selection import Candidate
-from nnunet_lite.evaluation.statistics import Margin, Statistic
+from nnunet_lite.evaluation.statistics import Margin, Statistic, mean_of_known
 from nnunet_lite.files import write_text
 from nnunet_lite.inference.cases import output_file
 from nnunet_lite.inference.quality import CaseQuality, Expected
@@ -44,7 +44,6 @@ from nnunet_lite.reporting.material import FoldHistory, Material, ModelResults, 
 from nnunet_lite.reporting.pictures import ERROR_COLOURS, Picture
 from nnunet_lite.reporting.verdict import Verdict, judge_training
 from nnunet_lite.settings import Settings
-from nnunet_lite.training.splits import load_splits
 from nnunet_lite.workspace import Paths
 
 PAGE = "report.html"
@@ -57,7 +56,6 @@ _INTENSITY_BINS = 60
 _CASES_TO_LOOK_AT = 8
 _PALETTE = 10  # colours of report.css
 _AUDITED_CASES = 8  # the first ones of the audit
-_SEVERITIES = ("error", "warning", "notice")
 
 # the metrics that the page shows of a case
 _CASE_METRICS = (
@@ -222,10 +220,8 @@ def verdicts(material: Material) -> list[Verdict]:
     material : Material
         From `read_material`.
     """
-    splits = material.paths.splits
-    folds = [split.name for split in load_splits(splits)] if splits.is_file() else []
-    models = [model for model in material.trained if any(fold.rows for fold in model.folds)]
-    return [judge_training(model, material.paths, folds) for model in models]
+    folds = [split.name for split in material.splits]
+    return [judge_training(model, material.paths, folds) for model in material.trained if model.begun]
 
 
 def _case_value(material: Material, row: CaseScore, label: str, metric: str) -> float | None:
@@ -236,7 +232,7 @@ def _case_value(material: Material, row: CaseScore, label: str, metric: str) -> 
         geometry = pictures.geometry if pictures else None
         return None if voxels is None or geometry is None else units.volume_of(voxels, geometry)
     value = values[metric]
-    return value * units.per_mm if value is not None and unit == "length" and row.has_spacing else value
+    return value * units.scale_of(metric) if value is not None and row.has_spacing else value
 
 
 def metric_heading(material: Material, metric: str) -> str:
@@ -279,16 +275,11 @@ def _overview_section(material: Material) -> dict[str, Any]:
     ]
     finished = {model.name: sum(bool(fold.state) for fold in model.folds) for model in material.trained}
     if finished:
-        n_folds = len(load_splits(material.paths.splits)) if material.paths.splits.is_file() else 0
-        begun = {model.name: sum(bool(fold.rows) for fold in model.folds) for model in material.trained}
-        folds = "; ".join(
-            f"{name}: {n}"
-            + (f" of {n_folds}" if n_folds else "")
-            + (f", {begun[name] - n} not finished" if begun[name] > n else "")
-            for name, n in finished.items()
-        )
+        of = f" of {len(material.splits)}" if material.splits else ""
+        more = {m.name: len(m.begun) - finished[m.name] for m in material.trained}
+        folds = [f"{name}: {n}{of}{f', {more[name]} not finished' * (more[name] > 0)}" for name, n in finished.items()]
         seconds = sum(fold.seconds for model in material.models for fold in model.folds)
-        cards.append(("Folds trained", str(sum(finished.values())), folds))
+        cards.append(("Folds trained", str(sum(finished.values())), "; ".join(folds)))
         cards.append(("Training time", log.duration(seconds), "all folds and models"))
     if material.scored and (dice := material.scored[0].scores.foreground()).mean is not None:
         interval = _interval(dice.mean, dice)
@@ -312,8 +303,7 @@ def _overview_section(material: Material) -> dict[str, Any]:
 def _data_section(material: Material) -> dict[str, Any]:
     """Return what the dataset contains, what its check found, the montage, sizes, volumes and intensities."""
     dataset, labels = material.dataset, material.dataset.labels
-    regions = zip(labels.region_names, labels.region_values, strict=True)
-    named = [f"{name} ({', '.join(map(str, values))})" for name, values in regions]
+    named = [f"{name} ({', '.join(map(str, values))})" for name, values in labels.regions.items()]
     named += [] if labels.ignore is None else [f"ignore ({labels.ignore})"]
     volumes = _volumes(material)
     charts, constants = _spreads(material, volumes)
@@ -326,7 +316,7 @@ def _data_section(material: Material) -> dict[str, Any]:
             ("Folder", str(dataset.root)),
             *(("Understood", note) for note in dataset.notes),
         ],
-        "problems": _problems(material),
+        "problems": by_severity(material.problems),
         "tiles": [(case, pictures.tile) for case, pictures in material.pictures.items() if pictures.tile],
         "charts": charts,
         "constants": constants,
@@ -335,15 +325,6 @@ def _data_section(material: Material) -> dict[str, Any]:
         "intensity_table": _intensity_table(material),
         "cases": _case_table(material, volumes),
     }
-
-
-def _problems(material: Material) -> list[tuple[tuple[str, ...], list[str]]]:
-    """Group the problems of the check, errors first: ((severity, found, expected, fix), files)."""
-    files: dict[tuple[str, ...], list[str]] = {}
-    for problem in sorted(material.problems, key=lambda problem: _SEVERITIES.index(problem["severity"])):
-        key = tuple(problem[name] for name in ("severity", "found", "expected", "fix"))
-        files.setdefault(key, []).append(problem["file"])
-    return list(files.items())
 
 
 def _volumes(material: Material) -> Volumes:
@@ -390,14 +371,15 @@ def _spreads(material: Material, volumes: Volumes) -> tuple[list[Chart], list[Fa
 
 def _intensity_table(material: Material) -> Table:
     """Return statistics of the foreground, with which CT is normalized."""
-    numbers = ("mean", "SD", "minimum", "0.5 %", "median", "99.5 %", "maximum")
-    rows: list[list[Value]] = []
-    for channel in material.plan.channels:
-        s = channel.statistics
-        values = (s.mean, s.std, s.min, s.percentile_00_5, s.median, s.percentile_99_5, s.max)
-        rows.append([channel.name, channel.to_text(), *values])
-    columns = (Column("Channel"), Column("normalised"), *(Column(name, ".4g") for name in numbers))
-    return Table("Intensities of all labelled voxels", columns, rows)
+    channels = material.plan.channels
+    fields = {"mean": "mean", "SD": "std", "minimum": "min", "0.5 %": "percentile_00_5", "median": "median",
+              "99.5 %": "percentile_99_5", "maximum": "max"}  # fmt: skip
+    return Table("Intensities of all labelled voxels", [
+        Column("Channel", [channel.name for channel in channels]),
+        Column("normalised", [channel.to_text() for channel in channels]),
+        *(Column(heading, [getattr(channel.statistics, field) for channel in channels], ".4g")
+          for heading, field in fields.items()),
+    ])  # fmt: skip
 
 
 def _intensity_charts(material: Material) -> list[Chart]:
@@ -430,24 +412,19 @@ def _intensity_charts(material: Material) -> list[Chart]:
 
 def _case_table(material: Material, volumes: Volumes) -> Table:
     """Return every case with its size and the volumes of its labels."""
-    names, units = material.dataset.labels.region_names, material.units
-    is_calibrated, axes = units.length != "pixels", ", ".join("zyx"[-units.dimensions :])
-    rows: list[list[Value]] = []
-    for case in material.dataset.cases:
-        place = material.pictures[case.id].geometry
-        size: Value = "not read"
-        spacing: Value = None
-        if place is not None:
-            size = _times(place.shape[-units.dimensions :]), float(prod(place.shape))
-        if place is not None and place.calibrated:
-            lengths = [length * units.per_mm for length in place.spacing[-units.dimensions :]]
-            spacing = _times(lengths, ".4g"), float(prod(lengths))
-        sizes = [size, spacing] if is_calibrated else [size]
-        rows.append([case.id, *sizes, *(volumes.get(case.id, {}).get(name) for name in names)])
-    columns = [Column("Case"), Column(f"size ({axes})", "d")]
-    columns += [Column(f"spacing ({units.length})", "g")] if is_calibrated else []
-    columns += [Column(f"{name} ({units.volume})", ".4g" if is_calibrated else ".0f") for name in names]
-    return Table(f"All {len(rows)} cases", columns, rows, sorted_by=0)
+    cases, units = [case.id for case in material.dataset.cases], material.units
+    geometries, n = [material.pictures[case].geometry for case in cases], units.dimensions
+    sizes = ["not read" if g is None else (_times(g.shape[-n:]), float(prod(g.shape))) for g in geometries]
+    columns = [Column("Case", cases), Column(f"size ({', '.join('zyx'[-n:])})", sizes, "d")]
+    is_calibrated = units.length != "pixels"
+    if is_calibrated:
+        spacings = [[n * units.per_mm for n in g.spacing[-n:]] if g and g.calibrated else None for g in geometries]
+        texts = [None if one is None else (_times(one, ".4g"), float(prod(one))) for one in spacings]
+        columns.append(Column(f"spacing ({units.length})", texts, "g"))
+    for name in material.dataset.labels.region_names:
+        of_label = [volumes.get(case, {}).get(name) for case in cases]
+        columns.append(Column(f"{name} ({units.volume})", of_label, ".4g" if is_calibrated else ".0f"))
+    return Table(f"All {len(cases)} cases", columns, sorted_by=0)
 
 
 # ------------------------------------------------------------------------------------------- the plan and the training
@@ -456,11 +433,13 @@ def _case_table(material: Material, volumes: Volumes) -> Table:
 def _plan_section(material: Material) -> dict[str, Any]:
     """Return the configurations, the reasons for them, and their networks."""
     plan = material.plan
-    name, *others = plan_head(plan)
     networks = {name: c.network for name, c in plan.configurations.items()}
     return {
         "title": plan_title(plan),
-        "table": Table("Configurations", [Column(name), *(Column(other, "s") for other in others)], plan_rows(plan)),
+        "table": Table("Configurations", [
+            Column(name, values, "s" * (i > 0))
+            for i, (name, values) in enumerate(zip(plan_head(plan), zip(*plan_rows(plan), strict=True), strict=True))
+        ]),
         "reasons": plan_reasons(plan),
         "networks": [
             (name, f"{n.kind}{' U-Net' * (n.kind in ('plain', 'residual'))}, "
@@ -475,8 +454,7 @@ def _training_section(material: Material) -> list[dict[str, Any]]:
     """Draw the curves of each model, a colour for each fold."""
     sections = []
     for model in material.trained:
-        folds = [fold for fold in model.folds if fold.rows]
-        if folds:
+        if folds := model.begun:
             names = [f"fold {fold.name}{'' if fold.state else ' (not finished)'}" for fold in folds]
             charts = training_charts([(f"fold {fold.name}", i, fold) for i, fold in enumerate(folds)])
             charts[2:2] = [chart for chart in [_label_curves(folds)] if chart]
@@ -539,23 +517,30 @@ def costs_table(material: Material) -> Table:
     material : Material
         From `read_material`.
     """
-    rows: list[list[Value]] = []
-    for model, fold in ((m, fold) for m in material.trained for fold in m.folds if fold.rows):
-        keys = ("seconds", "samples_per_second", "waiting")
-        medians = [float(np.median([row[key] for row in fold.rows])) for key in keys]
-        epochs, arithmetic = fold.rows[-1]["epoch"], fold.state.get("arithmetic", {})
-        time = (f"{epochs}{'' if fold.state else ' so far'}", float(epochs)), (log.duration(fold.seconds), fold.seconds)
-        planned = model.plan.configuration(model.run["configuration"]).memory_gb if model.plan else None
-        memory = max(row["memory_gb"] for row in fold.rows), planned
-        prediction = float(np.median(fold.prediction_seconds)) if fold.prediction_seconds else None
-        device = f"{fold.state.get('device', '')} {arithmetic.get('precision', '')}".strip()
-        rows.append([model.name, fold.name, *time, *medians, *memory, prediction, device])
-    columns = (
-        Column("Model"), Column("fold"), Column("epochs", "d"), Column("time", "g"), Column("s/epoch", ".3g"),
-        Column("samples/s", ".3g"), Column("waiting", ".0%"), Column("memory", ".2f", " GB"),
-        Column("planned", ".2f", " GB"), Column("predicting a case", ".3g", " s"), Column("device"),
-    )  # fmt: skip
-    return Table("Time and memory of each fold", columns, rows)
+    trained = [(model, fold) for model in material.trained for fold in model.begun]
+    folds = [fold for _, fold in trained]
+    planned = [m.plan.configuration(m.run["configuration"]).memory_gb if m.plan else None for m, _ in trained]
+    lengths = [(f"{fold.rows[-1]['epoch']}{'' if fold.state else ' so far'}", float(fold.rows[-1]["epoch"]))
+               for fold in folds]  # fmt: skip
+    devices = [(f.state.get("device", ""), f.state.get("arithmetic", {}).get("precision", "")) for f in folds]
+
+    def medians(key: str) -> list[float]:
+        return [float(np.median([row[key] for row in fold.rows])) for fold in folds]
+
+    return Table("Time and memory of each fold", [
+        Column("Model", [model.name for model, _ in trained]),
+        Column("fold", [fold.name for fold in folds]),
+        Column("epochs", lengths, "d"),
+        Column("time", [(log.duration(fold.seconds), fold.seconds) for fold in folds], "g"),
+        Column("s/epoch", medians("seconds"), ".3g"),
+        Column("samples/s", medians("samples_per_second"), ".3g"),
+        Column("waiting", medians("waiting"), ".0%"),
+        Column("memory", [max(row["memory_gb"] for row in fold.rows) for fold in folds], ".2f", " GB"),
+        Column("planned", planned, ".2f", " GB"),
+        Column("predicting a case", [float(np.median(f.prediction_seconds)) if f.prediction_seconds else None
+                                     for f in folds], ".3g", " s"),
+        Column("device", [" ".join(filter(None, words)) for words in devices]),
+    ])  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------- the scores
@@ -591,15 +576,16 @@ def _scores_section(material: Material) -> list[dict[str, Any]]:
 
 def _held_out_table(material: Material, model: ModelResults, labels: Sequence[str]) -> Table:
     """Return every held-out case with its fold, its means over the labels, and the Dice of some labels."""
-    surfaces = [metric for metric in ("NSD", "HD95") if metric in _measured(model)]
-    columns = [Column("Case"), Column("fold"), share_column("mean Dice")]
-    columns += [metric_column(material, metric, "mean") for metric in surfaces]
-    columns += map(share_column, labels)
-    rows: list[list[Value]] = []
-    for row in model.worst_first:
-        means = [row.mean_dice, *(_label_mean(material, row, metric) for metric in surfaces)]
-        rows.append([row.case, model.fold_of[row.case], *means, *(row.metrics[label]["Dice"] for label in labels)])
-    return Table(f"Held-out cases of {model.label}, worst first", columns, rows, sorted_by=2, model=model.name)
+    rows, surfaces = model.worst_first, [metric for metric in ("NSD", "HD95") if metric in _measured(model)]
+    means = {metric: [_label_mean(material, row, metric) for row in rows] for metric in surfaces}
+    columns = [
+        Column("Case", [row.case for row in rows]),
+        Column("fold", [model.fold_of[row.case] for row in rows]),
+        share_column("mean Dice", [row.mean_dice for row in rows]),
+        *(metric_column(material, metric, "mean", values) for metric, values in means.items()),
+        *(share_column(label, [row.metrics[label]["Dice"] for row in rows]) for label in labels),
+    ]
+    return Table(f"Held-out cases of {model.label}, worst first", columns, sorted_by=2, model=model.name)
 
 
 def _measured(model: ModelResults) -> list[str]:
@@ -609,9 +595,7 @@ def _measured(model: ModelResults) -> list[str]:
 
 def _label_mean(material: Material, row: CaseScore, metric: str) -> float | None:
     """Return the mean of a metric over the labels of a case."""
-    values = [_case_value(material, row, label, metric) for label in row.metrics]
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+    return mean_of_known(_case_value(material, row, label, metric) for label in row.metrics)
 
 
 def _agreement_charts(material: Material, model: ModelResults, labels: Sequence[str]) -> list[Chart]:
@@ -647,21 +631,19 @@ def _hardest_labels(model: ModelResults) -> list[str]:
 
 def _label_table(material: Material, model: ModelResults) -> Table:
     """Return one row for each label with means and medians, then those over all labels."""
-    scores, columns = model.scores, [Column("Label"), Column("cases", "d")]
+    scores = model.scores
     dice = {**scores.by_label(), "all labels": scores.foreground()}
-    rows: list[list[Value]] = [[label, one.n] for label, one in dice.items()]
+    columns = [Column("Label", list(dice)), Column("cases", [one.n for one in dice.values()], "d")]
     for name in _measured(model):
-        scale = material.units.per_mm if METRICS[name].unit == "length" else 1.0
-        for row, one in zip(rows, [*scores.by_label(name).values(), scores.foreground(name)], strict=True):
-            row += [None if value is None else value * scale for value in (one.mean, one.median)]
-        columns += [metric_column(material, name, what) for what in ("mean", "median")]
-    for row, one in zip(rows, dice.values(), strict=True):
-        row.insert(4, _interval(one.mean, one))
-    columns.insert(4, Column("95 % interval", "g"))
-    return Table("Scores of held-out cases, by label", columns, rows)
+        scale, found = material.units.scale_of(name), [*scores.by_label(name).values(), scores.foreground(name)]
+        for what in ("mean", "median"):
+            values = [None if one.n == 0 else getattr(one, what) * scale for one in found]
+            columns.append(metric_column(material, name, what, values))
+    columns.insert(4, Column("95 % interval", [_interval(one.mean, one) for one in dice.values()], "g"))
+    return Table("Scores of held-out cases, by label", columns)
 
 
-def metric_column(material: Material, metric: str, what: str) -> Column:
+def metric_column(material: Material, metric: str, what: str, values: Sequence[Value]) -> Column:
     """Return the column of a mean or median of a metric.
 
     Parameters
@@ -672,9 +654,11 @@ def metric_column(material: Material, metric: str, what: str) -> Column:
         A name of `METRICS`.
     what : str
         What stands before its name.
+    values : sequence
+        The cells, in the units of the page.
     """
-    name = f"{what} {metric_heading(material, metric)}"
-    return share_column(name) if METRICS[metric].better == "higher" else Column(name, METRICS[metric].number_format)
+    name, is_share = f"{what} {metric_heading(material, metric)}", METRICS[metric].better == "higher"
+    return share_column(name, values) if is_share else Column(name, values, METRICS[metric].number_format)
 
 
 def page_data(material: Material) -> dict[str, Any]:
@@ -719,31 +703,34 @@ def _comparison_section(material: Material) -> dict[str, Any]:
     candidates = selection.candidates if selection else [
         Candidate.of([model.label], model.scores.values(), labels, Margin(None)) for model in material.scored
     ]  # fmt: skip
-    rows: list[list[Value]] = []
-    for c in candidates:
-        margin = () if selection is None else (write_margin(c.margin) if rows else ("", 0.0),)
-        dice = [c.by_label.get(name) for name in labels]
-        rows.append([c.name, c.n_cases, c.dice, _interval(c.dice, c), c.median, *margin, *dice])
-    columns = [Column("Models"), Column("cases", "d"), share_column("Dice"), Column("95 % interval", "g"),
-               share_column("median")]  # fmt: skip
-    columns += [] if selection is None else [Column("best is better by", "g")]
-    caption = "Models on their held-out cases" if selection is None else "Candidates of nnlite select, the best first"
+    columns = [
+        Column("Models", [c.name for c in candidates]),
+        Column("cases", [c.n_cases for c in candidates], "d"),
+        share_column("Dice", [c.dice for c in candidates]),
+        Column("95 % interval", [_interval(c.dice, c) for c in candidates], "g"),
+        share_column("median", [c.median for c in candidates]),
+        *(share_column(name, [c.by_label.get(name) for c in candidates]) for name in labels),
+    ]
+    if selection:
+        margins = [write_margin(c.margin) if i else ("", 0.0) for i, c in enumerate(candidates)]
+        columns.insert(5, Column("best is better by", margins, "g"))
+    caption = "Candidates of nnlite select, the best first" if selection else "Models on their held-out cases"
     bars = [(c.name, c.dice, c.low, c.high) for c in candidates]
-    steps: list[list[Value]] = []
-    for label, rule in ({} if selection is None else selection.postprocessing).items():
-        gain = selection.postprocessing_gain.get(label) if selection else None
-        steps.append([label, str(rule), *((gain.before, gain.after, gain.n) if gain else (None, None, None))])
-    step_columns = (Column("Label"), Column("what is kept"), share_column("Dice before"), share_column("after"),
-                    Column("cases that did not choose it", "d"))  # fmt: skip
+    rules = selection.postprocessing if selection else {}
+    gains = [selection.postprocessing_gain.get(label) if selection else None for label in rules]
     return {
         "selected": " + ".join(selection.models) if selection else "",
         "date": selection.made if selection else "",
-        "table": Table(
-            caption, [*columns, *map(share_column, labels)], rows, sorted_by=2, first_is_best=bool(selection)
-        ),
+        "table": Table(caption, columns, sorted_by=2, first_is_best=bool(selection)),
         "chart": figures.plot_intervals("Dice of the candidates", bars, "mean Dice with 95 % interval"),
-        "postprocessing": Table("Postprocessing of the predictions", step_columns, steps),
-    }
+        "postprocessing": Table("Postprocessing of the predictions", [
+            Column("Label", list(rules)),
+            Column("what is kept", [str(rule) for rule in rules.values()]),
+            share_column("Dice before", [None if gain is None else gain.before for gain in gains]),
+            share_column("after", [None if gain is None else gain.after for gain in gains]),
+            Column("cases that did not choose it", [None if gain is None else gain.n for gain in gains], "d"),
+        ]),
+    }  # fmt: skip
 
 
 def write_margin(margin: Margin) -> Value:
@@ -769,64 +756,57 @@ def _quality_section(material: Material) -> dict[str, Any]:
     All is said by what was fitted without the case.
     """
     rows = [(row, row.quality) for row in material.calibration if row.quality is not None]
-    clean = [(row, judged) for row, judged in rows if row.kind == "clean"]
-    if not clean:
+    by_kind = {kind: [pair for pair in rows if pair[0].kind == kind] for kind in dict.fromkeys(r.kind for r, _ in rows)}
+    if (clean := by_kind.get("clean")) is None:
         return {}
-    pairs = {kind: _expected_pairs([pair for pair in rows if pair[0].kind == kind]) for kind in dict.fromkeys(
-        row.kind for row in material.calibration)}  # fmt: skip
-    by_kind: list[list[Value]] = []
-    for kind, found in pairs.items():
-        flagged = [bool(judged.flags) for row, judged in rows if row.kind == kind]
-        error, covered = _errors(found)
-        real = float(np.mean([dice for _, dice in found])) if found else None
-        by_kind.append([kind, len(flagged), real, error, covered, float(np.mean(flagged))])
-    by_label: list[list[Value]] = []
-    for label in clean[0][0].dice:
-        found = _expected_pairs(clean, (label,))
-        by_label.append([label, len(found), *_errors(found)])
-    first = sorted(clean, key=lambda pair: _surprise(*pair))[:_CASES_TO_LOOK_AT]
-    cases: list[list[Value]] = [
-        [row.case, judged.mean, row.mean_dice, judged.in_cells()[1], "; ".join(judged.flags)] for row, judged in first
-    ]
+    of_kinds, labels = [_expected_pairs(of_kind) for of_kind in by_kind.values()], list(clean[0][0].dice)
+    of_labels = [_expected_pairs(clean, label) for label in labels]
+    first = sorted(clean, key=lambda pair: (pair[0].mean_dice or 0.0) - (pair[1].mean or 0.0))[:_CASES_TO_LOOK_AT]
     means = {row.case: (row.mean_dice or 0.0, judged.mean or 0.0) for row, judged in clean}
-    kinds = (Column("Images"), Column("number", "d"), share_column("real Dice"), Column("mean error", ".3f"),
-             Column("in the 90 % interval", ".0%"), Column("flagged", ".0%"))  # fmt: skip
-    of_labels = (Column("Label"), Column("cases", "d"), *kinds[3:5])
-    looked_at = (Column("Case"), share_column("expected Dice"), share_column("real Dice"), Column("90 % interval"),
-                 Column("why"))  # fmt: skip
+    flagged = [mean_of_known(bool(judged.flags) for _, judged in of_kind) for of_kind in by_kind.values()]
     return {
         "cases": plural(len(clean), "held-out case"),
         "copies": f"{len(rows) - len(clean)} degraded copies",
         "chart": figures.plot_agreement("Expected against real Dice", means, "Dice", "", ("expected", "real")),
-        "by_kind": Table("Held-out cases and degraded copies", kinds, by_kind),
-        "by_label": Table("Held-out cases by label", of_labels, by_label),
-        "first": Table("Cases to look at first: less like the reference than expected", looked_at, cases),
-    }
+        "by_kind": Table("Held-out cases and degraded copies", [
+            Column("Images", list(by_kind)),
+            Column("number", [len(of_kind) for of_kind in by_kind.values()], "d"),
+            share_column("real Dice", [mean_of_known(dice for _, dice in pairs) for pairs in of_kinds]),
+            *_error_columns(of_kinds),
+            Column("flagged", flagged, ".0%"),
+        ]),
+        "by_label": Table("Held-out cases by label", [
+            Column("Label", labels), Column("cases", [len(pairs) for pairs in of_labels], "d"),
+            *_error_columns(of_labels),
+        ]),
+        "first": Table("Cases to look at first: less like the reference than expected", [
+            Column("Case", [row.case for row, _ in first]),
+            share_column("expected Dice", [judged.mean for _, judged in first]),
+            share_column("real Dice", [row.mean_dice for row, _ in first]),
+            Column("90 % interval", [judged.in_cells()[1] for _, judged in first]),
+            Column("why", ["; ".join(judged.flags) for _, judged in first]),
+        ]),
+    }  # fmt: skip
 
 
-def _expected_pairs(
-    rows: Sequence[tuple[Row, CaseQuality]], labels: Sequence[str] = ()
-) -> list[tuple[Expected, float]]:
-    """Return what is expected of each label, and its Dice."""
+Pairs = list[tuple[Expected, float]]  # what is expected of a label, and its Dice
+
+
+def _expected_pairs(rows: Sequence[tuple[Row, CaseQuality]], only: str | None = None) -> Pairs:
+    """Return what is expected of each label, or of one, and its Dice."""
     return [
         (expected, dice)
         for row, judged in rows
         for label, dice in row.dice.items()
-        if dice is not None and (expected := judged.expected[label]) is not None and label in (labels or (label,))
+        if dice is not None and (expected := judged.expected[label]) is not None and only in (None, label)
     ]
 
 
-def _errors(pairs: Sequence[tuple[Expected, float]]) -> tuple[float | None, float | None]:
+def _error_columns(groups: Sequence[Pairs]) -> list[Column]:
     """Return the mean absolute error of the expected Dice, and the share of real ones in the interval."""
-    if not pairs:
-        return None, None
-    covered = [expected.low <= dice <= expected.high for expected, dice in pairs]
-    return float(np.mean([abs(expected.dice - dice) for expected, dice in pairs])), float(np.mean(covered))
-
-
-def _surprise(row: Row, judged: CaseQuality) -> float:
-    """Return by how much a case is worse than expected, the most as the smallest number."""
-    return (row.mean_dice or 0.0) - (judged.mean or 0.0)
+    errors = [mean_of_known(abs(one.dice - dice) for one, dice in pairs) for pairs in groups]
+    covered = [mean_of_known(one.low <= dice <= one.high for one, dice in pairs) for pairs in groups]
+    return [Column("mean error", errors, ".3f"), Column("in the 90 % interval", covered, ".0%")]
 
 
 # ------------------------------------------------------------------------------------------------------ the label audit
@@ -860,15 +840,15 @@ def _audit_section(material: Material) -> dict[str, Any] | None:
 def _methods_section(material: Material) -> dict[str, Any]:
     """Return what methods.html.j2 says about the selected models, otherwise the best one, and about their scores."""
     selection = material.selection
-    models = [model for model in material.trained if any(fold.rows for fold in model.folds)]
+    models = [model for model in material.trained if model.begun]
     models = [model for model in models if model.name in selection.models] if selection else models[:1]
     name = "+".join(selection.models if selection else [model.name for model in models])
     result = next((model for model in material.scored if model.name == name), None)
     units, described = material.units, []
     for model in models:
         assert model.plan is not None  # an ensemble has none
-        trained = [fold for fold in model.folds if fold.rows]
-        lengths = sorted(fold.rows[-1]["epoch"] for fold in [f for f in trained if f.state] or trained)
+        folds = [fold for fold in model.begun if fold.state] or model.begun
+        lengths = sorted(fold.rows[-1]["epoch"] for fold in folds)
         more = f"{lengths[0]} to " if lengths[0] < lengths[-1] else ""
         planned = model.plan.configuration(model.run["configuration"])
         described.append({
@@ -877,17 +857,16 @@ def _methods_section(material: Material) -> dict[str, Any]:
             "unit": length_unit(model.plan), "is_resampled": not _has_spacing(material, planned.spacing),
             "normalizations": _normalizations(model.plan), "epochs": more + plural(lengths[-1], "epoch"),
         })  # fmt: skip
-    splits = load_splits(material.paths.splits) if material.paths.splits.is_file() else []
-    folds = set(result.fold_of.values()) if result else set()
-    scored = [split for split in splits if split.name in folds]
-    return {"models": described, "n_folds": len(splits), "scores": result and {
+    held_out = set(result.fold_of.values()) if result else set()
+    scored = [split for split in material.splits if split.name in held_out]
+    return {"models": described, "n_folds": len(material.splits), "scores": result and {
         "n_training": sorted({len(split.training) for split in scored}),
-        "folds": sorted(set(result.fold_of.values())),
+        "folds": sorted(held_out),
         "label": result.label,
         "n_cases": len(result.scores.rows),
         "metrics": [
             (metric_heading(material, metric).partition(" (")[0], f" {units.length}" if metric == "HD95" else "",
-             units.per_mm if metric == "HD95" else 1, result.scores.foreground(metric))
+             units.scale_of(metric), result.scores.foreground(metric))
             for metric in _measured(result) if metric in ("Dice", "NSD", "HD95")
         ],
         "postprocessing": selection.postprocessing if selection else {},
@@ -912,12 +891,8 @@ def _normalizations(plan: Plan) -> list[tuple[list[str], Any]]:
 def _settings_section(material: Material) -> tuple[Table, dict[str, dict[str, Any]]]:
     """Return seed and versions of the models, and their settings."""
     runs = {model.name: model.run for model in material.trained}
+    about = [{**run["settings"], **run, **run.get("versions", {})} for run in runs.values()]
     packages = list(dict.fromkeys(package for run in runs.values() for package in run.get("versions", {})))
-    rows = []
-    for name, run in runs.items():
-        about = {"recipe": run["settings"].get("recipe", ""), **run, **run.get("versions", {})}
-        rows.append([name, *(str(about.get(key, "")) for key in ("began", "recipe", "seed", *packages))])
-    columns = [Column(name) for name in ("Model", "began", "recipe", "seed", *packages)]
-    return Table("Versions and seeds of the models", columns, rows), {
-        name: run["settings"] for name, run in runs.items()
-    }
+    columns = [Column(key, [str(one.get(key, "")) for one in about]) for key in ("began", "recipe", "seed", *packages)]
+    table = Table("Versions and seeds of the models", [Column("Model", list(runs)), *columns])
+    return table, {name: run["settings"] for name, run in runs.items()}

@@ -22,9 +22,10 @@ from nnunet_lite.evaluation.scores import Scores
 from nnunet_lite.evaluation.statistics import compare_paired, p_of_difference, summarize
 from nnunet_lite.models.folder import is_nnunet
 from nnunet_lite.reporting import figures, page
-from nnunet_lite.reporting.figures import Chart, Column, Table, Value, share_column
+from nnunet_lite.reporting.figures import Chart, Column, Table, share_column
 from nnunet_lite.reporting.material import Material, ModelResults, draw_case, read_material, read_results
 from nnunet_lite.reporting.verdict import judge_training
+from nnunet_lite.settings import flatten
 from nnunet_lite.workspace import Paths
 
 _PICTURE_PIXELS = 320  # along the longer side of a plane
@@ -67,7 +68,6 @@ def write_comparison(first: Path, second: Path, output: Path | None) -> Path:
         )
     notes: list[str] = []
     models = [replace(read_results(folder, notes), name=name) for folder, name in _names_of(folders).items()]
-    trained = [model for model in models if any(fold.rows for fold in model.folds)]
     folds = [(f"{model.label}, fold {fold.name}", i, fold) for i, model in enumerate(models) for fold in model.folds]
     material = _draw_shared(replace(read_material(paths), models=tuple(models), selection=None, notes=tuple(notes)))
     tables = [_paired_table(material, metric) for metric in ("Dice", "NSD", "HD95")]
@@ -75,7 +75,7 @@ def write_comparison(first: Path, second: Path, output: Path | None) -> Path:
         "comparison.html.j2",
         material,
         models=models,
-        verdicts=[judge_training(model, paths, []) for model in trained],
+        verdicts=[judge_training(model, paths, []) for model in models if model.begun],
         notes=material.notes,
         paired=[table for table in tables if table.rows[0][2] is not None],
         unpaired=[_own_scores(model) for model in models if model.scores.rows],
@@ -102,11 +102,12 @@ def _names_of(folders: Sequence[Path]) -> dict[Path, str]:
 
 def _differences(models: Sequence[ModelResults]) -> tuple[Table, int]:
     """Return what differs in settings, plan and machine, and how many values are equal."""
-    first, second = (_flat(_describe(model)) for model in models)
+    first, second = (dict(flatten(_describe(model))) for model in models)
     keys = list(first | second)
-    rows = [[key, first.get(key, ""), second.get(key, "")] for key in keys if first.get(key) != second.get(key)]
-    columns = [Column(name) for name in ("Setting", *(model.label for model in models))]
-    return Table("Settings and plan, where they differ", columns, rows), len(keys) - len(rows)
+    other = [key for key in keys if first.get(key) != second.get(key)]
+    values = ([_as_text(of[key]) if key in of else "" for key in other] for of in (first, second))
+    columns = [Column(model.label, of) for model, of in zip(models, values, strict=True)]
+    return Table("Settings and plan, where they differ", [Column("Setting", other), *columns]), len(keys) - len(other)
 
 
 def _describe(model: ModelResults) -> dict[str, Any]:
@@ -119,13 +120,8 @@ def _describe(model: ModelResults) -> dict[str, Any]:
     return {**model.run["settings"], "plan": planned, **{key: model.run.get(key) for key in keys}}
 
 
-def _flat(value: Any, key: str = "") -> dict[str, str]:
-    """Write nested values as texts under dotted keys."""
-    if isinstance(value, list) and any(isinstance(one, dict) for one in value):
-        value = {one.get("name", str(i)): one for i, one in enumerate(value)}
-    if isinstance(value, dict):
-        return {k: text for name, one in value.items() for k, text in _flat(one, f"{key}.{name}".lstrip(".")).items()}
-    return {key: "not set" if value is None else str(value).lower() if isinstance(value, bool) else str(value)}
+def _as_text(value: Any) -> str:
+    return "not set" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 # ----------------------------------------------------------------------------------------------------------- the scores
@@ -133,8 +129,8 @@ def _flat(value: Any, key: str = "") -> dict[str, str]:
 
 def _own_scores(model: ModelResults) -> Table:
     """Return the scores of a model by label in their own units, as the terminal shows them."""
-    head, *rows = model.scores.lines()
-    return Table(f"Held-out cases of {model.label}", [Column(name) for name in head], rows)
+    columns = zip(*model.scores.lines(), strict=True)
+    return Table(f"Held-out cases of {model.label}", [Column(head, cells) for head, *cells in columns])
 
 
 def _draw_shared(material: Material) -> Material:
@@ -166,8 +162,7 @@ def _draw_shared(material: Material) -> Material:
 
 def _by_label(material: Material, metric: str = "Dice") -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """Yield a metric of both models (cases, labels) over all labels, then of each label; NaN unless both have it."""
-    scale = material.units.per_mm if METRICS[metric].unit == "length" else 1.0
-    first, second = (model.scores.values(metric) * scale for model in material.models)
+    first, second = (model.scores.values(metric) * material.units.scale_of(metric) for model in material.models)
     first, second = np.where(np.isnan(second), np.nan, first), np.where(np.isnan(first), np.nan, second)
     yield "all labels", first, second
     for i, name in enumerate(material.dataset.labels.region_names):
@@ -198,23 +193,22 @@ def _most_changed(material: Material) -> dict[str, float]:
 
 def _paired_table(material: Material, metric: str) -> Table:
     """Return for each label the means of both models, and how the cases differ."""
-    sign = 1 if METRICS[metric].better == "higher" else -1
-    rows: list[list[Value]] = []
-    for name, first, second in _by_label(material, metric):
-        changes = _changes(first, second)
-        changes = changes[np.isfinite(changes)]
-        means, margin = [summarize(table).mean for table in (first, second)], compare_paired(second, first)
-        n_better, n_worse = int((sign * changes > 0).sum()), int((sign * changes < 0).sum())
-        rows.append(
-            [name, len(changes), *means, page.write_margin(margin), n_better, n_worse, p_of_difference(changes)]
-        )
+    tables = {name: tables for name, *tables in _by_label(material, metric)}
+    differences = [changes[np.isfinite(changes)] for changes in (_changes(*pair) for pair in tables.values())]
+    means = [[summarize(pair[i]).mean for pair in tables.values()] for i in range(2)]
+    margins = [page.write_margin(compare_paired(second, first)) for first, second in tables.values()]
+    gains = [changes if METRICS[metric].better == "higher" else -changes for changes in differences]
     names = [model.label for model in material.models]
-    columns = (
-        Column("Label"), Column("cases", "d"), *(page.metric_column(material, metric, name) for name in names),
-        Column("difference (95 % interval)", "g"), Column(f"{names[1]} better", "d"), Column("worse", "d"),
-        Column("p", ".3g"),
-    )  # fmt: skip
-    return Table(f"{page.metric_heading(material, metric)} of the same cases", columns, rows)
+    columns = [
+        Column("Label", list(tables)),
+        Column("cases", [len(changes) for changes in differences], "d"),
+        *(page.metric_column(material, metric, name, values) for name, values in zip(names, means, strict=True)),
+        Column("difference (95 % interval)", margins, "g"),
+        Column(f"{names[1]} better", [int((gain > 0).sum()) for gain in gains], "d"),
+        Column("worse", [int((gain < 0).sum()) for gain in gains], "d"),
+        Column("p", [p_of_difference(changes) for changes in differences], ".3g"),
+    ]
+    return Table(f"{page.metric_heading(material, metric)} of the same cases", columns)
 
 
 def _difference_chart(material: Material) -> Chart | None:
@@ -228,9 +222,14 @@ def _difference_chart(material: Material) -> Chart | None:
 
 def _case_changes(material: Material) -> Table:
     """Return every shared case with both scores; a row opens its pictures."""
-    first, second = ({row.case: row.mean_dice for row in model.scores.rows} for model in material.models)
-    changes = _dice_changes(material).items()
-    rows = [[case, first[case], second[case], (f"{change:+.3f}", change)] for case, change in changes]
-    columns = [Column("Case"), *(share_column(f"Dice, {model.label}") for model in material.models),
-               Column("difference", "g")]  # fmt: skip
-    return Table("Cases of both models, the largest loss first", columns, rows, 3, material.models[1].name)
+    dice, changes = (
+        [{row.case: row.mean_dice for row in m.scores.rows} for m in material.models],
+        _dice_changes(material),
+    )
+    columns = [
+        Column("Case", list(changes)),
+        *(share_column(f"Dice, {model.label}", [of[case] for case in changes])
+          for model, of in zip(material.models, dice, strict=True)),
+        Column("difference", [(f"{change:+.3f}", change) for change in changes.values()], "g"),
+    ]  # fmt: skip
+    return Table("Cases of both models, the largest loss first", columns, 3, material.models[1].name)

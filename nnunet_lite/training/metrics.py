@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import time
 from collections.abc import Iterator, Mapping
@@ -18,7 +16,7 @@ from matplotlib.figure import Figure
 
 from nnunet_lite import log
 from nnunet_lite.errors import describe
-from nnunet_lite.files import append, atomic, write_text
+from nnunet_lite.files import append, atomic, table_of, to_csv, write_text
 
 METRICS, TABLE, PICTURE = "metrics.jsonl", "metrics.csv", "progress.png"
 _SECONDS_BETWEEN_PICTURES = 20.0
@@ -46,7 +44,7 @@ class Recorder:
         """Write the metrics of an epoch."""
         self.epochs.append(metrics)
         append(self.folder / METRICS, json.dumps(metrics))
-        write_text(self.folder / TABLE, to_csv(self.epochs))
+        write_text(self.folder / TABLE, _as_csv(self.epochs))
         idle = self.drawing is None or self.drawing.done()
         if idle and time.monotonic() - self.drawn > _SECONDS_BETWEEN_PICTURES:
             self.draw()
@@ -69,7 +67,7 @@ def record_metrics(folder: Path, n_epochs: int) -> Iterator[Recorder]:
         Epochs that the checkpoint has. Metrics of later ones, after which no checkpoint was written, are dropped.
     """
     with ThreadPoolExecutor(1, "progress picture") as painter:
-        recorder = Recorder(folder, _read_metrics(folder, n_epochs), painter)
+        recorder = Recorder(folder, _keep_epochs(folder, n_epochs), painter)
         try:
             yield recorder
         finally:
@@ -79,15 +77,9 @@ def record_metrics(folder: Path, n_epochs: int) -> Iterator[Recorder]:
         log.warn(f"{folder / PICTURE} could not be drawn: {describe(problem)}")  # the model does not depend on it
 
 
-def to_csv(epochs: list[Metrics]) -> str:
+def _as_csv(epochs: list[Metrics]) -> str:
     """Return metrics as CSV; a value that an epoch does not have is empty."""
-    table = [flatten_metrics(metrics) for metrics in epochs]
-    columns = list(dict.fromkeys(name for row in table for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table)
-    return text.getvalue()
+    return to_csv(table_of([flatten_metrics(metrics) for metrics in epochs]))
 
 
 def flatten_metrics(metrics: Metrics) -> Metrics:
@@ -96,13 +88,24 @@ def flatten_metrics(metrics: Metrics) -> Metrics:
     return {k: v for k, v in metrics.items() if k != "dice"} | {f"dice/{name}": value for name, value in dice.items()}
 
 
-def _read_metrics(folder: Path, n_epochs: int) -> list[Metrics]:
+def read_epochs(folder: Path) -> list[Metrics]:
+    """Return the metrics of the epochs that a fold has run; none before the first.
+
+    Parameters
+    ----------
+    folder : Path
+        The fold's folder.
+    """
     path = folder / METRICS
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    epochs = [json.loads(line) for line in lines if line.endswith("\n")]  # the last line may be cut off
-    epochs = [metrics for metrics in epochs if metrics["epoch"] <= n_epochs]
-    write_text(path, "".join(json.dumps(metrics) + "\n" for metrics in epochs))
-    write_text(folder / TABLE, to_csv(epochs))
+    return [json.loads(line) for line in lines if line.endswith("\n")]  # the last line may be cut off
+
+
+def _keep_epochs(folder: Path, n_epochs: int) -> list[Metrics]:
+    """Drop the metrics of epochs after the first n from the files."""
+    epochs = [metrics for metrics in read_epochs(folder) if metrics["epoch"] <= n_epochs]
+    write_text(folder / METRICS, "".join(json.dumps(metrics) + "\n" for metrics in epochs))
+    write_text(folder / TABLE, _as_csv(epochs))
     return epochs
 
 

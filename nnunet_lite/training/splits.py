@@ -12,7 +12,6 @@ folds, `read_groups` serves `--group-by`, `stratify_by_labels` serves `--stratif
 
 from __future__ import annotations
 
-import csv
 import os
 import re
 import warnings
@@ -28,11 +27,10 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from nnunet_lite import log
 from nnunet_lite.data.cases import Case
-from nnunet_lite.data.dataset import Dataset, map_labels
-from nnunet_lite.data.images import read_label
+from nnunet_lite.data.dataset import Dataset, read_annotation
 from nnunet_lite.data.problems import few, name_cases, plural
 from nnunet_lite.errors import UserError
-from nnunet_lite.files import hash_of, read_json, read_text, understood, write_json
+from nnunet_lite.files import hash_of, read_json, read_table, understood, write_json
 from nnunet_lite.system import cpus
 
 ALL = "all"  # the fold that trains on every case
@@ -368,10 +366,8 @@ def read_column(file: Path, case_ids: Sequence[str], what: str) -> dict[str, str
     UserError
         There is no such table, or it has no value or two values for a case.
     """
-    text = read_text(file)
     values = defaultdict[str, set[str]](set)
-    for line, row in enumerate(csv.reader(text.splitlines(), delimiter=max(",;\t", key=text.count)), 1):
-        cells = [cell.strip() for cell in row]
+    for line, cells in enumerate(read_table(file), 1):
         if any(cells) and len(cells) != 2:
             raise UserError(f"line {line} has {len(cells)} columns, not two: case, {what}", file)
         if any(cells):
@@ -396,9 +392,7 @@ def stratify_by_labels(dataset: Dataset, n_folds: int) -> dict[str, str]:
     foreground = dataset.labels.values[1:]  # the background comes first
 
     def measure(case: Case) -> tuple[str, tuple[tuple[int, ...], float]]:
-        assert case.label is not None  # every case of a planned dataset has one
-        label, geometry, _ = read_label(case.label)
-        label = map_labels(label, dataset.value_map)
+        label, geometry = read_annotation(case, dataset)
         values, counts = np.unique(label[np.isin(label, foreground)], return_counts=True)
         return case.id, (tuple(values.tolist()), float(counts.sum() * np.prod(geometry.spacing)))
 
