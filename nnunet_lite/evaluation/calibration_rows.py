@@ -41,7 +41,7 @@ _MOST_CASES = 200  # predicted again
 _COPIES = 240  # degraded copies to predict at least, up to _MOST_COPIES of each case
 _MOST_COPIES = 8
 _MINUTES = 30  # after which no further round begins
-_ROUND = 10  # cases of a round, at least, if there are so many
+_ROUND = 10  # fewest cases of a round
 _COPIES_OF_ROUND = 3  # of each case; no divisor of the number of kinds
 
 
