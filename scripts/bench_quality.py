@@ -243,7 +243,7 @@ def quality_lines(judged: Judged, unknown: Judged) -> list[str]:
     ]
 
 
-def time_judging(paths: Paths, folder: Path, images: int = 20, rounds: int = 3) -> str:
+def time_judging(paths: Paths, folder: Path, images: int = 20, rounds: int = 5) -> str:
     """What judging adds to the time of `nnlite predict`, the start of the program included."""
     cases = stored_dataset(paths.dataset).cases[:images]
     given = [argument for case in cases for argument in ("-i", case.images[0])]

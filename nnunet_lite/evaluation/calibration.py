@@ -89,19 +89,26 @@ def calibrate_quality(
         A case cannot be predicted.
     """
     held_out, team = find_held_out(paths, dataset, selection, device, workers)
+    quality = _calibrate(held_out, team)
     for member in team:
-        (member.folder / QUALITY).unlink(missing_ok=True)  # it may be of other weights
+        if quality is None:
+            (member.folder / QUALITY).unlink(missing_ok=True)
+        else:
+            write_json(member.folder / QUALITY, quality.model_dump(mode="json"))
+    return quality
+
+
+def _calibrate(held_out: HeldOut, team: Team) -> Quality | None:
     n_cases = len(held_out.fold_of)
     if n_cases < MIN_CASES:
         log.info(f"{plural(n_cases, 'held-out case')}: too few to say how good predictions are ({MIN_CASES} needed)")
         return None
-    weights = weights_of(team, held_out.folds)
     rows = predict_rows(held_out, team)
     found = [row for row in rows if row.kind == "clean" and any(row.features.labels.values())]
     if len(found) < MIN_CASES:
         log.info(f"labels are found in {plural(len(found), 'held-out case')} only: nothing is said about the quality")
         return None
-    ranges = training_ranges(held_out, team[0].plan)
+    ranges, weights = training_ranges(held_out, team[0].plan), weights_of(team, held_out.folds)
     fit = partial(fit_quality, ranges=ranges, weights=weights, channels=held_out.dataset.channels)
     judged = list(rows)
     for train, test in split_by_case(rows):
@@ -109,10 +116,7 @@ def calibrate_quality(
         for i in test:
             judged[i] = rows[i].judged_by(of_others)
     write_rows(held_out, team, judged)
-    quality = fit(rows)
-    for member in team:
-        write_json(member.folder / QUALITY, quality.model_dump(mode="json"))
-    return quality
+    return fit(rows)
 
 
 def find_held_out(

@@ -28,6 +28,7 @@ from nnunet_lite.evaluation.comparison import HeldOut, Team, load_team, weights_
 from nnunet_lite.evaluation.cross_validation import read_reference
 from nnunet_lite.evaluation.degradation import DEGRADATIONS, Labelled
 from nnunet_lite.evaluation.masks import disjoint_regions, pair_masks
+from nnunet_lite.evaluation.statistics import mean_of_known
 from nnunet_lite.files import append, hash_of, understood, write_text
 from nnunet_lite.inference.cases import use_trained_unit
 from nnunet_lite.inference.features import FEATURES, CaseFeatures, describe_prediction
@@ -73,8 +74,7 @@ class Row(BaseModel):
     @property
     def mean_dice(self) -> float | None:
         """The mean over the labels that are in the case or in its prediction; None if there are none."""
-        values = [value for value in self.dice.values() if value is not None]
-        return sum(values) / len(values) if values else None
+        return mean_of_known(self.dice.values())
 
     def judged_by(self, quality: Quality) -> Row:
         """Return the row with what a quality says of it.

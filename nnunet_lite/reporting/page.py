@@ -418,7 +418,8 @@ def _case_table(material: Material, volumes: Volumes) -> Table:
     columns = [Column("Case", cases), Column(f"size ({', '.join('zyx'[-n:])})", sizes, "d")]
     is_calibrated = units.length != "pixels"
     if is_calibrated:
-        spacings = [[n * units.per_mm for n in g.spacing[-n:]] if g and g.calibrated else None for g in geometries]
+        known = [g.spacing[-n:] if g and g.calibrated else None for g in geometries]
+        spacings = [None if one is None else [length * units.per_mm for length in one] for one in known]
         texts = [None if one is None else (_times(one, ".4g"), float(prod(one))) for one in spacings]
         columns.append(Column(f"spacing ({units.length})", texts, "g"))
     for name in material.dataset.labels.region_names:
