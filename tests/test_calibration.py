@@ -174,6 +174,17 @@ def test_a_calibration_is_resumed(selected: Paths, tmp_path: Path) -> None:
     assert (paths.models / "short" / "quality.json").read_text() == quality
 
 
+@pytest.mark.parametrize("n", [10, 19, 40, 200, 450])
+def test_each_round_has_all_kinds_equally_often(n: int) -> None:
+    rounds = list(calibration_rows._plan_rounds([f"{number:03d}" for number in range(n)]))
+    pairs = [pair for one in rounds for pair in one]
+    assert len(set(pairs)) == len(pairs) and sum(kind == "clean" for _, kind in rounds[0]) >= MIN_CASES
+    assert len(pairs) - sum(kind == "clean" for _, kind in pairs) >= min(240, 8 * n)
+    for one in rounds:
+        numbers = Counter(kind for _, kind in one if kind != "clean")
+        assert set(numbers) == set(DEGRADATIONS) and max(numbers.values()) - min(numbers.values()) <= 2
+
+
 def test_a_slow_calibration_ends_after_a_round_and_is_kept(
     selected: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
