@@ -17,7 +17,7 @@ from samples import FAST, TINY, Command, first_cases
 from scipy.stats import spearmanr
 
 import nnunet_lite
-from nnunet_lite.commands.predict import _predict_case
+from nnunet_lite.commands.predict import _predict_on_worker
 from nnunet_lite.data.cases import find_cases
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation import calibration_rows
@@ -132,7 +132,7 @@ def test_a_worker_reads_a_quality_that_was_calibrated_again(selected: Paths, ima
 
     def predict_on_worker(model: Path) -> CaseQuality | None:
         loader, outputs = partial(load, [model], None, "cpu", {}), Outputs(quality=True)
-        return _predict_case(case, loader, tmp_path / "out", outputs, accept_geometry=False)[2][0].quality
+        return _predict_on_worker(case, loader, tmp_path / "out", outputs, accept_geometry=False)[2][0].quality
 
     pack(folder, zipped)
     before = predict_on_worker(zipped)

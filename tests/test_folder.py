@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import shutil
+import threading
+import time
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from nnunet_lite.data.cases import Case
-from nnunet_lite.data.images import read_image, write_label
+from nnunet_lite.data.images import Image, read_image, write_label
 from nnunet_lite.errors import UserError
+from nnunet_lite.inference import folder
 from nnunet_lite.inference.cases import read_case_image
 from nnunet_lite.inference.folder import Outputs, predict_cases
 from nnunet_lite.inference.outputs import ExtraMaps
-from nnunet_lite.inference.predictor import Predictor
+from nnunet_lite.inference.predictor import Predictor, PreparedImage, prepare_image, segment
 from nnunet_lite.networks.precision import ComputeFormat
 
 
@@ -91,6 +96,32 @@ def test_a_label_map_that_is_replaced_is_deleted_first(model: Predictor, scans: 
     there: list[bool] = []
     predict_cases(model, cases, tmp_path, Outputs(per_label=True), report=lambda _: there.append(file.exists()))
     assert there == [False] and file.exists()
+
+
+def test_an_image_is_freed_before_the_next_is_read(
+    model: Predictor, scans: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first: list[weakref.ref[PreparedImage]] = []
+    is_predicted = threading.Event()
+    freed: list[bool] = []
+
+    def prepare(predictor: Predictor, image: Image) -> PreparedImage:
+        if first:  # the second image takes longer to read than the first one to predict
+            is_predicted.wait(60)
+            freed.append(any(first[0]() is None or time.sleep(0.01) for _ in range(500)))
+        prepared = prepare_image(predictor, image)
+        first.append(weakref.ref(prepared))
+        return prepared
+
+    def predict(*arguments: Any) -> Any:
+        found = segment(*arguments)
+        is_predicted.set()
+        return found
+
+    monkeypatch.setattr(folder, "prepare_image", prepare)
+    monkeypatch.setattr(folder, "segment", predict)
+    files, _ = predict_cases(model, [Case(name, (scans[0],), None) for name in "abc"], tmp_path)
+    assert len(files) == 3 and freed == [True, True]
 
 
 def test_label_maps_are_kept_unless_their_maps_are_missing(

@@ -340,7 +340,7 @@ def predict(
     else:
         with record:
             task = partial(
-                _predict_case, loader=loader, out=out.absolute(), outputs=outputs, accept_geometry=accept_geometry
+                _predict_on_worker, loader=loader, out=out.absolute(), outputs=outputs, accept_geometry=accept_geometry
             )
             files, failed = _predict_on(scheduler, task, cases, out.absolute(), format, record, run)
     for case, reason in failed.items():
@@ -385,13 +385,15 @@ def after_predict(result: Predictions, **_: Any) -> list[list[str]]:
 _loaded: dict[str, Predictor] = {}  # the model that this worker predicts with
 
 
-def _predict_case(
+def _predict_on_worker(
     case: Case, loader: partial[Predictor], out: Path, outputs: Outputs, accept_geometry: bool
 ) -> tuple[list[Path], dict[str, str], list[CaseResult], dict[str, Any]]:
     """Predict a case on a worker; as `predict_cases`, and for the record. Other weights are loaded again."""
-    folders, folds = loader.args[:2]
-    weights = [weights_fingerprint(folder, f) for folder in folders for f in folds or trained_folds(folder)]
-    others = [file for folder in folders for file in (folder, folder / QUALITY, *weight_files(folder).values())]
+    (folders, folds), checkpoint = loader.args[:2], loader.keywords.get("checkpoint", "final")
+    used = [(folder, fold) for folder in folders for fold in folds or trained_folds(folder, checkpoint)]
+    weights = [weights_fingerprint(folder, fold) for folder, fold in used]
+    files_of = [(folder, folder / QUALITY, *weight_files(folder, checkpoint).values()) for folder in folders]
+    others = [file for of in files_of for file in of]
     stamps = [(file.stat().st_mtime_ns, file.stat().st_size) for file in others if file.is_file()]
     key = str((loader, weights, stamps))
     if key not in _loaded:

@@ -99,6 +99,7 @@ def calibrate_quality(
 
 
 def _calibrate(held_out: HeldOut, team: Team) -> Quality | None:
+    """Predict the held-out cases, store what is said of each, and fit a quality; None if there are too few cases."""
     n_cases = len(held_out.fold_of)
     if n_cases < MIN_CASES:
         log.info(f"{plural(n_cases, 'held-out case')}: too few to say how good predictions are ({MIN_CASES} needed)")

@@ -189,7 +189,7 @@ def predict_rows(held_out: HeldOut, team: Team) -> list[Row]:
             if pairs is not rounds[0] and time.monotonic() - began > 60 * _MINUTES:
                 log.info(f"{_MINUTES} minutes are over: the quality is calibrated on {len(made)} images")
                 break
-            for name, kind in sorted(pairs, key=lambda pair: held_out.fold_of[pair[0]].name):
+            for name, kind in pairs:
                 fold = held_out.fold_of[name].name
                 if fold not in loaded:
                     loaded[fold] = load_team(held_out, team, fold)
@@ -286,12 +286,11 @@ def training_ranges(held_out: HeldOut, plan: Plan) -> TrainingRanges:
         The plan of the model, which orders the axes.
     """
     found = defaultdict[str, list[float]](list)
-    segments = dict(zip(plan.labels.region_names, plan.labels.region_values, strict=True))
 
     def measure(case: Case) -> dict[str, float]:
         reference, spacing = read_reference(case, held_out.dataset)
         values, counts = np.unique(reference, return_counts=True)
-        return {name: counts[np.isin(values, of)].sum() * np.prod(spacing) for name, of in segments.items()}
+        return {name: counts[np.isin(values, of)].sum() * np.prod(spacing) for name, of in plan.labels.regions.items()}
 
     with ThreadPoolExecutor(pairs_at_once(len(held_out.dataset.cases), held_out.workers)) as pool:
         for volumes in pool.map(measure, held_out.dataset.cases):
@@ -301,6 +300,6 @@ def training_ranges(held_out: HeldOut, plan: Plan) -> TrainingRanges:
     n_cases = len(held_out.dataset.cases)
     return TrainingRanges(
         {name: (min(logs), max(logs)) for name, logs in found.items() if logs},
-        {name: len(found[name]) / n_cases for name in segments},
+        {name: len(found[name]) / n_cases for name in plan.labels.regions},
         (triple(spacings.min(axis=0).tolist()), triple(spacings.max(axis=0).tolist())),
     )

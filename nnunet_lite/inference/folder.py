@@ -152,8 +152,9 @@ def predict_cases(
     out.mkdir(parents=True, exist_ok=True)
     for folder in (out / "probabilities", out / "uncertainty", *out.glob(f"{SEGMENTATIONS}/*")):
         sweep(folder)  # of a killed run; this one may write nothing there
-    complete, incomplete = _find_existing(files, out, outputs, plan.labels) if outputs.skip_existing else ([], [])
-    todo = [case for case in cases if case.id not in {*complete, *incomplete}]
+    complete, incomplete = _find_existing(files, out, outputs, plan.labels) if outputs.skip_existing else (set(), set())
+    existing = complete | incomplete
+    todo = [case for case in cases if case.id not in existing]
     if n_replaced := sum(files[case.id].label_map.is_file() for case in todo):
         why = "files that are made with them are missing" if outputs.skip_existing else "--continue keeps them"
         log.info(f"{out}: {plural(n_replaced, 'label map')} will be replaced; {why}")
@@ -241,19 +242,19 @@ def _check_files(cases: Sequence[Case], files: Mapping[str, _CaseFiles]) -> None
 
 def _find_existing(
     files: Mapping[str, _CaseFiles], out: Path, outputs: Outputs, labels: Labels
-) -> tuple[list[str], list[str]]:
+) -> tuple[set[str], set[str]]:
     """Return the ids of cases that have all files, and of those whose missing ones can be made from the label map."""
     measured = read_statistics(out) if outputs.statistics else {}
     readable = (None, "nifti") if needs_layers(labels) else (None, "nifti", "seg.nrrd")  # as values of the dataset
-    complete, incomplete = [], []
+    complete, incomplete = set[str](), set[str]()
     for name, of in files.items():
         if not all(path.is_file() for path in (of.label_map, *of.maps.values())):
             continue
         is_measured = not outputs.statistics or case_of(of.label_map) in measured
         if is_measured and all(path.is_file() for path in of.masks.values()):
-            complete.append(name)
+            complete.add(name)
         elif format_of(of.label_map) in readable:
-            incomplete.append(name)
+            incomplete.add(name)
     return complete, incomplete
 
 

@@ -286,7 +286,7 @@ class Material:
     def units(self) -> Units:
         return Units.of([one.geometry for one in self.pictures.values() if one.geometry])
 
-    @property
+    @cached_property
     def splits(self) -> list[Split]:
         """The folds of the dataset; none before they are made."""
         return load_splits(self.paths.splits) if self.paths.splits.is_file() else []
