@@ -149,7 +149,8 @@ def test_code_of_a_page(page: Path, start: Path, tmp_path: Path, command: Run, m
                 assert words[0] == "nnlite", f"{page}: {text}: neither run nor excluded"
                 shorter = next((options for pattern, options in SHORTER if re.fullmatch(pattern, text)), "")
                 code, out, err = command(*words[1:], *shlex.split(shorter), cwd=tmp_path)
-                assert code == 0, f"{page}: {text}\n{out}{err}"
+                has_problems = code == 1 and words[1] == "doctor"  # this machine, not the page
+                assert code == 0 or has_problems, f"{page}: {text}\n{out}{err}"
 
 
 def parse(words: list[str]) -> None:

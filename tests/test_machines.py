@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from nnunet_lite.commands.machines import doctor
+from nnunet_lite.system import in_units
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,6 +37,16 @@ def test_a_missing_package_is_a_problem(tmp_path: Path, monkeypatch: pytest.Monk
     assert "no-such-package is not installed: pip install no-such-package" in about.values["problems"]
     assert "no-such-package missing" in about.text and "no problem found" not in about.text and about.exit_code == 1
     json.dumps(about.values)
+
+
+@pytest.mark.parametrize(("free", "small"), [(9e8, True), (2e9, False)])
+def test_a_disk_that_is_nearly_full_is_a_problem(
+    free: float, small: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+    about = doctor(workspace=tmp_path)
+    problem = f"only 900 MB are free where the workspace is ({tmp_path})"
+    assert (problem in about.values["problems"]) == small and f"{in_units(free)} free" in about.text
 
 
 @pytest.mark.parametrize("module", ["torch", "psutil", "numpy"])

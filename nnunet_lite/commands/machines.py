@@ -22,7 +22,7 @@ from nnunet_lite.commands import options
 from nnunet_lite.system import GB, cpus, free_memory, in_units
 from nnunet_lite.workspace import workspace_folder
 
-_MIN_DISK = 5 * GB
+_MIN_DISK = 1 * GB  # `nnlite preprocess` checks what a dataset needs; with less, even a small one may not fit
 
 
 def doctor(*, workspace: options.Workspace = None) -> options.About:
