@@ -12,24 +12,30 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from pydantic import ValidationError
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from samples import FAST, TINY, Command, first_cases
 from scipy.stats import spearmanr
 
 import nnunet_lite
 from nnunet_lite.commands.predict import _predict_on_worker
 from nnunet_lite.data.cases import find_cases
+from nnunet_lite.data.images import read_image
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation import calibration_rows
 from nnunet_lite.evaluation.calibration import MIN_CASES, fit_quality, split_by_case
 from nnunet_lite.evaluation.calibration_rows import Row, TrainingRanges, read_rows
 from nnunet_lite.evaluation.degradation import DEGRADATIONS
 from nnunet_lite.files import read_json, write_json
-from nnunet_lite.inference.features import CaseFeatures
+from nnunet_lite.inference.features import CaseFeatures, describe_prediction
 from nnunet_lite.inference.folder import Outputs
-from nnunet_lite.inference.predictor import load
+from nnunet_lite.inference.outputs import ExtraMaps
+from nnunet_lite.inference.predictor import load, prepare_image, segment
 from nnunet_lite.inference.quality import CaseQuality, Tree, judge
 from nnunet_lite.models.bundle import pack
+from nnunet_lite.models.folder import weights_fingerprint
 from nnunet_lite.workspace import Paths
 
 SHORT = {**TINY, **FAST, "training.epochs": 1, "training.iterations": 50, "training.patch_size": [40, 56, 40],
@@ -123,6 +129,58 @@ def test_other_weights_have_no_quality(selected: Paths, tmp_path: Path, capfd: A
     write_json(folder / "quality.json", before | {"weights": {"short": {"0": "0" * 16}}})
     assert load(folder, device="cpu").quality is None
     assert "is of other weights" in capfd.readouterr().err
+
+
+@pytest.fixture
+def pair(selected: Paths, tmp_path: Path) -> list[Path]:
+    """Two models of two folds with different weights and spacings, calibrated together."""
+    folders = [tmp_path / "models" / name for name in ("b", "a")]
+    quality = read_json(selected.models / "short" / "quality.json") | {"weights": {}}
+    for number, folder in enumerate(folders):
+        shutil.copytree(selected.models / "short", folder)
+        shutil.copytree(folder / "fold_0", folder / "fold_1")
+        for weights in sorted(folder.glob("fold_*/model.safetensors")):
+            with safe_open(weights, "pt") as file:
+                about = {key: value for key, value in file.metadata().items() if key != "checksum"}
+            tensors = load_file(weights).items()
+            save_file({name: x + 0.02 * x.std() * torch.randn_like(x) for name, x in tensors}, weights, about)
+        plan = read_json(folder / "plans.json")
+        for configuration in plan["configurations"].values():
+            configuration["spacing"] = [s * (1 + 0.3 * number) for s in configuration["spacing"]]
+        write_json(folder / "plans.json", plan)
+        quality["weights"][folder.name] = {fold: weights_fingerprint(folder, fold) for fold in "01"}
+    for folder in folders:
+        write_json(folder / "quality.json", quality)
+    return folders
+
+
+def test_an_ensemble_is_judged_as_it_was_calibrated(pair: list[Path], images: Path) -> None:
+    """Whatever maps are written too, and in whichever order the models are named."""
+    image = read_image(sorted(images.iterdir())[0])
+    found = []
+    for models, maps in (
+        (pair, ExtraMaps()),
+        (pair, ExtraMaps(uncertainty=True)),
+        (pair[::-1], ExtraMaps(("Anterior",))),
+    ):
+        model = load(models, device="cpu")
+        assert model.quality is not None and [one.folder for one in (model, *model.partners)] == pair
+        prepared = prepare_image(model, image)
+        label_map, made = segment(model, prepared, maps=model.add_quality_maps(maps))
+        assert set(maps.names) <= set(made)
+        found.append(describe_prediction(prepared.arrays[0], label_map, made, model.plan.labels))
+    expected = found[0]
+    assert any(values.get("disagreement", 0) > 0.01 for values in expected.labels.values())
+    for other in found[1:]:
+        assert other.image == expected.image
+        for label, values in expected.labels.items():
+            assert other.labels[label] == pytest.approx(values, abs=2e-3)
+
+
+def test_a_quality_of_two_models_is_not_that_of_one_of_them(pair: list[Path]) -> None:
+    assert load(pair[0], device="cpu").quality is None
+    twin = Path(shutil.copytree(pair[0], pair[0].with_name("twin")))
+    assert load([pair[0], twin], device="cpu").quality is None
 
 
 def test_a_worker_reads_a_quality_that_was_calibrated_again(selected: Paths, images: Path, tmp_path: Path) -> None:

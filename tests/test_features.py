@@ -8,7 +8,7 @@ import pytest
 from nnunet_lite.data.geometry import Geometry, Turn
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.inference.features import describe_image, describe_labels, describe_prediction
-from nnunet_lite.inference.outputs import DISAGREEMENT, ENTROPY, STEPS
+from nnunet_lite.inference.outputs import ENTROPY, OF_MODELS, STEPS
 from nnunet_lite.preprocessing.pipeline import Placement, Preprocessed
 
 LABELS = Labels(names={"background": 0, "cube": 1, "bar": 2})
@@ -66,7 +66,7 @@ def test_the_error_is_what_the_entropy_implies(label_map: np.ndarray) -> None:
     """Every voxel of the cube is wrong with a probability of 10 %, as is none outside: Dice 1.8 / 1.9."""
     bits = -(0.1 * np.log2(0.1) + 0.9 * np.log2(0.9)) / np.log2(3)
     entropy = np.where(label_map == 1, round(bits * STEPS), 0).astype(np.uint8)
-    found = describe_labels(label_map, {ENTROPY: entropy, DISAGREEMENT: entropy}, GEOMETRY, LABELS)
+    found = describe_labels(label_map, {ENTROPY: entropy, OF_MODELS: entropy}, GEOMETRY, LABELS)
     assert found["cube"]["error"] == pytest.approx(1 - 1.8 / 1.9, abs=1e-3)
     assert found["cube"]["inner"] == pytest.approx(0.1, abs=2e-3) and found["bar"]["error"] == pytest.approx(
         0, abs=1e-6

@@ -377,7 +377,7 @@ def three_models(n_folds: int, labels: Labels, margin: bool = False) -> list[lis
 def test_models_vote_with_their_mean_probability(labels: Labels) -> None:
     models, names = three_models(2, labels), output_names(labels)
     plans = plan_memory([task for model in models for task in model], labels, 0.5)
-    found, maps = predict_label_map(models, plans, labels, ExtraMaps(names[1:], uncertainty=True))
+    found, maps = predict_label_map(models, plans, labels, ExtraMaps(names[1:], uncertainty=True, of_models=True))
 
     folds = [[logits_on_grid(task.window, task.image) for task in model] for model in models]
     shares = np.mean([probabilities(np.mean(logits, axis=0), labels) for logits in folds], axis=0)
@@ -389,6 +389,8 @@ def test_models_vote_with_their_mean_probability(labels: Labels) -> None:
     votes = np.mean([decode_logits(logits, labels) != expected for model in folds for logits in model], axis=0)
     assert (np.abs(maps.pop("uncertainty/disagreement") / 255 - votes) < 0.01).mean() > 0.999
     assert 0 < votes.mean() < 1
+    votes = np.mean([decode_logits(np.mean(model, axis=0), labels) != expected for model in folds], axis=0)
+    assert (np.abs(maps.pop("uncertainty/disagreement_of_models") / 255 - votes) < 0.01).mean() > 0.999
     p = np.clip(shares.astype(float), 1e-12, 1)
     if labels.has_regions:
         q = np.clip(1 - shares.astype(float), 1e-12, 1)

@@ -261,7 +261,7 @@ def predict_pair(predictor: Predictor, pair: Labelled, case: str, kind: str) -> 
     """
     labels = predictor.plan.labels
     prepared = prepare_image(predictor, pair.image)
-    label_map, maps = segment(predictor, prepared, maps=predictor.quality_maps)
+    label_map, maps = segment(predictor, prepared, maps=predictor.add_quality_maps())
     features = describe_prediction(prepared.arrays[0], label_map, maps, labels)
     return Row(case=case, kind=kind, features=features, dice=_dice(label_map, pair.reference, labels))
 

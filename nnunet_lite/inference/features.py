@@ -14,7 +14,7 @@ import numpy as np
 
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.labels import Labels
-from nnunet_lite.inference.outputs import DISAGREEMENT, ENTROPY, STEPS
+from nnunet_lite.inference.outputs import ENTROPY, OF_MODELS, STEPS
 from nnunet_lite.preprocessing.pipeline import Preprocessed
 
 Values = dict[str, float]
@@ -209,7 +209,7 @@ def describe_labels(
         neighbours = _count_neighbours(inside)
         found = _describe_shape(inside, neighbours, offset, geometry.spacing)
         found |= _describe_errors(inside, neighbours, errors[maps[ENTROPY][box]])
-        found["disagreement"] = maps[DISAGREEMENT][box][inside].mean() / STEPS if DISAGREEMENT in maps else 0.0
+        found["disagreement"] = maps[OF_MODELS][box][inside].mean() / STEPS if OF_MODELS in maps else 0.0
         at_edge = sum(np.isin(face, values).sum() for face in faces)
         found["edge"] = at_edge / found["voxels"]
         features[name] = {what: float(value) for what, value in found.items()}

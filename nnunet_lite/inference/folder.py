@@ -6,7 +6,7 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -287,8 +287,8 @@ def _predict_case(
     prepared = source.result()
     began = time.monotonic()
     calibrated, maps = predictor.quality if outputs.quality else None, outputs.maps
-    if calibrated is not None and not maps.uncertainty:
-        maps = replace(predictor.quality_maps, probabilities=maps.probabilities)
+    if calibrated is not None:
+        maps = predictor.add_quality_maps(maps)
     classes = None if stage_classes is None else stage_classes()
     label_map, arrays = segment(predictor, prepared, classes, maps, partial(array_on_disk, out))
     judged = None

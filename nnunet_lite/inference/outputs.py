@@ -36,6 +36,7 @@ from nnunet_lite.preprocessing.resampling import Block, operand, operators, resa
 T = TypeVar("T")
 
 PROBABILITIES, ENTROPY, DISAGREEMENT = "probabilities", "uncertainty/entropy", "uncertainty/disagreement"
+OF_MODELS = "uncertainty/disagreement_of_models"  # of each model as a whole: from this the quality is judged
 STEPS = 255  # maps are stored as uint8, with 255 for 1
 
 NewMap = Callable[[Sequence[int]], np.ndarray]
@@ -53,21 +54,22 @@ class ExtraMaps:
     uncertainty : bool
         Write entropy, and the disagreement of the networks.
     disagreement : bool
-        Whether there are several networks, which may disagree.
-    by_fold : bool
-        Whether each fold of a model may disagree, which takes more memory; otherwise models as a whole.
+        Whether there are several networks, which may disagree: each fold of each model, which takes more memory.
+    of_models : bool
+        Make a map of the disagreement of the models, each as a whole.
     """
 
     probabilities: tuple[str, ...] = ()
     uncertainty: bool = False
     disagreement: bool = True
-    by_fold: bool = True
+    of_models: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the maps, such as "probabilities/liver"."""
         uncertainty = (ENTROPY, DISAGREEMENT)[: 1 + self.disagreement] if self.uncertainty else ()
-        return (*(f"{PROBABILITIES}/{name}" for name in self.probabilities), *uncertainty)
+        of_models = (OF_MODELS,) if self.of_models else ()
+        return (*(f"{PROBABILITIES}/{name}" for name in self.probabilities), *uncertainty, *of_models)
 
     def __bool__(self) -> bool:
         return bool(self.names)
@@ -240,9 +242,10 @@ def _vote(
     shares = sum(_probabilities(mean, labels.has_regions) for mean in each) / len(each)
     decided = decode_logits(means[0], labels, rounded=rounded) if alone else decode_logits(shares - 0.5, labels)
     values = {name: _as_steps(shares[channel]) for name, channel in channels.items()}
-    if DISAGREEMENT in maps.names:
-        votes = [decode_logits(logits, labels, rounded=rounded) != decided for folds in models for logits in folds]
-        values[DISAGREEMENT] = _as_steps(np.mean(votes, axis=0))
+    voters = {DISAGREEMENT: [logits for folds in models for logits in folds], OF_MODELS: means}
+    for name in voters.keys() & set(maps.names):
+        votes = [decode_logits(logits, labels, rounded=rounded) != decided for logits in voters[name]]
+        values[name] = _as_steps(np.mean(votes, axis=0))
     if maps.uncertainty:
         values[ENTROPY] = _as_steps(_entropy(shares, labels.has_regions))
     return decided, values

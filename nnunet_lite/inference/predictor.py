@@ -96,6 +96,8 @@ class Predictor:
         Hash of its plan and weights.
     quality : Quality, optional
         What `nnlite select` calibrated for exactly these models and weights.
+    calibrated_as : str
+        The name of the model there.
     """
 
     folder: Path
@@ -113,6 +115,7 @@ class Predictor:
     of_nnunet: bool = False
     fingerprint: str = ""
     quality: Quality | None = None
+    calibrated_as: str = ""
 
     def __str__(self) -> str:
         first = "" if self.first_stage is None else f"{self.first_stage}, then "
@@ -136,10 +139,10 @@ class Predictor:
         """The labels and their values; of a region, the values that it unites."""
         return self.plan.labels.names
 
-    @property
-    def quality_maps(self) -> ExtraMaps:
-        """The maps from which the quality of a prediction is judged."""
-        return ExtraMaps(uncertainty=True, disagreement=bool(self.partners), by_fold=False)
+    def add_quality_maps(self, maps: ExtraMaps = ExtraMaps()) -> ExtraMaps:
+        """Return maps together with those from which the quality of a prediction is judged."""
+        by_fold = maps.uncertainty and maps.disagreement
+        return ExtraMaps(maps.probabilities, uncertainty=True, disagreement=by_fold, of_models=bool(self.partners))
 
     def __call__(
         self, image: Any, spacing: Sequence[float] | None = None, *, probabilities: str | None = None
@@ -233,8 +236,12 @@ def load(
     for path, other in zip(paths[1:], predictors[1:], strict=True):
         check_vote(predictors[0].plan, other.plan, paths[0], path)
     quality = predictors[0].quality
-    if any(other.quality != quality for other in predictors) or (quality and len(quality.weights) != len(paths)):
-        quality = None  # it was calibrated for other models together
+    if quality is not None:
+        place, names = {name: i for i, name in enumerate(quality.weights)}, [one.calibrated_as for one in predictors]
+        if any(other.quality != quality for other in predictors) or sorted(names) != sorted(place):
+            quality = None  # it was calibrated for other models together
+        else:  # the image is described as the first one takes it
+            predictors.sort(key=lambda one: place[one.calibrated_as])
     return replace(predictors[0], partners=tuple(predictors[1:]), quality=quality)
 
 
@@ -270,7 +277,7 @@ def _load_model(
     with unpacked(path, checkpoint) as folder:
         trained = _read_nnunet(folder, folds, checkpoint) if is_nnunet(folder) else _read(folder, folds, trusted)
         fingerprint = model_fingerprint(folder, trained.networks, checkpoint)
-        quality = _find_quality(folder, trained)
+        quality, name = _find_quality(folder, trained)
         if with_first_stage and trained.configuration.previous_stage is not None:
             first = _find_first_stage(folder, trained)
             first_stage = _load_model(first, None, device, changes, checkpoint, trusted)
@@ -307,18 +314,21 @@ def _load_model(
         of_nnunet=trained.of_nnunet,
         fingerprint=fingerprint,
         quality=quality,
+        calibrated_as=name,
     )
 
 
-def _find_quality(folder: Path, trained: _Trained) -> Quality | None:
-    """Read what was calibrated for a model; None if its weights, or the names of its labels, have changed since."""
+def _find_quality(folder: Path, trained: _Trained) -> tuple[Quality | None, str]:
+    """Read what was calibrated for a model, and its name there; None if weights or names of labels changed since."""
     if (quality := read_quality(folder)) is None:
-        return None
+        return None, ""
     weights = {weights_fingerprint(folder, fold) for fold in trained.networks}
-    if weights <= quality.fingerprints and trained.plan.labels.region_names == tuple(quality.presence):
-        return quality
+    if trained.plan.labels.region_names == tuple(quality.presence):
+        for name, folds in quality.weights.items():
+            if weights <= set(folds.values()):
+                return quality, name
     log.info(f"{folder / QUALITY} is of other weights or labels, and not used; `nnlite select` calibrates it again")
-    return None
+    return None, ""
 
 
 def _read(folder: Path, folds: Sequence[str | int] | None, trusted: Callable[[Path], bool]) -> _Trained:
@@ -540,9 +550,7 @@ def segment(
             first, _ = segment(model.first_stage, PreparedImage((array,)))
             array = preprocess_image(prepared.image, as_classes(first, labels), model.plan, model.configuration)
             classes = array.classes
-        models.append(
-            _make_tasks(model, array, classes, by_fold=maps.uncertainty and maps.disagreement and maps.by_fold)
-        )
+        models.append(_make_tasks(model, array, classes, by_fold=maps.uncertainty and maps.disagreement))
     tasks = [task for of_model in models for task in of_model]
     if any(task.placement.turn != tasks[0].placement.turn for task in tasks):
         raise UserError("the models turn this image to different orientations", fix="Predict with one of them: -m.")

@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -164,11 +163,6 @@ class Quality(_Stored):
     lowest: float
     forest: tuple[Tree, ...] = Field(min_length=1)
     errors: dict[Literal["usual", "unusual"], tuple[float, float]]
-
-    @cached_property
-    def fingerprints(self) -> set[str]:
-        """The fingerprints of all networks that it holds for."""
-        return {fingerprint for folds in self.weights.values() for fingerprint in folds.values()}
 
 
 @dataclass(frozen=True)
