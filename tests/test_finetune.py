@@ -131,6 +131,14 @@ def test_tensors_that_do_not_fit_stay_random_and_are_reported() -> None:
     assert report["at random"] == f"1 tensors: {name}" and report["not used"].startswith("12 tensors: encoder.0.0.1")
     assert torch.equal(target.state_dict()[name], before[name])
     assert adopt_weights(target, {"extra": torch.zeros(1)}, (("CT",), ("CT",)), (LUNG, LUNG)) == {}
+    assert adopt_weights(target, {"heads.0.bias": torch.zeros(3)}, (("CT",), ("CT",)), (LUNG, LUNG)) == {}
+
+
+def test_a_first_layer_that_stays_random_warns(capfd: pytest.CaptureFixture[str]) -> None:
+    source, target = network(0), network(1)
+    del (state := source.state_dict())["encoder.0.0.0.weight"]
+    adopt_weights(target, state, (("CT",), ("CT",)), (LUNG, LUNG))
+    assert "the first layer (encoder.0.0.0.weight) does not fit and stays random" in capfd.readouterr().err
 
 
 @KINDS
@@ -374,6 +382,10 @@ def test_fine_tuning_starts_where_the_model_ended(models: Path, tune: Tune, tiny
     assert kept.channels == own.channels
     assert kept.configuration("3d_fullres").spacing == own.configuration("3d_fullres").spacing
     assert kept.configuration("3d_fullres").network.features == (4, 8, 16) != tuned.network.features
+
+    with pytest.raises(UserError, match=r"no layer of it fits .*recipe: --set network.features_base=none"):
+        tune(model, {"network.features_base": 3, "network.features_max": 6}, name="other")
+    assert not (models / "other").exists()
 
     shutil.rmtree(model)  # a run that resumes does not need it; another fold does
     longer = frozen | {"training.epochs": 2}

@@ -44,6 +44,12 @@ def translated(line: str) -> str:
         ("train 4", "-d 4"),
         ("train 4 3d_fullres -d 5", "4 3d_fullres -d 5"),
         ("train 3d_fullres all-folds --set loss.top_k=1", "3d_fullres all-folds --set loss.top_k=1"),
+        ("train 2d 0 --set loss.top_k=1 loss.dice=0 -w w", "2d 0 --set loss.top_k=1 --set loss.dice=0 -w w"),
+        (
+            "predict -i a --set inference.sums=float32 inference.precision=fp32",
+            "-i a --set inference.sums=float32 --set inference.precision=fp32",
+        ),
+        ("run --set loss.top_k=1 loss.dice=0 4", "4 --set loss.top_k=1 --set loss.dice=0"),
         ("train --set loss.top_k=1 3d_fullres 0", "3d_fullres 0 --set loss.top_k=1"),
         ("train -f 0 1 2 -c 3d_fullres -d 4 --lr -1", "3d_fullres 0,1,2 -d 4 --lr -1"),
         ("train 3d_fullres 0 -pretrained_weights=x.pth", "3d_fullres 0 --init x.pth"),

@@ -185,6 +185,13 @@ def test_a_teacher_changes_what_is_learned(paths: Paths) -> None:
     assert same == [True, False, True]
 
 
+def test_the_recipe_without_a_teacher_warns(paths: Paths, capfd: pytest.CaptureFixture[str]) -> None:
+    for settings, warns in (({}, True), ({"training.teachers": ["tiny"]}, False)):
+        options: dict[str, Any] = {"device": "cpu", "workspace": paths.root.parent, "name": f"warns {warns}"}
+        nnunet_lite.train(CONFIGURATION, "all", recipe="distill", settings=SMALL | settings, **options)
+        assert ("the recipe `distill` is for `nnlite distill MODEL`" in capfd.readouterr().err) == warns
+
+
 def test_mistakes_are_told_before_anything_is_made(paths: Paths, tiny_model: Path) -> None:
     before = sorted(paths.models.iterdir())
     for models, settings, message in (

@@ -14,6 +14,7 @@ import nnunet_lite
 from nnunet_lite.commands import train as commands
 from nnunet_lite.commands.train import fold_names
 from nnunet_lite.commands.training_run import plan_for_settings, plan_runs
+from nnunet_lite.data.dataset import stored_dataset
 from nnunet_lite.errors import Busy, UserError
 from nnunet_lite.evaluation.scores import Scores
 from nnunet_lite.files import read_json, write_json
@@ -178,6 +179,47 @@ def test_a_spacing_of_the_recipe_plans_again_and_keeps_the_other_options_of_the_
     write_json(paths.plans, content)
     for recipe, spacing in (("resenc_m", 2), ("cpu_body", 2.5)):
         assert plan_for_settings(paths, load_settings(recipe)).configuration("3d_fullres").spacing == (spacing,) * 3
+
+
+def test_a_recipe_that_plans_again_keeps_what_still_fits_and_names_the_edits_that_it_drops(
+    tiny_workspace: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    paths = planned_paths(
+        Path(shutil.copytree(tiny_workspace, tmp_path / "w", ignore=shutil.ignore_patterns("models")))
+    )
+    options = {"workspace": paths.root.parent, "workers": 0}
+    nnunet_lite.plan(stored_dataset(paths.dataset).root, batch_size=4, patch_size="24x32x24", **options)
+    content = read_json(paths.plans)
+    content["configurations"]["2d"]["batch_size"] = 7
+    content["configurations"]["mine"] = {"inherits_from": "3d_fullres", "batch_size": 3}
+    content["channels"][0]["clip_percentiles"] = [1, 99]
+    write_json(paths.plans, content)
+    capfd.readouterr()
+    runs = plan_runs(paths, load_settings("resenc_m"), ["3d_fullres", "2d", "mine"], ["0", "1"])
+    full, flat, mine = (run.plan.configuration(run.configuration) for run in runs[::2])
+    assert {c.network.kind for c in (full, flat, mine)} == {"residual"}
+    assert [c.batch_size for c in (full, mine)] == [4, 3] and full.patch_size == mine.patch_size == (24, 32, 24)
+    assert runs[0].plan.channels[0].clip_percentiles == (1, 99)
+    err = capfd.readouterr().err
+    assert flat.batch_size != 7 and err.count("without these edits") == 1 and "2d (batch_size 15 -> 7)" in err
+    assert "clip" not in err and "mine" not in err
+
+    nnunet_lite.plan(stored_dataset(paths.dataset).root, spacing=2, **options)
+    content = read_json(paths.plans)
+    content["configurations"]["2d"]["batch_size"] = 7
+    write_json(paths.plans, content)
+    same = load_settings("default", {"plan.spacing": [2, 2, 2]})
+    assert plan_for_settings(paths, same) == Plan.read(paths.plans), "one length is three equal ones"
+
+
+def test_a_model_that_starts_from_itself_is_not_moved_aside(workspace: Path, models: Path) -> None:
+    before = files(models)
+    for changes in ({"training.init": "3d_fullres-default"}, {"training.teachers": ["3d_fullres-default"]}):
+        with pytest.raises(UserError, match="Give the new one another --name"):
+            train(workspace, "0,1", restart=True, settings=changes)
+    with pytest.raises(UserError, match="there is no model gone"):
+        train(workspace, "0,1", restart=True, settings={"training.teachers": ["gone"]})
+    assert files(models) == before
 
 
 def test_a_run_resumes_where_only_the_explanations_of_the_plan_changed(workspace: Path, models: Path) -> None:

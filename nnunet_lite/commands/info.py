@@ -108,7 +108,7 @@ def describe_model(model: Path, checkpoint: Checkpoint = "final") -> options.Abo
         f"network   {network['kind']}, features {'-'.join(map(str, network['features']))}, {network['norm']} norm",
     ]
     for fold, state in values["folds"].items():
-        dice = "not validated" if state["mean_dice"] is None else f"mean Dice {state['mean_dice']:.4f}"
+        dice = "no scores here" if state["mean_dice"] is None else f"mean Dice {state['mean_dice']:.4f}"
         lines.append(f"fold {fold}    {plural(state['epochs'], 'epoch')} in {log.duration(state['seconds'])}, {dice}")
     lines += [f"fold {fold}    not finished" for fold in values["unfinished_folds"]]
     return options.About(values, "\n".join(lines))

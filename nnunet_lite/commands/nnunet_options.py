@@ -72,6 +72,7 @@ _WORDS = {"-c": "configuration", "-d": "data", "-f": "fold"}
 # the values that an option takes after its first one, where the command has arguments too
 _MORE = {
     "fold": r"\d+|all(-folds)?", "configuration": r"[23]d\w*", "configurations": r"[23]d\w*", "spacing": r"[\d.]+",
+    "settings": r"\w+\.\w+=.*",
 }  # fmt: skip
 _RESENC = re.compile(r"nnUNet(?:Planner)?ResEnc(?:UNet)?(M|L|XL)(?:Plans)?")  # plans and planners of nnU-Net
 _EPOCHS = re.compile(r"nnUNetTrainer_(\d+)epochs?")
@@ -153,7 +154,7 @@ def translate_arguments(command: Any, arguments: Sequence[str]) -> list[str]:
         if has_values:
             given = _with_values(name, own[name], left, has_words=bool(places))
             options += given
-            spare = len(options) if len(given) > 2 and own[name].multiple else spare
+            spare = len(options) if len(given) > 2 and own[name].multiple and name != "--set" else spare
         elif _WORDS.get(name) in places:
             (folds if name == "-f" else words).extend(_take(left, 1, _MORE.get(_WORDS[name])))
         elif name in _SKIPPED:
@@ -179,8 +180,8 @@ def translate_arguments(command: Any, arguments: Sequence[str]) -> list[str]:
 
 def _with_values(name: str, option: Any, left: deque[str], has_words: bool) -> list[str]:
     """Return an option with its values, which are taken from `left`; once for each value if it may be repeated."""
-    if option.multiple and option.name != "settings":
-        values = _take(left, 1, _MORE.get(option.name) if has_words else ".*")
+    if option.multiple:
+        values = _take(left, 1, _MORE.get(option.name) if has_words or option.name == "settings" else ".*")
         return [part for value in values for part in (name, value)] or [name]
     if name == "--save-probabilities" and (not left or left[0].startswith("-")):
         return [name, "all"]

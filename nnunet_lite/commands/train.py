@@ -490,6 +490,9 @@ def _announce(run: TrainingRun) -> None:
         by = "the settings" if settings.recipe == "default" else f"recipe {settings.recipe}"
         by += "" if settings.training.init is None else " and the model to start from"
         log.info(f"{name}, {by}: {', '.join(map(_in_words, changes))}")
+    if settings.recipe == "distill" and not settings.training.teachers:
+        log.warn("the recipe `distill` is for `nnlite distill MODEL`; without a model to learn from it trains a small "
+                 "network on the labels alone")  # fmt: skip
     if run.split.name != ALL and run.rule == DEFAULT_RULE:
         check_folds(run.paths.splits, run.dataset, run.rule)
 

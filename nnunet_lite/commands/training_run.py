@@ -25,8 +25,9 @@ from nnunet_lite.networks.build import build_network
 from nnunet_lite.networks.devices import pick_device
 from nnunet_lite.networks.unet import mixes_samples
 from nnunet_lite.planning.fingerprint import Fingerprint
-from nnunet_lite.planning.planner import make_plan
-from nnunet_lite.planning.schema import Plan
+from nnunet_lite.planning.planner import memory_budget
+from nnunet_lite.planning.replanning import read_earlier_plan, replan
+from nnunet_lite.planning.schema import Options, Plan
 from nnunet_lite.preprocessing.store import is_preprocessed, preprocess_dataset
 from nnunet_lite.settings import Settings, with_changes
 from nnunet_lite.training.callbacks import require_logger
@@ -170,7 +171,7 @@ def plan_runs(
     UserError
         There is no such configuration or fold, or the settings do not fit the plan, the labels or the network.
     """
-    dataset = stored_dataset(paths.dataset)
+    dataset, base = stored_dataset(paths.dataset), plan_for_settings(paths, settings)
     runs: dict[tuple[str, str], TrainingRun] = {}
 
     def add(configuration: str, fold: str, settings: Settings, name: str | None, restart: bool) -> None:
@@ -181,14 +182,14 @@ def plan_runs(
         if not (lengthen or restart) and models.is_at_end(fold_folder):
             trained = Settings.model_validate(models.read_run(folder)["settings"])
             settings = with_changes(settings, {f"training.{key}": n for key, n in models.run_length(trained).items()})
-        source_plan = _starting_plan(paths, configuration, settings, fold_folder, dataset.name, restart)
+        source_plan = _starting_plan(base, paths, configuration, settings, fold_folder, restart)
         plan = configure_plan(source_plan, configuration, settings)
         split = read_split(paths.splits, dataset, fold, rule)
         first = find_first_stage(paths, plan, configuration, split, folder, settings.recipe, name)
         run = TrainingRun(
             paths, dataset, plan, configuration, settings, split, rule, folder, first, device, lengthen=lengthen
         )
-        _check_trainable(run)
+        _check_trainable(run, restart)
         if first is not None:
             refuse_other_cases(first.folder, split, paths.splits, dataset)
             # a model to start from fits only one of the two networks
@@ -197,26 +198,29 @@ def plan_runs(
                 add(first.configuration, first_fold, own, first.folder.name, restart=False)
         runs[configuration, fold] = run
 
-    for configuration in configurations or _worth_training(plan_for_settings(paths, settings)):
+    for configuration in configurations or _worth_training(base):
         for fold in folds:
             add(configuration, fold, settings, name, restart)
     return list(runs.values())
 
 
-def _check_trainable(run: TrainingRun) -> None:
+def _check_trainable(run: TrainingRun, restart: bool) -> None:
     """Refuse settings that the logger, the loss, the augmentation or the network cannot use.
 
     Raises
     ------
     UserError
-        The logger's package is not installed, there is no such teacher, class weights or swaps of other labels, no such
-        transform, a network that cannot be built, or one that normalizes each process's part of a batch alone.
+        The logger's package is not installed, there is no such teacher, or it is the model itself, class weights or
+        swaps of other labels, no such transform, a network that cannot be built, or one that normalizes each process's
+        part of a batch alone.
     """
     settings, cpu = run.settings, torch.device("cpu")
     require_logger(settings.training.logger)
     check_weights(settings.loss, run.plan.labels)
-    if not models.is_finished(run.fold_folder):
-        names = settings.training.teachers
+    names = settings.training.teachers
+    if restart or not models.is_finished(run.fold_folder):
+        if run.folder.name in names:
+            raise UserError("a model cannot learn from itself", run.folder, "Give the new one another --name.")
         find_teachers(run.paths, run.dataset, run.plan, run.configuration, names, run.split)
     check_augmentation(Job(run.plan, run.configuration, settings, 0, run.fold_folder, cpu, [], []))
     on_cpus = current_ranks().world > 1 and pick_device(run.device).type != "cuda"
@@ -245,35 +249,43 @@ def check_earlier_runs(runs: Sequence[TrainingRun]) -> None:
 
 
 def plan_for_settings(paths: Paths, settings: Settings) -> Plan:
-    """Return the plan of a dataset, or the one that a recipe's preset or spacing makes from its fingerprint.
+    """Return the plan of a dataset, or the one that `nnlite plan` makes with a recipe's preset, memory or spacing.
 
-    What was changed by hand about the channels (normalization, clipping) and the storage stays.
+    Edits of plans.json stay where that plan leaves the entry as it was, and those of channels and storage always; a
+    warning names the others.
     """
-    plan, memory = Plan.read(paths.plans), settings.plan.memory
+    plan, chosen = Plan.read(paths.plans), settings.plan
+    preset = None if chosen.preset == plan.preset else chosen.preset
+    memory = None if preset is None and chosen.memory == plan.memory_gb else chosen.memory
     planned = None if plan.options is None else plan.options.spacing
-    spacing = settings.plan.spacing or planned
-    if settings.plan.preset in (None, plan.preset):
-        if memory in (None, plan.memory_gb) and spacing == planned:
-            return plan
-        memory = memory or plan.memory_gb
-    channels = tuple(channel.name for channel in plan.channels)
-    fingerprint = Fingerprint.read(paths.fingerprint)
-    preset = settings.plan.preset or plan.preset
-    new = make_plan(fingerprint, plan.dataset, channels, plan.labels, preset, memory, spacing=spacing)
-    return new.model_copy(update={"channels": plan.channels, "stored_as": plan.stored_as})
+    same = planned is not None and len({*planned, *(chosen.spacing or planned)}) == 1  # one length, or three equal ones
+    spacing = None if same else chosen.spacing
+    if (preset, memory) == (None, None) and spacing in (None, planned):
+        return plan
+    memory = memory or (plan.memory_gb if preset is None else memory_budget(preset))
+    given = Options(preset=preset, memory_gb=memory, spacing=spacing)
+    dataset, fingerprint = stored_dataset(paths.dataset), Fingerprint.read(paths.fingerprint)
+    new = replan(given, read_earlier_plan(paths), fingerprint, dataset)
+    if lost := [edit for edit in new.lost if not edit.startswith(("channels.", "stored_as "))]:
+        log.warn(f"the recipe's preset, memory or spacing makes another plan, without these edits of {paths.plans}: "
+                 f"{'; '.join(lost)}; to edit that plan, give these options to `nnlite plan`")  # fmt: skip
+    return new.plan.model_copy(update={"channels": plan.channels, "stored_as": plan.stored_as})
 
 
 def _starting_plan(
-    paths: Paths, configuration: str, settings: Settings, fold_folder: Path, dataset: str, restart: bool
+    plan: Plan, paths: Paths, configuration: str, settings: Settings, fold_folder: Path, restart: bool
 ) -> Plan:
     """The plan for the settings, adapted to a model to start from; a resumed fold does not need that model."""
-    plan, init = plan_for_settings(paths, settings), settings.training.init
+    init = settings.training.init
     if init is None:
         return plan
     try:
         fold = fold_folder.name.removeprefix("fold_")
         with open_source(init, paths.root.parent, plan, fold, configuration) as found:
             source = found
+            if restart and found.file.resolve().is_relative_to(fold_folder.resolve()):
+                what = "--restart would move aside the model to start from"
+                raise UserError(what, fold_folder.parent, "Give the new one another --name.")
     except UserError:
         if restart or not models.is_begun(fold_folder):
             raise

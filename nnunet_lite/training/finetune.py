@@ -199,7 +199,7 @@ def start_from(network: nn.Module, job: Job) -> None:
     Raises
     ------
     UserError
-        Not one tensor fits, or random weights are to be frozen.
+        No layer but the heads fits, or random weights are to be frozen.
     """
     training = job.settings.training
     if training.init is None:
@@ -221,8 +221,10 @@ def start_from(network: nn.Module, job: Job) -> None:
     outputs = _output_names(source.plan.labels), _output_names(job.plan.labels)
     report = adopt_weights(network, source.state, inputs, outputs)
     if not report:
-        raise UserError(f"nothing in it fits the network of {job.configuration}", source.file,
-                        "Leave the settings of the network as they were when it was trained.")  # fmt: skip
+        sizes = job.settings.network.model_dump(include={"features_base", "features_max", "kernel"}, exclude_none=True)
+        unset = f" Unset those of the recipe: {' '.join(f'--set network.{key}=none' for key in sizes)}" if sizes else ""
+        raise UserError(f"no layer of it fits the network of {job.configuration}", source.file,
+                        f"Leave the settings of the network as they were when it was trained.{unset}")  # fmt: skip
     lines = report if source.licence is None else {"licence": source.licence, **report}
     log.info(
         "\n".join(
@@ -255,7 +257,8 @@ def adopt_weights(network: nn.Module, state: Mapping[str, Tensor], inputs: Names
     Returns
     -------
     dict of str to str
-        The lines of a report on what was taken over, adapted, left at random and not used; empty if nothing fits.
+        The lines of a report on what was taken over, adapted, left at random and not used; empty if no layer but the
+        heads fits.
     """
     own = network.state_dict()
     first = next((name for name in _FIRST if name in own), None)
@@ -271,10 +274,12 @@ def adopt_weights(network: nn.Module, state: Mapping[str, Tensor], inputs: Names
             adapted = _select_outputs(own[name], value, rows)
         if (fitted := fit_tensor(name, adapted, own[name])) is not None:
             new[name] = fitted
-            n_equal += fitted is value
+            n_equal += fitted is value and not name.startswith(_HEADS)
     network.load_state_dict({**own, **new})
     if not n_equal:
         return {}
+    if first is not None and first not in new:
+        log.warn(f"the first layer ({first}) does not fit and stays random; those after it learnt on another one")
     share = sum(value.numel() for value in new.values()) / sum(value.numel() for value in own.values())
     report = {"taken over": f"{len(new)} tensors; {100 * share:.1f} % of the weights are the model's"}
     mean = f"mean of {', '.join(name for name in inputs[0] if not name.startswith(_STAGE))}"
