@@ -25,7 +25,7 @@ from nnunet_lite.data.cases import find_cases
 from nnunet_lite.data.images import read_image
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation import calibration_rows
-from nnunet_lite.evaluation.calibration import MIN_CASES, fit_quality, split_by_case
+from nnunet_lite.evaluation.calibration import MIN_CASES, _what_lacks, fit_quality, split_by_case
 from nnunet_lite.evaluation.calibration_rows import Row, TrainingRanges, read_rows
 from nnunet_lite.evaluation.degradation import DEGRADATIONS
 from nnunet_lite.files import read_json, write_json
@@ -33,7 +33,7 @@ from nnunet_lite.inference.features import CaseFeatures, describe_prediction
 from nnunet_lite.inference.folder import Outputs
 from nnunet_lite.inference.outputs import ExtraMaps
 from nnunet_lite.inference.predictor import load, prepare_image, segment
-from nnunet_lite.inference.quality import CaseQuality, Tree, judge
+from nnunet_lite.inference.quality import CaseQuality, Quality, Tree, judge
 from nnunet_lite.models.bundle import pack
 from nnunet_lite.models.folder import weights_fingerprint
 from nnunet_lite.workspace import Paths
@@ -410,3 +410,29 @@ def test_networks_that_find_nothing_say_nothing(selected: Paths, tmp_path: Path,
     nnunet_lite.select(workspace=workspace, device="cpu", workers=1)
     assert "labels are found in 0 held-out cases only" in capfd.readouterr().err
     assert not (paths.models / "short" / "quality.json").exists()
+
+
+def test_too_few_rows_say_nothing_and_why() -> None:
+    rows = made_up_rows(12)
+    few = [row for row in rows if row.kind == "clean" or row.case in ("case_1", "case_2")]
+    ignored = [row.model_copy(update={"dice": {"liver": None}}) for row in rows]
+    assert _what_lacks(rows) is None
+    assert _what_lacks(few) == "degraded copies of 2 of 12 held-out cases only can be predicted"
+    assert _what_lacks(ignored) == "labels are found in 0 held-out cases only"
+
+
+def test_rows_that_say_little_are_fitted() -> None:
+    """All clean cases look the same; one label is found once, another never, a third only where it is ignored."""
+    rows, made = made_up_rows(12), []
+    for number, row in enumerate(rows):
+        labels = {**row.features.labels, "once": row.features.labels["liver"] if number == 0 else {}, "never": {}}
+        features = CaseFeatures(row.features.image, {**labels, "ignored": row.features.labels["liver"]})
+        dice = {"liver": row.dice["liver"], "once": 0.3 if number == 0 else 0.0, "never": None, "ignored": None}
+        made.append(Row(case=row.case, kind=row.kind, features=features, dice=dice))
+    same = [row.model_copy(update={"features": made[1].features}) if row.kind == "clean" else row for row in made]
+    names = ("liver", "once", "never", "ignored")
+    ranges = TrainingRanges({"liver": (5.5, 6.5)}, dict.fromkeys(names, 0.5), RANGES.spacing)
+    for some in (made, same):
+        quality = fit_quality(some, ranges, {"model": {"0": "f"}}, ("CT",))
+        judged = judge(Quality.model_validate_json(quality.model_dump_json()), made[1].features)
+        assert judged.expected["liver"] is not None and judged.expected["never"] is None

@@ -81,7 +81,8 @@ def calibrate_quality(
     Returns
     -------
     Quality or None
-        None if labels are found in fewer than 10 held-out cases; then quality.json is deleted.
+        None if labels are found in fewer than 10 held-out cases, or too few copies can be predicted; then quality.json
+        is deleted.
 
     Raises
     ------
@@ -105,9 +106,8 @@ def _calibrate(held_out: HeldOut, team: Team) -> Quality | None:
         log.info(f"{plural(n_cases, 'held-out case')}: too few to say how good predictions are ({MIN_CASES} needed)")
         return None
     rows = predict_rows(held_out, team)
-    found = [row for row in rows if row.kind == "clean" and any(row.features.labels.values())]
-    if len(found) < MIN_CASES:
-        log.info(f"labels are found in {plural(len(found), 'held-out case')} only: nothing is said about the quality")
+    if what := _what_lacks(rows):
+        log.info(f"{what}: nothing is said about the quality")
         return None
     ranges, weights = training_ranges(held_out, team[0].plan), weights_of(team, held_out.folds)
     fit = partial(fit_quality, ranges=ranges, weights=weights, channels=held_out.dataset.channels)
@@ -118,6 +118,18 @@ def _calibrate(held_out: HeldOut, team: Team) -> Quality | None:
             judged[i] = rows[i].judged_by(of_others)
     write_rows(held_out, team, judged)
     return fit(rows)
+
+
+def _what_lacks(rows: Sequence[Row]) -> str | None:
+    """Return why rows are too few, as a whole or without one of the parts of cases; None if they are enough."""
+    cases, copied = {row.case for row in rows}, {row.case for row in rows if row.kind != "clean"}
+    if 2 * len(copied) < len(cases):
+        return f"degraded copies of {len(copied)} of {plural(len(cases), 'held-out case')} only can be predicted"
+    found = {row.case for row in rows if row.kind == "clean" and row.judged_labels}
+    rest = min(len(found - {rows[i].case for i in test}) for _, test in split_by_case(rows))
+    if len(found) < MIN_CASES or rest < _PARTS:
+        return f"labels are found in {plural(len(found), 'held-out case')} only"
+    return None
 
 
 def find_held_out(
@@ -191,8 +203,8 @@ def fit_quality(
     for train, test in split_by_case([rows[i] for i in of]):
         expected[test] = _fit_forest(x[train], dice[train], is_clean[of[train]]).predict(x[test])
     errors, unusual = scaled_error(dice, expected), scores[of, 1] >= threshold
-    usual_errors = errors[is_clean[of] & ~unusual]
-    unusual_errors = errors[unusual] if unusual.sum() >= _FEWEST_ERRORS else errors[~is_clean[of]]
+    of_usual = is_clean[of] & ~unusual
+    of_unusual = unusual if unusual.sum() >= _FEWEST_ERRORS else ~is_clean[of]
     return Quality(
         weights=weights, n_cases=int(is_clean.sum()), n_degraded=int((~is_clean).sum()), channels=channels,
         image=image, labels=labels, volumes=ranges.volumes, presence=ranges.presence, spacing=ranges.spacing,
@@ -200,7 +212,7 @@ def fit_quality(
         coefficients=tuple(suspicion.coefficients.tolist()), intercept=suspicion.intercept, threshold=threshold,
         lowest=min(expected[of == i].mean() for i in np.unique(of[is_clean[of]])),
         forest=_as_trees(_fit_forest(x, dice, is_clean[of])),
-        errors={"usual": _central_range(usual_errors), "unusual": _central_range(unusual_errors)},
+        errors={"usual": _central_range(errors, of_usual), "unusual": _central_range(errors, of_unusual)},
     )  # fmt: skip
 
 
@@ -255,10 +267,9 @@ def _label_table(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the vector and the Dice of each predicted label, and the number of its row."""
     table = [
-        (label_vector(labels[name], found, cases[i], *scores[i]), row.dice[name], i)
+        (label_vector(labels[name], row.features.labels[name], cases[i], *scores[i]), row.dice[name], i)
         for i, row in enumerate(rows)
-        for name, found in row.features.labels.items()
-        if found and row.dice[name] is not None
+        for name in row.judged_labels
     ]
     x, dice, of = zip(*table, strict=True)
     return np.array(x), np.array(dice), np.array(of)
@@ -292,7 +303,7 @@ def _upper_percentile(values: np.ndarray, share: float) -> float:
     return float(np.sort(values)[min(rank, len(values)) - 1])
 
 
-def _central_range(errors: np.ndarray) -> tuple[float, float]:
-    """Return the range in which the errors of future cases are with a probability of 90 %."""
-    share = (1 + _COVERED) / 2
-    return -_upper_percentile(-errors, share), _upper_percentile(errors, share)
+def _central_range(errors: np.ndarray, chosen: np.ndarray) -> tuple[float, float]:
+    """Return the range in which the errors of future cases like the chosen ones are with a probability of 90 %."""
+    share, like = (1 + _COVERED) / 2, errors[chosen] if chosen.any() else errors
+    return -_upper_percentile(-like, share), _upper_percentile(like, share)

@@ -76,6 +76,11 @@ class Row(BaseModel):
         """The mean over the labels that are in the case or in its prediction; None if there are none."""
         return mean_of_known(self.dice.values())
 
+    @property
+    def judged_labels(self) -> list[str]:
+        """The labels that are predicted and have a Dice."""
+        return [name for name, found in self.features.labels.items() if found and self.dice[name] is not None]
+
     def judged_by(self, quality: Quality) -> Row:
         """Return the row with what a quality says of it.
 
