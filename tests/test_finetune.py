@@ -226,12 +226,20 @@ def test_images_are_turned_and_a_channel_of_another_name_keeps_its_normalization
         ("2d", "plain", {}, "does not fit 3d_fullres: dimensions 2, here 3"),
         ("3d_fullres", "residual", {"plan.preset": "default"}, "residual, here plain. Take a recipe without a preset"),
         ("3d_fullres", "plain", {"network.norm": "batch"}, "normalisation instance, here batch"),
+        (
+            "coarse",
+            "plain",
+            {"plan.spacing": 1},
+            r"spacing \[2.0, 2.0, 2.0\], here \[1.0, 1.0, 1.0\]. Leave",
+        ),
     ],
 )
 def test_a_model_that_cannot_fit_is_refused(
     own: Plan, configuration: str, kind: str, changes: dict[str, Any], message: str
 ) -> None:
-    source = Source(Path("m"), with_kind(own, configuration, kind), configuration)
+    coarse = own.configuration("3d_fullres").model_copy(update={"spacing": (2.0, 2.0, 2.0)})
+    model = own.with_configuration("coarse", coarse)
+    source = Source(Path("m"), with_kind(model, configuration, kind), configuration)
     with pytest.raises(UserError, match=message):
         adopt_plan(own, "3d_fullres", source, with_changes(Settings(), changes))
 

@@ -168,6 +168,16 @@ def test_the_network_is_a_model_like_any_other(
     distill(paths, str(paths.models / "tiny"), name="small", epochs=2, settings={"training.epochs": 2})
     err = capfd.readouterr().err
     assert "resuming from epoch 1 of 2" in err and "tiny predicts" not in err
+    (paths.models / "tiny").rename(paths.models / "gone")
+    before = (folder / "run.json").read_bytes()
+    try:
+        with pytest.raises(UserError, match="there is no model tiny"):
+            longer = SMALL | {"training.teachers": ["tiny"], "training.epochs": 3}
+            options = {"name": "small", "device": "cpu", "workspace": paths.root.parent}
+            nnunet_lite.train(CONFIGURATION, "all", recipe="distill", settings=longer, **options)
+    finally:
+        (paths.models / "gone").rename(paths.models / "tiny")
+    assert (folder / "run.json").read_bytes() == before, "it would be another length than that of the weights"
     with pytest.raises(UserError, match=r"training\.teachers: \['tiny'\] -> \['tiny', 'other'\]"):
         distill(paths, "tiny", "other", name="small", settings={"training.epochs": 2})
     assert list(distill(paths, "tiny", fold=0, name="fold", configuration="3d_fullres").scores) == ["0"]

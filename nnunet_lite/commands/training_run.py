@@ -218,7 +218,7 @@ def _check_trainable(run: TrainingRun, restart: bool) -> None:
     require_logger(settings.training.logger)
     check_weights(settings.loss, run.plan.labels)
     names = settings.training.teachers
-    if restart or not models.is_finished(run.fold_folder):
+    if restart or not run.is_trained():
         if run.folder.name in names:
             raise UserError("a model cannot learn from itself", run.folder, "Give the new one another --name.")
         find_teachers(run.paths, run.dataset, run.plan, run.configuration, names, run.split)
