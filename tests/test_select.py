@@ -233,6 +233,22 @@ def test_what_cannot_be_compared_is_reported(paths: Paths) -> None:
         select(paths)
 
 
+def test_damaged_models_stop_no_other(paths: Paths, scan: Path, tmp_path: Path, capfd: Any) -> None:
+    """Neither where they are compared, nor where one is chosen without a selection."""
+    for name in ("no_run", "no_weights", "no_scores"):
+        shutil.copytree(paths.models / "tiny", paths.models / name)
+    damaged = {"no_run": "run.json", "no_weights": "fold_0/model.safetensors"}
+    for name, file in (damaged | {"no_scores": "fold_0/validation/summary.json"}).items():
+        (paths.models / name / file).write_text("{")
+    nnunet_lite.predict(scan, tmp_path, workspace=paths.root.parent, device="cpu", configuration="tiny")
+    err = capfd.readouterr().err
+    assert "model no_run is left out: " in err and "model no_scores is left out: " in err
+    found = select(paths, ensembles=False, postprocess=False)
+    assert {one.name for one in found.candidates} == {"tiny", "no_scores"}  # those of the latter are made again
+    for note, (name, file) in zip(found.notes, damaged.items(), strict=True):
+        assert note.startswith(f"{name} is left out: {paths.models / name / file}: ")
+
+
 def test_what_is_missing_is_predicted_or_scored(paths: Paths) -> None:
     out = paths.models / "tiny" / "fold_0" / "validation"
     first, second = sorted(out.glob("*.nii.gz"))

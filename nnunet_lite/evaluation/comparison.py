@@ -111,7 +111,7 @@ def select_models(
     UserError
         Nothing is trained, or not what `only` names, or the models share no fold; a case cannot be predicted.
     """
-    members, notes = find_members(paths, dataset, only)
+    members, notes = find_members(paths, dataset, only, predicting=True)
     folds = _shared_folds(members, notes)
     teams = _candidate_teams(members, ensembles, notes)
     splits = tuple(read_split(paths.splits, dataset, fold) for fold in folds)

@@ -9,7 +9,14 @@ from pathlib import Path
 from nnunet_lite.data.dataset import Dataset
 from nnunet_lite.errors import UserError
 from nnunet_lite.models.bundle import is_imported
-from nnunet_lite.models.folder import first_training, model_folders, stage_path, trained_folds
+from nnunet_lite.models.folder import (
+    MODEL,
+    first_training,
+    model_folders,
+    read_weights_header,
+    stage_path,
+    trained_folds,
+)
 from nnunet_lite.models.lookup import read_model
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.training.splits import load_splits, read_split, refuse_other_cases
@@ -45,7 +52,9 @@ class Member:
         return self.folder.name
 
 
-def find_members(paths: Paths, dataset: Dataset, only: Sequence[str] | None = None) -> tuple[list[Member], list[str]]:
+def find_members(
+    paths: Paths, dataset: Dataset, only: Sequence[str] | None = None, *, predicting: bool = False
+) -> tuple[list[Member], list[str]]:
     """Find the models that cross-validation can judge, and note why it cannot judge others.
 
     Parameters
@@ -56,6 +65,8 @@ def find_members(paths: Paths, dataset: Dataset, only: Sequence[str] | None = No
         The planned dataset.
     only : sequence of str or None
         Configurations, or names of model folders; None for all.
+    predicting : bool
+        Whether they will predict: those with damaged weights are left out.
 
     Raises
     ------
@@ -77,7 +88,7 @@ def find_members(paths: Paths, dataset: Dataset, only: Sequence[str] | None = No
         names |= {folder.name, configuration}
         folds = tuple(fold for fold in trained_folds(folder) if fold in map(str, range(n_splits)))
         member = Member(folder, configuration, stage_path(folder, run), plan, folds)
-        if reason := _reason_to_omit(member, paths, dataset):
+        if reason := _reason_to_omit(member, paths, dataset) or (_damaged_weights(member) if predicting else None):
             notes.append(f"{member.name} is left out: {reason}")
         else:
             members.append(member)
@@ -92,6 +103,17 @@ def find_members(paths: Paths, dataset: Dataset, only: Sequence[str] | None = No
         reasons = f" ({'; '.join(notes)})" if notes else ""
         raise UserError(f"no fold of {paths.name} is trained{reasons}", paths.models, fix)
     return members, notes
+
+
+def _damaged_weights(member: Member) -> str | None:
+    """Return which weights of a model, or of its first stage, cannot be read, and why; None if all can."""
+    try:
+        for stage in filter(None, (member.folder, member.first_stage)):
+            for fold in member.folds:
+                read_weights_header(stage / f"fold_{fold}" / MODEL)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _reason_to_omit(member: Member, paths: Paths, dataset: Dataset) -> str | None:

@@ -86,7 +86,8 @@ def describe_folder(folder: Path) -> dict[str, Any]:
 def choose_model(paths: Paths, configuration: str | None = None) -> Path:
     """Choose the trained model with the most folds, and among equals the one with the best validation Dice.
 
-    The first stage of a cascade whose second stage is trained is chosen only if `configuration` names it.
+    Models whose files cannot be read are left out, with a warning. The first stage of a cascade whose second stage is
+    trained is chosen only if `configuration` names it.
 
     Parameters
     ----------
@@ -100,10 +101,17 @@ def choose_model(paths: Paths, configuration: str | None = None) -> Path:
     UserError
         No model (of that configuration) is trained.
     """
-    runs = {folder: read_run(folder) for folder in model_folders(paths) if trained_folds(folder)}
+    runs, dice_of = dict[Path, dict[str, Any]](), dict[Path, float]()
+    for folder in model_folders(paths):
+        try:
+            if folds := trained_folds(folder):
+                dice_of[folder] = max(validation_dice(folder, fold) or 0.0 for fold in folds)
+                runs[folder] = read_run(folder)
+        except UserError as error:
+            log.warn(f"model {folder.name} is left out: {error}")
     first_stages = {run.get("previous") for run in runs.values()} if configuration is None else set()
     found = [
-        (len(folds := trained_folds(folder)), max(validation_dice(folder, fold) or 0.0 for fold in folds), folder)
+        (len(trained_folds(folder)), dice_of[folder], folder)
         for folder, run in runs.items()
         if configuration in (None, folder.name, run["configuration"]) and folder.name not in first_stages
     ]
