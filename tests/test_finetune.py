@@ -391,6 +391,8 @@ def test_fine_tuning_starts_where_the_model_ended(models: Path, tune: Tune, tiny
     assert kept.configuration("3d_fullres").spacing == own.configuration("3d_fullres").spacing
     assert kept.configuration("3d_fullres").network.features == (4, 8, 16) != tuned.network.features
 
+    with pytest.raises(UserError, match=r"--freeze encoder would keep random weights, .*: encoder\."):
+        tune(model, wider | frozen, name="other")
     with pytest.raises(UserError, match=r"no layer of it fits .*recipe: --set network.features_base=none"):
         tune(model, {"network.features_base": 3, "network.features_max": 6}, name="other")
     assert not (models / "other").exists()

@@ -222,12 +222,17 @@ def start_from(network: nn.Module, job: Job) -> None:
             )
     inputs = input_names(source.plan, source.configuration), input_names(job.plan, job.configuration)
     outputs = _output_names(source.plan.labels), _output_names(job.plan.labels)
+    before = {name: value.clone() for name, value in network.state_dict().items() if _is_frozen(name, training.freeze)}
     report = adopt_weights(network, source.state, inputs, outputs)
     if not report:
         sizes = job.settings.network.model_dump(include={"features_base", "features_max", "kernel"}, exclude_none=True)
         unset = f" Unset those of the recipe: {' '.join(f'--set network.{key}=none' for key in sizes)}" if sizes else ""
         raise UserError(f"no layer of it fits the network of {job.configuration}", source.file,
                         f"Leave the settings of the network as they were when it was trained.{unset}")  # fmt: skip
+    now = network.state_dict()
+    if random := [name for name, value in before.items() if value.ndim > 1 and torch.equal(value, now[name])]:
+        what = f"--freeze {training.freeze} would keep random weights, which the model lacks: {few(random)}"
+        raise UserError(what, source.file, "Freeze less, or nothing.")
     lines = report if source.licence is None else {"licence": source.licence, **report}
     log.info(
         "\n".join(
@@ -371,6 +376,11 @@ def _output_names(labels: Labels) -> tuple[str, ...]:
     return labels.region_names if labels.has_regions else (BACKGROUND, *labels.region_names)
 
 
+def _is_frozen(name: str, part: Part | None) -> bool:
+    """Whether a part contains a tensor."""
+    return part is not None and name.startswith(_FROZEN[part]) and not name.startswith(_HEADS)
+
+
 def freeze(network: nn.Module, part: Part | None) -> None:
     """Keep the weights of a part as they are: without gradients, and batch norm with its present statistics.
 
@@ -382,7 +392,7 @@ def freeze(network: nn.Module, part: Part | None) -> None:
     if part is None:
         return
     parameters = dict(network.named_parameters())
-    frozen = {name for name in parameters if name.startswith(_FROZEN[part]) and not name.startswith(_HEADS)}
+    frozen = {name for name in parameters if _is_frozen(name, part)}
     if not frozen or len(frozen) == len(parameters):
         raise UserError(f"--freeze {part}: the network has no tensors called encoder.* and heads.*")
     for name in frozen:
