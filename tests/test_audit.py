@@ -252,6 +252,16 @@ def test_the_report_shows_the_first_findings_until_their_labels_change(paths: Pa
     assert f"nnlite view {first.case} --at" not in page
 
 
+def test_weak_models_are_named(paths: Paths) -> None:
+    for validation in paths.models.glob("*/fold_*/validation"):
+        dice = 0.3 if validation.parents[1].name == "first" else 0.1
+        (validation / "summary.json").write_text(json.dumps({"foreground_mean": {"Dice": dice}}))
+    assert audit(paths).notes == (
+        "no model has a Dice above 0.30: below 0.6 they contradict correct labels too",
+        "second left out: Dice below 90% of the best model's, 0.300",
+    )
+
+
 def test_what_cannot_be_compared_is_named(paths: Paths, tmp_path: Path) -> None:
     shutil.rmtree(paths.models / "second" / "fold_0" / "validation")
     shutil.rmtree(paths.models / "first" / "fold_4")

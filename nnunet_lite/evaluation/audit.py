@@ -49,6 +49,7 @@ _UNLIKE = 0.25  # share of both foregrounds outside of the other, from which two
 _DRIFT = 0.1  # share of its volume by which a label is larger or smaller
 _MOST_FINDINGS = 3
 _WEAK_MODEL = 0.9  # of the best model's Dice
+_DOUBTFUL = 0.6  # Dice of the best model
 _FEW_CASES = 10  # of fewer, what is usual is not known well
 _BYTES_PER_VOXEL = 12  # in memory while a case is compared, without the predictions
 
@@ -251,8 +252,11 @@ def changed_since(audit: Audit, paths: Paths, cases: Sequence[Case]) -> list[str
 
 def _leave_out_weak_models(members: Sequence[Member], notes: list[str]) -> list[Member]:
     """Return the models whose held-out Dice is near that of the best one, the best first."""
-    dice = {one: mean_of_known(validation_dice(one.folder, fold) for fold in one.folds) or 0.0 for one in members}
+    means = {one: mean_of_known(validation_dice(one.folder, fold) for fold in one.folds) for one in members}
+    dice = {one: mean or 0.0 for one, mean in means.items()}
     best = max(dice.values())
+    if best < _DOUBTFUL and any(mean is not None for mean in means.values()):
+        notes.append(f"no model has a Dice above {best:.2f}: below {_DOUBTFUL:g} they contradict correct labels too")
     weak = [one for one in members if 0 < dice[one] < _WEAK_MODEL * best]  # 0: not scored yet
     if weak:
         names = few([one.name for one in weak])
