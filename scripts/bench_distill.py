@@ -2,13 +2,14 @@
 """Compare a distilled network with the ensemble that taught it: Dice of unseen cases, paired, and time to predict one.
 
 usage: taskset -c 0,1 python scripts/bench_distill.py DATA --work FOLDER [--teacher cpu] [--minutes 4] [--student 30]
-           [--seeds 0 1 2] [--folds 5] [--test 4] [--configuration 3d_fullres] [--set KEY=VALUE ...] [--output TABLE.md]
+           [--seeds 0 1 2] [--no-control] [--folds 5] [--test 4] [--configuration 3d_fullres] [--set KEY=VALUE ...]
+           [--output TABLE.md]
 
 Every fourth case (`--test`) is left out of the plan and of all trainings. Five folds of the recipe `--teacher` are
 trained for `--minutes` each, then for each seed two networks of the recipe `distill` for `--student` minutes: one
-taught by the ensemble, and one that only has the labels. `--set` changes settings of these two. Everything is in
-FOLDER, and the same command again resumes. Times are of whole calls (reading, preprocessing, network, label map), of
-all models in turn for each of five images, the faster of two rounds.
+taught by the ensemble, and one that only has the labels (not with `--no-control`). `--set` changes settings of these
+two. Everything is in FOLDER, and the same command again resumes. Times are of whole calls (reading, preprocessing,
+network, label map), of all models in turn for each of five images, the faster of two rounds.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=4.0, help="length of each of its folds [4]")
     parser.add_argument("--student", type=float, default=30.0, help="minutes of a distilled network [30]")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--no-control", action="store_true", help="no network that has the labels only")
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--test", type=int, default=4, help="every n-th case is left out of all trainings [4]")
     parser.add_argument("--configuration", default="3d_fullres")
@@ -70,9 +72,11 @@ def main() -> None:
     length = {"recipe": "distill", "time_limit": o.student, "settings": changes}
     names = {"ensemble": "ensemble", "its fold 0": "ensemble"}
     for seed in o.seeds:
-        names |= {f"distilled, seed {seed}": f"distilled-{seed}", f"labels only, seed {seed}": f"labels-{seed}"}
+        names[f"distilled, seed {seed}"] = f"distilled-{seed}"
         nnunet_lite.distill("ensemble", seed=seed, name=f"distilled-{seed}", **length, **common)
-        nnunet_lite.train(o.configuration, "all", seed=seed, name=f"labels-{seed}", **length, **common)
+        if not o.no_control:
+            names[f"labels only, seed {seed}"] = f"labels-{seed}"
+            nnunet_lite.train(o.configuration, "all", seed=seed, name=f"labels-{seed}", **length, **common)
 
     folder = Paths(o.work.absolute() / dataset.name).models
     models = {label: load(folder / name, [0] if "fold 0" in label else None, "cpu") for label, name in names.items()}
