@@ -157,6 +157,7 @@ def test_the_network_is_a_model_like_any_other(
     paths: Paths, dataset: Dataset, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert distill(paths, "tiny", name="small").scores == {}
+    assert "learning from tiny (fold 0)" in capfd.readouterr().err
     folder = paths.models / "small"
     run = read_json(folder / "run.json")
     assert run["settings"]["training"]["teachers"] == ["tiny"] and run["settings"]["loss"]["distillation"] == 0.5

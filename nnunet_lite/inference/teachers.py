@@ -123,6 +123,8 @@ def predict_teachers(
     models = find_teachers(paths, dataset, plan, configuration, names, split)
     if not models:
         return {}
+    teachers = [f"{path.name} (fold {', '.join(folds)})" for path, folds in models.items()]
+    log.info(f"learning from {' and '.join(teachers)}")
     recipe = [[model_fingerprint(path, folds), read_run(path)["settings"]] for path, folds in models.items()]
     folder = paths.teachers / hash_of([_VERSION, recipe])
     open_stored = partial(open_case, paths.preprocessed, plan, configuration)

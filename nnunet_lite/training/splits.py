@@ -251,7 +251,7 @@ def make_splits(
     groups = None if rule.group_by is None else read_groups(ids, str(rule.group_by))
     n, what = (len(ids), "case") if groups is None else (len(set(groups.values())), "group")
     if not 2 <= n_folds <= n:
-        other = f", or take --folds 2 to {n}" if n > 1 else ""
+        other = f", or take --folds 2{f' to {n}' * (n > 2)}" if n > 1 else ""
         fix = f"Train on every case: `nnlite train CONFIGURATION all`{other}."
         raise UserError(f"{plural(n, what)} cannot be split into {plural(n_folds, 'fold')}", fix=fix)
     record = SplitsRecord(folds=n_folds, seed=SEED, groups=groups)
