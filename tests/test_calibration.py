@@ -378,6 +378,21 @@ def test_flags_say_in_words_what_is_unusual() -> None:
     assert judge(optional, CaseFeatures(clean.image, {"liver": {}})).expected["liver"] is None
 
 
+def test_an_axis_is_not_called_blurred_and_noisy() -> None:
+    """As interpolated thick slices are by their features; the one that deviates more is named."""
+    rows = made_up_rows(12)
+    axes = {f"0/{what}/{axis}": -2.0 for what in ("step", "noise") for axis in "zyx"}
+    rows = [
+        row.model_copy(update={"features": CaseFeatures(row.features.image | axes, row.features.labels)})
+        for row in rows
+    ]
+    quality = fit_quality(rows, RANGES, {"model": {"0": "f"}}, ("CT",)).model_copy(update={"threshold": -1e9})
+    clean = rows[0].features
+    image = clean.image | {"0/step/x": -3.0, "0/step/y": -2.1, "0/noise/y": -1.0, "0/step/z": -3.0, "0/noise/z": -1.9}
+    flags = judge(quality, CaseFeatures(image, clean.labels)).flags
+    assert "blurred, or of thick slices, along z, x" in flags and "noisier or sharper along y" in flags
+
+
 def test_a_tree_without_an_end_is_refused() -> None:
     nodes: dict[str, Any] = {
         "threshold": (0.5, 0, 0),

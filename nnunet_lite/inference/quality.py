@@ -48,6 +48,7 @@ _LABEL_WORDS = {  # by group of features
     "edge": "at the edge of the image, cut off?: {where}",
 }
 _BLURRED, _NOISY = "blurred, or of thick slices, along {where}", "noisier or sharper along {where}"
+_SHARPNESS = {_BLURRED: _NOISY, _NOISY: _BLURRED}  # thick slices that were interpolated are both by the numbers
 _TREND = "brightness changes over the image in an unusual way: a bias field, or another position?"
 _CONTRAST = "intensities are unlike those of the training ({channels}): another sequence or modality?"
 _IMAGE_WORDS = {  # by feature, and whether it is larger than usual
@@ -412,16 +413,19 @@ def _label_flags(quality: Quality, features: CaseFeatures) -> list[str]:
 
 
 def _unusual_flags(quality: Quality, features: CaseFeatures) -> list[str]:
-    """Return in words what deviates most, the largest deviation first."""
+    """Return in words what deviates most, the largest deviation first; an axis is blurred or noisy, not both."""
     strength, axes = defaultdict[str, float](float), defaultdict[str, list[str]](list)
-    for name, usual in quality.image.items():
-        value = features.image.get(name, usual.middle)
-        deviation = usual.deviation(value)
+    values = {name: features.image.get(name, usual.middle) for name, usual in quality.image.items()}
+    deviations = {name: usual.deviation(values[name]) for name, usual in quality.image.items()}
+    for name in sorted(deviations, key=lambda name: -abs(deviations[name])):
+        usual, value, deviation = quality.image[name], values[name], deviations[name]
         words = _IMAGE_WORDS.get((name.split("/")[-2], deviation > 0), "")
         if words and abs(deviation) >= _NOTABLE and not usual.low <= value <= usual.high:
+            called = [axis for own, axis in zip(AXES, features.axes, strict=True) if own == name[-1]]
+            if words in _SHARPNESS and called[0] in axes[_SHARPNESS[words]]:
+                continue
             strength[words] = max(strength[words], abs(deviation))
-            called = zip(AXES, features.axes, strict=True)
-            axes[words] += [axis for own, axis in called if own == name[-1] and axis not in axes[words]]
+            axes[words] = [axis for axis in AXES if axis in (*axes[words], *called)]
     for group, words in _LABEL_WORDS.items():
         for label, found in features.labels.items():
             usual_values = quality.labels[label]
