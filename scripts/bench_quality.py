@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How far can the expected quality and the label audit be trusted? Two tables.
 
-usage: taskset -c 0,1 python scripts/bench_quality.py SET --minutes 2 [-w FOLDER] [--output TABLE.md]
+usage: taskset -c 0,1 python scripts/bench_quality.py SET --minutes 2 [--timed 20] [-w FOLDER] [--output TABLE.md]
 
 SET     hippocampus (of --data), phantoms (made by make_phantoms.py), or the folder of a dataset
 
@@ -243,7 +243,7 @@ def quality_lines(judged: Judged, unknown: Judged) -> list[str]:
     ]
 
 
-def time_judging(paths: Paths, folder: Path, images: int = 20, rounds: int = 5) -> str:
+def time_judging(paths: Paths, folder: Path, images: int, rounds: int = 5) -> str:
     """What judging adds to the time of `nnlite predict`, the start of the program included."""
     cases = stored_dataset(paths.dataset).cases[:images]
     given = [argument for case in cases for argument in ("-i", case.images[0])]
@@ -279,6 +279,9 @@ def main() -> None:
     parser.add_argument("set", metavar="SET")
     parser.add_argument("--minutes", type=float, default=2.0, help="of each of the four trainings; default: 2")
     parser.add_argument("--data", type=Path, default=HERE.parent / "shared" / "data", help="default: ../shared/data")
+    parser.add_argument(
+        "--timed", type=int, default=20, help="images that are predicted ten times for the times; default: 20"
+    )
     parser.add_argument("--no-audit", action="store_true", help="leave out the second table")
     parser.add_argument("-w", "--workspace", type=Path, default=Path("bench_quality"))
     parser.add_argument("--output", type=Path, help="write the tables here too")
@@ -291,22 +294,26 @@ def main() -> None:
     judged, unknown = judge_all(paths, degraded_rows(paths))
     selection = read_selection(paths)
     assert selection is not None
-    lines = [
+    head = (
         f"{root.name}, {' and '.join(selection.models)}, folds 0 and 1, {o.minutes:g} minutes of training each, "
-        f"{cpus()} cores, {time.strftime('%Y-%m-%d')}",
-        "",
-        *quality_lines(judged, unknown),
-        "",
-        time_judging(paths, o.workspace / "timed"),
-    ]
+        f"{cpus()} cores, {time.strftime('%Y-%m-%d')}"
+    )
+    lines: list[str] = []
+
+    def show(*new: str) -> None:
+        lines.extend(new)
+        print("\n".join(new), flush=True)
+
+    show(head, "", *quality_lines(judged, unknown))
+    if o.timed:
+        show("", time_judging(paths, o.workspace / "timed", o.timed))
     if not o.no_audit:
         damaged = o.workspace / "damaged" / root.name
         if not damaged.is_dir():
             held_out = [case for fold in read_json(paths.splits)[: len(FOLDS)] for case in fold["val"]]
             plant_errors(root, damaged, only=held_out)
         again = train(damaged, o.workspace.absolute() / "audited", o.minutes)
-        lines += ["", *audit_lines(again, read_json(damaged / "planted.json"))]
-    print("\n".join(lines))
+        show("", *audit_lines(again, read_json(damaged / "planted.json")))
     if o.output:
         o.output.write_text("\n".join(lines) + "\n")
 
