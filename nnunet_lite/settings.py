@@ -275,6 +275,12 @@ class ScheduleSettings(_Section):
     factor: float = Field(0.2, gt=0, lt=1, description="plateau: what the rate is multiplied by when it falls")
     min_lr: float = Field(1e-6, ge=0, description="plateau: the run ends when the rate is lower")
 
+    @model_validator(mode="after")
+    def _ends_do_not_overlap(self) -> ScheduleSettings:
+        if self.warmup + self.cooldown > 1:
+            raise ValueError(f"warmup = {self.warmup:g} and cooldown = {self.cooldown:g} are more than the whole run")
+        return self
+
 
 class AugmentationSettings(_Section):
     """Random changes of the training patches. p_: the probability for a patch; 0 turns a transform off.
