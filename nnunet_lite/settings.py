@@ -398,9 +398,8 @@ class Settings(_Section):
     @model_validator(mode="after")
     def _probabilities_can_follow(self) -> Settings:
         changes = self.augmentation
-        if self.training.teachers and (changes.pipeline != "native" or changes.extra or changes.mirror_swap):
-            what = "augmentation.pipeline = native, and no augmentation.extra or augmentation.mirror_swap"
-            raise ValueError(f"training.teachers needs {what}")
+        if self.training.teachers and (changes.pipeline != "native" or changes.extra):
+            raise ValueError("training.teachers needs augmentation.pipeline = native, and no augmentation.extra")
         return self
 
 

@@ -167,13 +167,16 @@ def test_labels_are_swapped_where_left_and_right_are() -> None:
     flips = np.array([[False, False, True], [True, True, False], [False, False, False], [True, False, True]])
     table = (0, 2, 1, 3, 4)
     found = classes.clone()
-    apply_mirror(torch.zeros(4, 1, 3, 4, 5), found, flips, ClassSwap(2, table))
+    images = torch.stack([classes[:, 0] == c for c in (3, 1, 2, 3)], 1).float()  # one channel, and three of teachers
+    apply_mirror(images, found, flips, ClassSwap(2, table, (1, 0, 2)), n_taught=3)
     other = torch.tensor(table, dtype=torch.uint8)[classes.long()]
     assert found.dtype == torch.uint8
     assert torch.equal(found[0], other[0].flip(3))
     assert torch.equal(found[1], classes[1].flip(1, 2))
     assert torch.equal(found[2], classes[2])
     assert torch.equal(found[3], other[3].flip(1, 3))
+    for channel, value in enumerate((3, 1, 2, 3)):
+        assert torch.equal(images[:, channel], (found[:, 0] == value).float()), "probabilities follow the labels"
 
 
 def blobs(shape: tuple[int, ...], n_classes: int, seed: int = 0) -> np.ndarray:

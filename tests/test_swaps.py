@@ -7,7 +7,14 @@ import pytest
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.planning.schema import Plan
-from nnunet_lite.planning.swaps import ClassSwap, check_swaps, make_swap_table, swap_channels, swap_of
+from nnunet_lite.planning.swaps import (
+    ClassSwap,
+    check_swaps,
+    make_swap_table,
+    swap_channels,
+    swap_of,
+    warn_of_lost_swaps,
+)
 from nnunet_lite.settings import AugmentationSettings
 
 KIDNEYS = Labels(names={"background": 0, "kidney_left": 4, "liver": 2, "kidney_right": 7}, ignore=9)
@@ -83,12 +90,30 @@ def test_left_and_right_are_found_by_orientation_and_axis_order(tiny_plan: Plan)
     settings = AugmentationSettings(mirror_swap=(("Anterior", "Posterior"),))
     for order, axis, flat in [((0, 1, 2), 2, 2), ((0, 2, 1), 1, 1), ((2, 0, 1), 0, None)]:
         turned = tiny_plan.model_copy(update={"axis_order": order})
-        assert swap_of(turned, settings, 3) == ClassSwap(axis, (0, 2, 1, 3))
-        assert swap_of(turned, settings, 2) == (None if flat is None else ClassSwap(flat, (0, 2, 1, 3)))
+        assert swap_of(turned, settings, 3) == ClassSwap(axis, (0, 2, 1, 3), (1, 0))
+        assert swap_of(turned, settings, 2) == (None if flat is None else ClassSwap(flat, (0, 2, 1, 3), (1, 0)))
     for orientation, axis in (("LAS", 2), ("RPI", 2), ("ASL", 0), ("IRA", 1)):
         stored = tiny_plan.model_copy(update={"orientation": orientation, "axis_order": (0, 1, 2)})
-        assert swap_of(stored, settings, 3) == ClassSwap(axis, (0, 2, 1, 3))
+        assert swap_of(stored, settings, 3) == ClassSwap(axis, (0, 2, 1, 3), (1, 0))
     given = settings.model_copy(update={"mirror_swap_axis": 0})
-    assert swap_of(tiny_plan, given, 3) == ClassSwap(0, (0, 2, 1, 3))
-    assert swap_of(tiny_plan, given, 2) == ClassSwap(1, (0, 2, 1, 3))
+    assert swap_of(tiny_plan, given, 3) == ClassSwap(0, (0, 2, 1, 3), (1, 0))
+    assert swap_of(tiny_plan, given, 2) == ClassSwap(1, (0, 2, 1, 3), (1, 0))
     assert swap_of(tiny_plan, AugmentationSettings(), 3) is None
+
+
+def test_a_run_that_mirrors_without_the_swaps_of_an_earlier_model_warns(
+    tiny_plan: Plan, capfd: pytest.CaptureFixture[str]
+) -> None:
+    swapped = AugmentationSettings(mirror_swap=(("Anterior", "Posterior"),))
+    unknown = AugmentationSettings(mirror_swap=(("left", "right"),))
+    for earlier, own, dimensions, warns in (
+        (swapped, AugmentationSettings(), 3, True),
+        (swapped, AugmentationSettings(mirror_axes=(1,)), 2, True),
+        (swapped, AugmentationSettings(mirror_axes=(0, 1)), 3, False),
+        (swapped, swapped, 3, False),
+        (AugmentationSettings(), AugmentationSettings(), 3, False),
+        (unknown, AugmentationSettings(), 3, False),  # a model of another dataset
+    ):
+        warn_of_lost_swaps("earlier", earlier, own, tiny_plan, dimensions)
+        said = capfd.readouterr().err
+        assert ('augmentation.mirror_swap=[["Anterior", "Posterior"]]' in said) == warns, (own, said)

@@ -203,6 +203,22 @@ def test_the_recipe_without_a_teacher_warns(paths: Paths, capfd: pytest.CaptureF
         assert ("the recipe `distill` is for `nnlite distill MODEL`" in capfd.readouterr().err) == warns
 
 
+def test_a_network_that_mirrors_swaps_the_labels_as_its_teacher_does(
+    paths: Paths, capfd: pytest.CaptureFixture[str]
+) -> None:
+    swap = {"augmentation.mirror_swap": [["Anterior", "Posterior"]]}
+    own: dict[str, Any] = {"device": "cpu", "workspace": paths.root.parent}
+    nnunet_lite.train(CONFIGURATION, "all", name="swaps", settings=SMALL | swap, **own)
+    for settings, warns in (({}, False), ({"augmentation.mirror_axes": [2]}, True),
+                            ({"augmentation.mirror_axes": [2]} | swap, False)):  # fmt: skip
+        nnunet_lite.distill("swaps", name=f"of swaps {len(settings)}", settings=SMALL | settings, **own)
+        assert ("swaps swaps labels where it mirrors" in capfd.readouterr().err) == warns, settings
+    nnunet_lite.train(
+        CONFIGURATION, "all", name="from swaps", settings=SMALL | {"training.init": "swaps"}, recipe="default", **own
+    )
+    assert "swaps swaps labels where it mirrors" in capfd.readouterr().err
+
+
 def test_mistakes_are_told_before_anything_is_made(paths: Paths, tiny_model: Path) -> None:
     before = sorted(paths.models.iterdir())
     for models, settings, message in (

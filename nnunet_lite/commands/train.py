@@ -39,6 +39,7 @@ from nnunet_lite.models import folder as models
 from nnunet_lite.networks.devices import release_memory
 from nnunet_lite.planning.schema import Plan, configuration_changes
 from nnunet_lite.planning.spacing import warn_of_spacing
+from nnunet_lite.planning.swaps import warn_of_lost_swaps
 from nnunet_lite.planning.topology import join_by_x
 from nnunet_lite.preprocessing.store import open_case, preprocess_dataset
 from nnunet_lite.preprocessing.stored_case import open_array
@@ -493,6 +494,11 @@ def _announce(run: TrainingRun) -> None:
     if settings.recipe == "distill" and not settings.training.teachers:
         log.warn("the recipe `distill` is for `nnlite distill MODEL`; without a model to learn from it trains a small "
                  "network on the labels alone")  # fmt: skip
+    for teacher in settings.training.teachers:
+        run_of_teacher = models.read_run(models.model_folder(run.paths, teacher))
+        taught_with = Settings.model_validate(run_of_teacher["settings"]).augmentation
+        dimensions = run.plan.configuration(name).dimensions
+        warn_of_lost_swaps(teacher, taught_with, settings.augmentation, run.plan, dimensions)
     if run.split.name != ALL and run.rule == DEFAULT_RULE:
         check_folds(run.paths.splits, run.dataset, run.rule)
 

@@ -6,9 +6,11 @@ mirroring that axis teaches the network that the two are one. `swap_of` reads th
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from nnunet_lite import log
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError, suggest
 from nnunet_lite.planning.schema import Plan
@@ -28,10 +30,13 @@ class ClassSwap:
         Axis of (z, y, x).
     table : tuple of int
         The class that each class becomes, see `make_swap_table`.
+    foreground : tuple of int
+        For each output channel but the background, the one that takes its place.
     """
 
     axis: int
     table: tuple[int, ...]
+    foreground: tuple[int, ...]
 
 
 def swap_of(plan: Plan, settings: AugmentationSettings, dimensions: int) -> ClassSwap | None:
@@ -52,15 +57,42 @@ def swap_of(plan: Plan, settings: AugmentationSettings, dimensions: int) -> Clas
     ClassSwap or None
         None without pairs, or where the patch does not have the axis.
     """
-    if not settings.mirror_swap:
+    axis = _find_axis(plan, settings, dimensions)
+    if not settings.mirror_swap or axis < 3 - dimensions:
         return None
-    offset = 3 - dimensions
+    channels, n_background = swap_channels(plan.labels, settings.mirror_swap), 0 if plan.labels.has_regions else 1
+    foreground = tuple(channel - n_background for channel in channels[n_background:])
+    return ClassSwap(axis, make_swap_table(plan.labels, settings.mirror_swap), foreground)
+
+
+def _find_axis(plan: Plan, settings: AugmentationSettings, dimensions: int) -> int:
+    """Return the axis of (z, y, x) from left to right."""
     if settings.mirror_swap_axis is not None:
-        axis = settings.mirror_swap_axis + offset
-    else:
-        sideways = next(i for i, letter in enumerate(plan.orientation or "LAS") if letter in "LR")
-        axis = plan.axis_order.index(2 - sideways)
-    return ClassSwap(axis, make_swap_table(plan.labels, settings.mirror_swap)) if axis >= offset else None
+        return settings.mirror_swap_axis + 3 - dimensions
+    sideways = next(i for i, letter in enumerate(plan.orientation or "LAS") if letter in "LR")
+    return plan.axis_order.index(2 - sideways)
+
+
+def warn_of_lost_swaps(
+    model: str, earlier: AugmentationSettings, own: AugmentationSettings, plan: Plan, dimensions: int
+) -> None:
+    """Warn if a run mirrors from left to right without swapping labels that an earlier model swaps.
+
+    Parameters
+    ----------
+    model : str
+        The model to start or to learn from.
+    earlier, own : AugmentationSettings
+        Its settings, and those of the run.
+    plan, dimensions : Plan, int
+        Of the run, as for `swap_of`.
+    """
+    mirrored = [axis + 3 - dimensions for axis in own.mirrored_axes(dimensions)]
+    known = {name for pair in earlier.mirror_swap for name in pair} <= set(plan.labels.region_names)
+    if earlier.mirror_swap and known and not own.mirror_swap and _find_axis(plan, earlier, dimensions) in mirrored:
+        pairs = json.dumps(earlier.mirror_swap)
+        log.warn(f"{model} swaps labels where it mirrors from left to right; this run mirrors without that, and would "
+                 f"confuse them: --set '{_KEY}={pairs}' swaps them")  # fmt: skip
 
 
 def check_swaps(labels: Labels, settings: AugmentationSettings, dimensions: int) -> None:

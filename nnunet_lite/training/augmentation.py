@@ -205,19 +205,23 @@ def draw_mirror(
     return (rng.random((batch, 3)) < settings.p_mirror) & np.isin(np.arange(3), axes)
 
 
-def apply_mirror(images: Tensor, classes: Tensor, flips: np.ndarray, swap: ClassSwap | None = None) -> None:
+def apply_mirror(
+    images: Tensor, classes: Tensor, flips: np.ndarray, swap: ClassSwap | None = None, n_taught: int = 0
+) -> None:
     """Mirror samples in place.
 
     Parameters
     ----------
     images : Tensor, shape (batch, channels, z, y, x)
-        Intensities.
+        Intensities, and last the probabilities of teachers.
     classes : Tensor, shape (batch, maps, z, y, x)
         Label maps.
     flips : ndarray of bool, shape (batch, 3)
         Axes to mirror.
     swap : ClassSwap, optional
         Classes that change places when left and right do.
+    n_taught : int
+        Number of channels that are probabilities of teachers.
     """
     table = np.asarray(swap.table if swap else ())
     swapped, *flipped = copy_parameters([table, *(np.flatnonzero(along) for along in flips.T)], images.device)
@@ -228,6 +232,9 @@ def apply_mirror(images: Tensor, classes: Tensor, flips: np.ndarray, swap: Class
     if swap and len(rows[swap.axis]):
         index = rows[swap.axis]
         classes[index] = swapped.to(classes.dtype)[classes[index].long()]
+        if n_taught:
+            taught = images[:, -n_taught:]
+            taught[index] = taught[index][:, list(swap.foreground)]
 
 
 # ------------------------------------------------------------------------------------------------ transforms

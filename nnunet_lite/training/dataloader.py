@@ -232,7 +232,8 @@ def build_batch(job: Job, cases: Sequence[CaseArrays], draw: BatchDraw) -> Batch
             changed = augmentation.apply_intensity(images[:, :n], draw.intensity)
             images = changed if images.shape[1] == n else torch.cat([changed, images[:, n:]], 1)
     if draw.flips is not None:
-        augmentation.apply_mirror(images, classes, draw.flips, swap_of(job.plan, settings, job.dimensions))
+        swap, n_taught = swap_of(job.plan, settings, job.dimensions), images.shape[1] - len(job.plan.channels)
+        augmentation.apply_mirror(images, classes, draw.flips, swap, n_taught)
         if settings.extra:
             images, classes = apply_transforms(extra_transforms(settings), images, classes, draw.seeds, job.patch)
     if masked := _masked_channels(job):

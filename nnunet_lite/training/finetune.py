@@ -30,8 +30,9 @@ from nnunet_lite.models.nnssl import ADAPTATION, read_nnssl
 from nnunet_lite.models.nnunet import read_checkpoint, read_nnunet_fold
 from nnunet_lite.planning.memory import with_memory
 from nnunet_lite.planning.schema import Plan, exact_storage
+from nnunet_lite.planning.swaps import warn_of_lost_swaps
 from nnunet_lite.planning.topology import join_by_x
-from nnunet_lite.settings import Settings
+from nnunet_lite.settings import AugmentationSettings, Settings
 from nnunet_lite.training.job import Job
 
 Part = Literal["encoder", "all-but-head"]
@@ -65,8 +66,8 @@ class Source:
         Its weights.
     fold : str
         Such as "0"; "all" if the weights have seen all cases, or may have; empty if they have seen no labels.
-    mirrored : tuple of int
-        Axes of the patch that its training mirrored.
+    augmentation : AugmentationSettings
+        Of its training.
     licence : str, optional
         Its first words, if one is given.
     """
@@ -76,7 +77,7 @@ class Source:
     configuration: str
     state: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     fold: str = "all"
-    mirrored: tuple[int, ...] = ()
+    augmentation: AugmentationSettings = field(default_factory=AugmentationSettings)
     licence: str | None = None
 
 
@@ -135,10 +136,9 @@ def _read_source(file: Path, plan: Plan, configuration: str) -> Source:
     else:
         read = read_nnunet_fold(file, checkpoint)
         theirs, run, state, fold = read.plan, read.run, read.network.state_dict(), read.name
-    dimensions = theirs.configuration(run["configuration"]).dimensions
-    mirrored = Settings.model_validate(run["settings"]).augmentation.mirrored_axes(dimensions)
+    augmentation = Settings.model_validate(run["settings"]).augmentation
     licence = find_licence(folder if is_model(folder) else file.parent, checkpoint)
-    return Source(file, theirs, run["configuration"], state, fold, mirrored, licence)
+    return Source(file, theirs, run["configuration"], state, fold, augmentation, licence)
 
 
 def adopt_plan(plan: Plan, configuration: str, source: Source, settings: Settings) -> Plan:
@@ -214,12 +214,13 @@ def start_from(network: nn.Module, job: Job) -> None:
     with open_source(training.init, workspace, job.plan, fold, job.configuration) as source:
         if source.plan.dataset == job.plan.dataset and source.fold not in ("", fold) and fold != "all":
             log.warn(f"{training.init} is of fold {source.fold}, which was trained on cases that fold {fold} holds out")
-        mirrored = job.settings.augmentation.mirrored_axes(job.plan.configuration(job.configuration).dimensions)
-        if new := ", ".join(str(axis) for axis in mirrored if axis not in source.mirrored):
+        own, earlier = job.settings.augmentation, source.augmentation.mirrored_axes(job.dimensions)
+        if new := ", ".join(str(axis) for axis in own.mirrored_axes(job.dimensions) if axis not in earlier):
             log.warn(
                 f"{training.init} was trained without mirrored copies along axis {new}, and this run mirrors, also to "
-                f"predict; --set augmentation.mirror_axes={[*source.mirrored]} keeps the axes of the model"
+                f"predict; --set augmentation.mirror_axes={[*earlier]} keeps the axes of the model"
             )
+        warn_of_lost_swaps(training.init, source.augmentation, own, job.plan, job.dimensions)
     inputs = input_names(source.plan, source.configuration), input_names(job.plan, job.configuration)
     outputs = _output_names(source.plan.labels), _output_names(job.plan.labels)
     before = {name: value.clone() for name, value in network.state_dict().items() if _is_frozen(name, training.freeze)}
