@@ -10,23 +10,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from samples import FAST, TINY, Command, first_cases
+from samples import FAST, TINY, Command, Copy, first_cases, rewrite_nifti
 from scipy.stats import spearmanr
 
 import nnunet_lite
 from nnunet_lite.commands.predict import _predict_on_worker
 from nnunet_lite.data.cases import find_cases
+from nnunet_lite.data.dataset import stored_dataset
 from nnunet_lite.data.images import read_image
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation import calibration_rows
 from nnunet_lite.evaluation.calibration import MIN_CASES, _what_lacks, fit_quality, split_by_case
-from nnunet_lite.evaluation.calibration_rows import Row, TrainingRanges, read_rows
+from nnunet_lite.evaluation.calibration_rows import Row, TrainingRanges, read_rows, training_ranges
+from nnunet_lite.evaluation.comparison import HeldOut
 from nnunet_lite.evaluation.degradation import DEGRADATIONS
 from nnunet_lite.files import read_json, write_json
 from nnunet_lite.inference.features import CaseFeatures, describe_prediction
@@ -36,6 +39,7 @@ from nnunet_lite.inference.predictor import load, prepare_image, segment
 from nnunet_lite.inference.quality import CaseQuality, Quality, Tree, judge
 from nnunet_lite.models.bundle import pack
 from nnunet_lite.models.folder import weights_fingerprint
+from nnunet_lite.planning.schema import Plan
 from nnunet_lite.workspace import Paths
 
 SHORT = {**TINY, **FAST, "training.epochs": 1, "training.iterations": 50, "training.patch_size": [40, 56, 40],
@@ -257,6 +261,22 @@ def test_a_slow_calibration_ends_after_a_round_and_is_kept(
     monkeypatch.undo()
     nnunet_lite.select(workspace=workspace, device="cpu", workers=1)
     assert read_rows(paths.calibration) == rows
+
+
+def test_ignored_voxels_hide_how_large_a_label_is(copy_nnunet: Copy, tmp_path: Path) -> None:
+    labels = {"background": 0, "Anterior": 1, "Posterior": 2, "ignore": 3}
+    raw = copy_nnunet(5, labels=labels)
+    files = sorted((raw / "labelsTr").iterdir())
+    rewrite_nifti(files[0], lambda array: np.where(array == 1, 3, array))  # the label may be there
+    rewrite_nifti(files[1], lambda array: np.where(array == 1, 0, array))
+    rewrite_nifti(files[2], lambda array: np.where(np.arange(len(array))[:, None, None] > 20, 3, array))
+    nnunet_lite.plan(raw, workspace=tmp_path / "workspace", workers=0)
+    paths = Paths(tmp_path / "workspace" / raw.name)
+    held_out = HeldOut(paths, stored_dataset(paths.dataset), (), None, 1)
+    ranges = training_ranges(held_out, Plan.read(paths.plans))
+    sizes = [np.log((nibabel.load(file).get_fdata() == 2).sum()) for file in (files[1], *files[3:])]
+    assert ranges.presence == {"Anterior": 3 / 4, "Posterior": 1}
+    assert ranges.volumes["Posterior"] == pytest.approx((min(sizes), max(sizes)), abs=1e-3)
 
 
 def test_few_held_out_cases_say_nothing(tiny_workspace: Path, tiny_model: Path, tmp_path: Path, capfd: Any) -> None:

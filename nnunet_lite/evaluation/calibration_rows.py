@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -283,6 +283,8 @@ def _dice(label_map: np.ndarray, reference: np.ndarray, labels: Labels) -> dict[
 def training_ranges(held_out: HeldOut, plan: Plan) -> TrainingRanges:
     """Read how large each label is in the references of all cases, and the spacings in the fingerprint.
 
+    Where voxels are ignored, neither the size of a label is known, nor that it is absent.
+
     Parameters
     ----------
     held_out : HeldOut
@@ -290,21 +292,23 @@ def training_ranges(held_out: HeldOut, plan: Plan) -> TrainingRanges:
     plan : Plan
         The plan of the model, which orders the axes.
     """
-    found = defaultdict[str, list[float]](list)
+    found, present, known = defaultdict[str, list[float]](list), Counter[str](), Counter[str]()
 
-    def measure(case: Case) -> dict[str, float]:
+    def measure(case: Case) -> tuple[bool, dict[str, float]]:
         reference, spacing = read_reference(case, held_out.dataset)
         values, counts = np.unique(reference, return_counts=True)
-        return {name: counts[np.isin(values, of)].sum() * np.prod(spacing) for name, of in plan.labels.regions.items()}
+        voxels = {name: counts[np.isin(values, of)].sum() for name, of in plan.labels.regions.items()}
+        return plan.labels.ignore in values, {name: n * np.prod(spacing) for name, n in voxels.items()}
 
     with ThreadPoolExecutor(pairs_at_once(len(held_out.dataset.cases), held_out.workers)) as pool:
-        for volumes in pool.map(measure, held_out.dataset.cases):
+        for partly, volumes in pool.map(measure, held_out.dataset.cases):
             for name, volume in volumes.items():
-                found[name] += [float(np.log(volume))] if volume else []
+                present[name] += volume > 0
+                known[name] += volume > 0 or not partly
+                found[name] += [float(np.log(volume))] if volume and not partly else []
     spacings = np.array(Fingerprint.read(held_out.paths.fingerprint).spacings)[:, list(plan.axis_order)]
-    n_cases = len(held_out.dataset.cases)
     return TrainingRanges(
         {name: (min(logs), max(logs)) for name, logs in found.items() if logs},
-        {name: len(found[name]) / n_cases for name in plan.labels.regions},
+        {name: present[name] / max(1, known[name]) for name in plan.labels.regions},
         (triple(spacings.min(axis=0).tolist()), triple(spacings.max(axis=0).tolist())),
     )
