@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
 """How far can the expected quality and the label audit be trusted? Two tables.
 
-usage: taskset -c 0,1 python scripts/bench_quality.py SET --minutes 2 [--timed 20] [-w FOLDER] [--output TABLE.md]
+usage: taskset -c 0,1 python scripts/bench_quality.py SET --minutes 2 [-c 3d_fullres] [--timed 20] [-w FOLDER]
+           [--output TABLE.md]
 
 SET     hippocampus (of --data), phantoms (made by make_phantoms.py), or the folder of a dataset
 
-Trains 2d and 3d_fullres on folds 0 and 1 with the recipe `cpu`, runs `nnlite select`, and predicts the held-out images
-and degraded copies of them with the networks that have not seen them. The copies are made here, by other means than
-those by which `select` calibrates. What is judged of a case was fitted without the case; in the column "kind unknown",
-also without the most similar kind of copies of other cases.
+Trains 2d and 3d_fullres (or `-c`) on folds 0 and 1 with the recipe `cpu`, runs `nnlite select`, and predicts the
+held-out images and degraded copies of them with the networks that have not seen them. The copies are made here, by
+other means than those by which `select` calibrates. What is judged of a case was fitted without the case; in the column
+"kind unknown", also without the most similar kind of copies of other cases.
 
 Then errors are planted in the labels of a tenth of the held-out cases (plant_errors.py), and all is trained on these
 labels; `nnlite audit` must rank the damaged cases first.
@@ -135,12 +136,12 @@ def run(*arguments: object) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def train(root: Path, workspace: Path, minutes: float) -> Paths:
-    """Plan, train two folds of two configurations, and select; what is there already is kept."""
+def train(root: Path, workspace: Path, configurations: Sequence[str], minutes: float) -> Paths:
+    """Plan, train two folds of each configuration, and select; what is there already is kept."""
     paths = Paths(workspace / root.name)
     if not paths.plans.is_file():
         run("plan", root, "-w", workspace)
-    for configuration in ("2d", "3d_fullres"):
+    for configuration in configurations:
         for fold in FOLDS:
             if not (paths.models / f"{configuration}-cpu" / f"fold_{fold}" / "validation" / "summary.json").is_file():
                 run("train", configuration, fold, "--recipe", "cpu", "--time-limit", minutes, "-w", workspace)
@@ -277,7 +278,10 @@ def audit_lines(paths: Paths, planted: dict[str, str]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("set", metavar="SET")
-    parser.add_argument("--minutes", type=float, default=2.0, help="of each of the four trainings; default: 2")
+    parser.add_argument("--minutes", type=float, default=2.0, help="of each training; default: 2")
+    parser.add_argument(
+        "-c", "--configurations", nargs="+", default=["2d", "3d_fullres"], help="default: 2d 3d_fullres"
+    )
     parser.add_argument("--data", type=Path, default=HERE.parent / "shared" / "data", help="default: ../shared/data")
     parser.add_argument(
         "--timed", type=int, default=20, help="images that are predicted ten times for the times; default: 20"
@@ -290,7 +294,7 @@ def main() -> None:
     root = where / SETS[o.set] if o.set in SETS else Path(o.set)
     if o.set == "phantoms" and not (root / "dataset.json").is_file():
         make_dataset(root, read_anatomy(LABEL_MAP))
-    paths = train(root, o.workspace.absolute() / "clean", o.minutes)
+    paths = train(root, o.workspace.absolute() / "clean", o.configurations, o.minutes)
     judged, unknown = judge_all(paths, degraded_rows(paths))
     selection = read_selection(paths)
     assert selection is not None
@@ -312,7 +316,7 @@ def main() -> None:
         if not damaged.is_dir():
             held_out = [case for fold in read_json(paths.splits)[: len(FOLDS)] for case in fold["val"]]
             plant_errors(root, damaged, only=held_out)
-        again = train(damaged, o.workspace.absolute() / "audited", o.minutes)
+        again = train(damaged, o.workspace.absolute() / "audited", o.configurations, o.minutes)
         show("", *audit_lines(again, read_json(damaged / "planted.json")))
     if o.output:
         o.output.write_text("\n".join(lines) + "\n")
