@@ -241,8 +241,8 @@ def test_memory_is_as_planned_and_does_not_grow_with_the_image() -> None:
     )  # fmt: skip
     _, *rows = ([int(n) for n in line.split()] for line in done.stdout.splitlines())
     assert len(rows) == 6
-    for taken, planned_bytes, _ in rows:
-        assert 0.85 < planned_bytes / taken < 1.15, rows
+    for taken, planned_bytes, _ in rows:  # without AVX-512 other kernels are chosen, which take less
+        assert 0.85 < planned_bytes / taken < 1.25, rows
     (double, _, of_double), (long, _, of_long) = rows[-2:]
     assert long - of_long < double - of_double + 2_000_000, "besides the label map nothing grows"
 
