@@ -130,9 +130,10 @@ def test_the_zip_of_a_model_contains_its_quality(selected: Paths, images: Path, 
 def test_other_weights_have_no_quality(selected: Paths, tmp_path: Path, capfd: Any) -> None:
     folder = Path(shutil.copytree(selected.models / "short", tmp_path / "models" / "short"))
     before = read_json(folder / "quality.json")
-    write_json(folder / "quality.json", before | {"weights": {"short": {"0": "0" * 16}}})
-    assert load(folder, device="cpu").quality is None
-    assert "is of other weights" in capfd.readouterr().err
+    for change in ({"weights": {"short": {"0": "0" * 16}}}, {"features": before["features"] + 1}):
+        write_json(folder / "quality.json", before | change)
+        assert load(folder, device="cpu").quality is None
+        assert "is of other weights, labels or features" in capfd.readouterr().err
 
 
 @pytest.fixture
@@ -310,7 +311,7 @@ def test_labels_may_be_renamed_after_the_training(
     plans.write_text(plans.read_text().replace('"Anterior"', '"Head"'))  # as the training of another fold does
     made = predict(paths, images, tmp_path / "renamed")
     assert not made.failed and not made.quality
-    assert "is of other weights or labels" in capfd.readouterr().err
+    assert "is of other weights, labels or features" in capfd.readouterr().err
     (folder / "quality.json").unlink()
     assert "Expected quality" not in nnunet_lite.report(tmp_path / "page.html", workspace=workspace).read_text()
 

@@ -81,6 +81,16 @@ def test_a_label_that_is_not_there_has_no_features(label_map: np.ndarray) -> Non
     assert describe_labels(label_map, {ENTROPY: np.zeros_like(label_map)}, GEOMETRY, LABELS) == {"cube": {}, "bar": {}}
 
 
+def test_a_large_image_may_lack_a_label(label_map: np.ndarray) -> None:
+    """And a label is described as in a small one, but for its place."""
+    label_map[label_map == 1] = 0
+    large = np.pad(label_map, ((0, 50), (0, 60), (0, 60)))
+    geometry = Geometry(large.shape, GEOMETRY.spacing)
+    found = describe_labels(large, {ENTROPY: np.zeros_like(large)}, geometry, LABELS)
+    assert found["cube"] == {}
+    assert found == describe_labels(label_map, {ENTROPY: np.zeros_like(label_map)}, GEOMETRY, LABELS)
+
+
 def test_regions_are_described_one_by_one() -> None:
     regions = Labels(names={"background": 0, "whole": (1, 2), "core": 2}, region_order=(1, 2))
     label_map = np.zeros(GEOMETRY.shape, np.uint8)

@@ -24,6 +24,7 @@ from nnunet_lite.data.images import Image
 from nnunet_lite.data.problems import few, html_table
 from nnunet_lite.errors import UserError, naming
 from nnunet_lite.inference.cases import as_classes, as_image, check_image
+from nnunet_lite.inference.features import FEATURES
 from nnunet_lite.inference.memory import PredictionTask, plan_memory
 from nnunet_lite.inference.outputs import ExtraMaps, NewMap, parse_label_names, predict_label_map
 from nnunet_lite.inference.quality import Quality, read_quality
@@ -319,15 +320,15 @@ def _load_model(
 
 
 def _find_quality(folder: Path, trained: _Trained) -> tuple[Quality | None, str]:
-    """Read what was calibrated for a model, and its name there; None if weights or names of labels changed since."""
+    """Read what was calibrated for a model, and its name there; None if it is of other weights, labels or features."""
     if (quality := read_quality(folder)) is None:
         return None, ""
     weights = {weights_fingerprint(folder, fold) for fold in trained.networks}
-    if trained.plan.labels.region_names == tuple(quality.presence):
+    if quality.features == FEATURES and trained.plan.labels.region_names == tuple(quality.presence):
         for name, folds in quality.weights.items():
             if weights <= set(folds.values()):
                 return quality, name
-    log.info(f"{folder / QUALITY} is of other weights or labels, and not used; `nnlite select` calibrates it again")
+    log.info(f"{folder / QUALITY} is of other weights, labels or features, so unused; `nnlite select` makes it again")
     return None, ""
 
 

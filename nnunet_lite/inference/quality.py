@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from nnunet_lite.data.problems import few
 from nnunet_lite.files import read_validated, to_csv
-from nnunet_lite.inference.features import AXES, CaseFeatures, Values
+from nnunet_lite.inference.features import AXES, FEATURES, CaseFeatures, Values
 from nnunet_lite.models.folder import QUALITY
 
 QUALITY_TABLE = "quality.csv"
@@ -118,6 +118,8 @@ class Quality(_Stored):
     ----------
     format : str
         The format of the file.
+    features : int
+        The version of the features that it was fitted to.
     weights : dict
         Model -> fold -> fingerprint of its weights: which networks it holds for.
     n_cases, n_degraded : int
@@ -147,6 +149,7 @@ class Quality(_Stored):
     """
 
     format: Literal["nnlite-quality-1"] = "nnlite-quality-1"
+    features: int = FEATURES
     weights: dict[str, dict[str, str]]
     n_cases: int
     n_degraded: int
