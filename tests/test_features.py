@@ -7,6 +7,7 @@ import pytest
 
 from nnunet_lite.data.geometry import Geometry, Turn
 from nnunet_lite.data.labels import Labels
+from nnunet_lite.inference import features
 from nnunet_lite.inference.features import describe_image, describe_labels, describe_prediction
 from nnunet_lite.inference.outputs import ENTROPY, OF_MODELS, STEPS
 from nnunet_lite.preprocessing.pipeline import Placement, Preprocessed
@@ -72,6 +73,17 @@ def test_the_error_is_what_the_entropy_implies(label_map: np.ndarray) -> None:
         0, abs=1e-6
     )
     assert found["cube"]["disagreement"] == pytest.approx(bits, abs=2e-3)
+
+
+def test_slabs_make_no_difference(label_map: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(0)
+    label_map[random.random(label_map.shape) < 0.1] = 2
+    maps = {name: random.integers(0, STEPS, label_map.shape).astype(np.uint8) for name in (ENTROPY, OF_MODELS)}
+    whole = describe_labels(label_map, maps, GEOMETRY, LABELS)
+    for n in (1, 3 * label_map[0].size):  # one slice at a time, and three
+        monkeypatch.setattr(features, "_SLAB", n)
+        found = describe_labels(label_map, maps, GEOMETRY, LABELS)
+        assert all(found[name] == pytest.approx(whole[name], rel=1e-12) for name in whole)
 
 
 def test_a_label_that_is_not_there_has_no_features(label_map: np.ndarray) -> None:

@@ -6,7 +6,7 @@ All are plain numbers. `quality.py` compares them with those of the held-out cas
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import product
 
 import cc3d
@@ -31,6 +31,7 @@ _FEWEST_LINES = 24  # voxels of an axis, from which its spectrum is compared
 _PERCENTILES = (1, 10, 25, 50, 75, 90, 99)
 _MARGIN = 2  # voxels around a label in which its border is searched
 _SMALL = 1e-6
+_SLAB = 2**22  # voxels of a label map that are described at a time
 
 
 @dataclass(frozen=True)
@@ -206,11 +207,8 @@ def describe_labels(
             continue
         ends = zip(_around(own), label_map.shape, strict=True)
         box = tuple(slice(max(0, low - _MARGIN), min(n, high + _MARGIN)) for (low, high), n in ends)
-        inside, offset = np.isin(label_map[box], values), [s.start - m for s, m in zip(box, middle, strict=True)]
-        neighbours = _count_neighbours(inside)
-        found = _describe_shape(inside, neighbours, offset, geometry.spacing)
-        found |= _describe_errors(inside, neighbours, errors[maps[ENTROPY][box]])
-        found["disagreement"] = maps[OF_MODELS][box][inside].mean() / STEPS if OF_MODELS in maps else 0.0
+        mask, sums = _sum_slabs(label_map[box], values, {what: array[box] for what, array in maps.items()}, errors)
+        found = _describe_shape(mask, sums, [s.start - m for s, m in zip(box, middle, strict=True)], geometry.spacing)
         at_edge = sum(np.isin(face, values).sum() for face in faces)
         found["edge"] = at_edge / found["voxels"]
         features[name] = {what: float(value) for what, value in found.items()}
@@ -250,34 +248,60 @@ def _count_neighbours(mask: np.ndarray) -> np.ndarray:
     return count
 
 
-def _describe_errors(mask: np.ndarray, neighbours: np.ndarray, wrong: np.ndarray) -> Values:
-    """Return the loss of Dice that the probabilities of being wrong imply, and their mean away from the border."""
-    inside, around = wrong[mask], wrong[~mask & (neighbours > 0)]
-    n, lost, missed = inside.size, float(inside.sum()), float(around.sum())
-    inner = wrong[mask & (neighbours == 6)]
-    return {
-        "error": 1 - 2 * (n - lost) / (2 * n - lost + missed),
-        "inner": float(inner.mean()) if inner.size else float(inside.mean()),
-    }
+@dataclass(frozen=True)
+class _Sums:
+    """What is summed over the voxels of a label: their number and their faces, and probabilities of errors.
+
+    `lost` is the sum of these inside, `missed` around, and `inner` away from the border.
+    """
+
+    voxels: float
+    faces: float
+    lost: float
+    missed: float
+    inner: float
+    inner_voxels: float
+    disagreement: float
 
 
-def _describe_shape(
-    mask: np.ndarray, neighbours: np.ndarray, offset: Sequence[float], spacing: Sequence[float]
-) -> Values:
-    """Return volume, surface, parts, place and lengths of a label; `offset` is where the mask starts, in voxels."""
-    voxel = float(np.prod(spacing))
-    n = int(np.count_nonzero(mask))
-    surface = 6 * n - int(neighbours[mask].sum())
-    parts = np.bincount(cc3d.connected_components(np.ascontiguousarray(mask)).ravel())[1:]
-    where = np.nonzero(mask)
+def _sum_slabs(
+    label_map: np.ndarray, values: Sequence[int], maps: Mapping[str, np.ndarray], errors: np.ndarray
+) -> tuple[np.ndarray, _Sums]:
+    """Return the mask of some values, and the sums over it; by slabs, so that temporary arrays stay small."""
+    step = max(1, _SLAB // label_map[0].size)
+    slabs = [slice(start, start + step) for start in range(0, len(label_map), step)]
+    mask = np.concatenate([np.isin(label_map[slab], values) for slab in slabs])
+    sums = np.zeros(len(fields(_Sums)))
+    for slab in slabs:
+        above = min(slab.start, 1)
+        neighbours = _count_neighbours(mask[slab.start - above : slab.stop + 1])[above:][:step]
+        inside, wrong = mask[slab], errors[maps[ENTROPY][slab]]
+        inner, around = inside & (neighbours == 6), ~inside & (neighbours > 0)
+        n, n_inner = np.count_nonzero(inside), np.count_nonzero(inner)
+        lost, missed, away = (wrong[part].sum(dtype=np.float64) for part in (inside, around, inner))
+        votes = maps[OF_MODELS][slab][inside].sum(dtype=np.float64) / STEPS if OF_MODELS in maps else 0.0
+        faces = 6 * n - neighbours[inside].sum(dtype=np.int64)
+        sums += np.array([n, faces, lost, missed, away, n_inner, votes])
+    return mask, _Sums(*sums.tolist())
+
+
+def _describe_shape(mask: np.ndarray, sums: _Sums, offset: Sequence[float], spacing: Sequence[float]) -> Values:
+    """Return the features of a label but `edge`; `offset` is where the mask starts, in voxels."""
+    n = sums.voxels
+    parts = cc3d.statistics(cc3d.connected_components(mask, binary_image=True))["voxel_counts"][1:]
     features: Values = {
         "voxels": n,
-        "volume": np.log(n * voxel),
-        "compactness": np.log(max(surface, 1) / n ** (2 / 3)),
+        "volume": np.log(n * np.prod(spacing)),
+        "compactness": np.log(max(sums.faces, 1) / n ** (2 / 3)),
         "parts": np.log(len(parts)),
         "scattered": 1 - parts.max() / n,
+        "error": 1 - 2 * (n - sums.lost) / (2 * n - sums.lost + sums.missed),
+        "inner": sums.inner / sums.inner_voxels if sums.inner_voxels else sums.lost / n,
+        "disagreement": sums.disagreement / n,
     }
-    for axis, along, start, size in zip(AXES, where, offset, spacing, strict=True):
-        features[f"position/{axis}"] = (along.mean() + start) * size
-        features[f"length/{axis}"] = np.log(size * (1 + np.ptp(along)))
+    for number, (axis, start, size) in enumerate(zip(AXES, offset, spacing, strict=True)):
+        counts = np.count_nonzero(mask, axis=tuple(a for a in range(3) if a != number))
+        places = np.flatnonzero(counts)
+        features[f"position/{axis}"] = (counts @ np.arange(len(counts)) / n + start) * size
+        features[f"length/{axis}"] = np.log(size * (1 + places[-1] - places[0]))
     return features
