@@ -133,7 +133,7 @@ DEGRADED = {
 
 def run(*arguments: object) -> str:
     command = [sys.executable, "-m", "nnunet_lite", *map(str, arguments)]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def train(root: Path, workspace: Path, configurations: Sequence[str], minutes: float) -> Paths:

@@ -90,14 +90,14 @@ def test_left_and_right_are_found_by_orientation_and_axis_order(tiny_plan: Plan)
     settings = AugmentationSettings(mirror_swap=(("Anterior", "Posterior"),))
     for order, axis, flat in [((0, 1, 2), 2, 2), ((0, 2, 1), 1, 1), ((2, 0, 1), 0, None)]:
         turned = tiny_plan.model_copy(update={"axis_order": order})
-        assert swap_of(turned, settings, 3) == ClassSwap(axis, (0, 2, 1, 3), (1, 0))
-        assert swap_of(turned, settings, 2) == (None if flat is None else ClassSwap(flat, (0, 2, 1, 3), (1, 0)))
+        assert swap_of(turned, settings, 3) == ClassSwap(axis, (0, 2, 1, 3), (0, 2, 1))
+        assert swap_of(turned, settings, 2) == (None if flat is None else ClassSwap(flat, (0, 2, 1, 3), (0, 2, 1)))
     for orientation, axis in (("LAS", 2), ("RPI", 2), ("ASL", 0), ("IRA", 1)):
         stored = tiny_plan.model_copy(update={"orientation": orientation, "axis_order": (0, 1, 2)})
-        assert swap_of(stored, settings, 3) == ClassSwap(axis, (0, 2, 1, 3), (1, 0))
+        assert swap_of(stored, settings, 3) == ClassSwap(axis, (0, 2, 1, 3), (0, 2, 1))
     given = settings.model_copy(update={"mirror_swap_axis": 0})
-    assert swap_of(tiny_plan, given, 3) == ClassSwap(0, (0, 2, 1, 3), (1, 0))
-    assert swap_of(tiny_plan, given, 2) == ClassSwap(1, (0, 2, 1, 3), (1, 0))
+    assert swap_of(tiny_plan, given, 3) == ClassSwap(0, (0, 2, 1, 3), (0, 2, 1))
+    assert swap_of(tiny_plan, given, 2) == ClassSwap(1, (0, 2, 1, 3), (0, 2, 1))
     assert swap_of(tiny_plan, AugmentationSettings(), 3) is None
 
 

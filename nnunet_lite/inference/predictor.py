@@ -52,7 +52,7 @@ from nnunet_lite.networks.devices import computes_bf16, has_bf16, pick_device, u
 from nnunet_lite.networks.precision import ComputeFormat, apply_format, list_formats, pick_fastest
 from nnunet_lite.networks.unet import set_deep_supervision
 from nnunet_lite.planning.schema import Configuration, Plan
-from nnunet_lite.planning.swaps import swap_channels, swap_of
+from nnunet_lite.planning.swaps import swap_of
 from nnunet_lite.preprocessing.pipeline import Placement, Preprocessed, preprocess_image
 from nnunet_lite.settings import AugmentationSettings, InferenceSettings, Settings, with_changes
 from nnunet_lite.system import GB
@@ -409,7 +409,7 @@ def label_swap(plan: Plan, configuration: str, augmentation: AugmentationSetting
     if swap is None:
         return None
     classes = None if planned.previous_stage is None else swap.table
-    return LabelSwap(swap.axis, swap_channels(plan.labels, augmentation.mirror_swap), classes)
+    return LabelSwap(swap.axis, swap.channels, classes)
 
 
 def _choose_arithmetic(trained: _Trained, settings: InferenceSettings, device: torch.device) -> ComputeFormat:

@@ -30,13 +30,13 @@ class ClassSwap:
         Axis of (z, y, x).
     table : tuple of int
         The class that each class becomes, see `make_swap_table`.
-    foreground : tuple of int
-        For each output channel but the background, the one that takes its place.
+    channels : tuple of int
+        For each output channel, the one that takes its place, see `swap_channels`.
     """
 
     axis: int
     table: tuple[int, ...]
-    foreground: tuple[int, ...]
+    channels: tuple[int, ...]
 
 
 def swap_of(plan: Plan, settings: AugmentationSettings, dimensions: int) -> ClassSwap | None:
@@ -57,12 +57,10 @@ def swap_of(plan: Plan, settings: AugmentationSettings, dimensions: int) -> Clas
     ClassSwap or None
         None without pairs, or where the patch does not have the axis.
     """
-    axis = _find_axis(plan, settings, dimensions)
-    if not settings.mirror_swap or axis < 3 - dimensions:
+    if not settings.mirror_swap or (axis := _find_axis(plan, settings, dimensions)) < 3 - dimensions:
         return None
-    channels, n_background = swap_channels(plan.labels, settings.mirror_swap), 0 if plan.labels.has_regions else 1
-    foreground = tuple(channel - n_background for channel in channels[n_background:])
-    return ClassSwap(axis, make_swap_table(plan.labels, settings.mirror_swap), foreground)
+    pairs = settings.mirror_swap
+    return ClassSwap(axis, make_swap_table(plan.labels, pairs), swap_channels(plan.labels, pairs))
 
 
 def _find_axis(plan: Plan, settings: AugmentationSettings, dimensions: int) -> int:

@@ -233,8 +233,8 @@ def apply_mirror(
         index = rows[swap.axis]
         classes[index] = swapped.to(classes.dtype)[classes[index].long()]
         if n_taught:
-            taught = images[:, -n_taught:]
-            taught[index] = taught[index][:, list(swap.foreground)]
+            taught, n_background = images[:, -n_taught:], len(swap.channels) - n_taught  # teachers leave it out
+            taught[index] = taught[index][:, [channel - n_background for channel in swap.channels[n_background:]]]
 
 
 # ------------------------------------------------------------------------------------------------ transforms
