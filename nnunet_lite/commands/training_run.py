@@ -255,21 +255,24 @@ def plan_for_settings(paths: Paths, settings: Settings) -> Plan:
     warning names the others.
     """
     plan, chosen = Plan.read(paths.plans), settings.plan
-    preset = None if chosen.preset == plan.preset else chosen.preset
-    memory = None if preset is None and chosen.memory == plan.memory_gb else chosen.memory
-    planned = None if plan.options is None else plan.options.spacing
-    same = planned is not None and len({*planned, *(chosen.spacing or planned)}) == 1  # one length, or three equal ones
-    spacing = None if same else chosen.spacing
-    if (preset, memory) == (None, None) and spacing in (None, planned):
+    preset = chosen.preset or plan.preset
+    memory = chosen.memory or (plan.memory_gb if preset == plan.preset else memory_budget(preset))
+    spacing = None if plan.options is None else plan.options.spacing
+    same_spacing = chosen.spacing is None or _shorten(chosen.spacing) == _shorten(spacing or ())
+    if (preset, memory) == (plan.preset, plan.memory_gb) and same_spacing:
         return plan
-    memory = memory or (plan.memory_gb if preset is None else memory_budget(preset))
-    given = Options(preset=preset, memory_gb=memory, spacing=spacing)
+    given = Options(preset=chosen.preset, memory_gb=memory, spacing=chosen.spacing)
     dataset, fingerprint = stored_dataset(paths.dataset), Fingerprint.read(paths.fingerprint)
     new = replan(given, read_earlier_plan(paths), fingerprint, dataset)
     if lost := [edit for edit in new.lost if not edit.startswith(("channels.", "stored_as "))]:
         log.warn(f"the recipe's preset, memory or spacing makes another plan, without these edits of {paths.plans}: "
                  f"{'; '.join(lost)}; to edit that plan, give these options to `nnlite plan`")  # fmt: skip
     return new.plan.model_copy(update={"channels": plan.channels, "stored_as": plan.stored_as})
+
+
+def _shorten(spacing: tuple[float, ...]) -> tuple[float, ...]:
+    """Return one length for equal ones: 2, 2, 2 is the spacing 2."""
+    return spacing[:1] if len(set(spacing)) == 1 else spacing
 
 
 def _starting_plan(

@@ -10,6 +10,7 @@ Read `read_earlier_plan` and `replan` first; `write_plan` reports and writes the
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,10 +80,12 @@ def read_earlier_plan(paths: Paths) -> EarlierPlan:
     if not paths.plans.is_file():
         return EarlierPlan(paths.plans, Options())
     plan, planned = _read(paths.plans), _read(paths.planned)
-    options = next((known.options for known in (plan, planned) if known and known.options), Options())
-    if plan is not None and plan.options is None:  # an earlier nnlite did not record them
-        preset = plan.preset if plan.preset in PRESETS else None
-        options = Options(preset=preset, memory_gb=plan.memory_gb, stored_as=plan.stored_as)
+    known = plan or planned
+    if known is None:
+        return EarlierPlan(paths.plans, Options())
+    preset = known.preset if known.preset in PRESETS else None
+    # an earlier nnlite did not record the options
+    options = known.options or Options(preset=preset, memory_gb=known.memory_gb, stored_as=known.stored_as)
     return EarlierPlan(paths.plans, options, plan, planned)
 
 
@@ -186,44 +189,49 @@ def replan(
             "another --workspace to turn them"
         )
         orientation = None
-    plan = plan.model_copy(update={"orientation": orientation, "options": options})
-    if earlier.plan is not None and earlier.planned is not None:
-        return _keep_edits(plan, earlier.planned, earlier.plan, earlier, given)
-    same = earlier.plan.trains_as(plan) if earlier.plan is not None else not earlier.file.exists()
-    return NewPlan(plan, plan, plan.as_dict(), lost=() if same else ("all that differs from it",))
+    return _keep_edits(plan.model_copy(update={"orientation": orientation, "options": options}), earlier, given)
 
 
-def _keep_edits(new: Plan, planned: Plan, edited: Plan, earlier: EarlierPlan, given: Options) -> NewPlan:
+def _keep_edits(new: Plan, earlier: EarlierPlan, given: Options) -> NewPlan:
     """Put the edits of the earlier plan into a new one, where the planner leaves the entry as it was."""
+    planned, edited = earlier.planned, earlier.plan
+    if planned is None or edited is None:  # without both there is nothing to compare
+        same = edited.trains_as(new) if edited is not None else not earlier.file.exists()
+        return NewPlan(new, new, new.as_dict(), lost=() if same else ("all that differs from it",))
     before, after, now = _entries(planned), _entries(edited), _entries(new)
-    kept: list[Entry] = []
-    lost: list[Entry] = []
-    for entry in dict.fromkeys((*before, *after)):
-        if after.get(entry) in (before.get(entry), now.get(entry)):
-            continue
-        added_or_deleted = entry[0] == "configurations" and (entry not in before or entry not in after)
-        unchanged = now.get(entry, ...) == before.get(entry) and not _is_set(entry, given)
-        (kept if added_or_deleted or unchanged else lost).append(entry)
-    kept_words, lost_words = ([_edit_in_words(entry, planned, edited) for entry in edits] for edits in (kept, lost))
+
+    def stays(entry: Entry) -> bool:
+        if entry[0] == "configurations" and not (entry in before and entry in after):
+            return True  # the user added or deleted it
+        return now.get(entry, ...) == before.get(entry) and not _is_set(entry, given)
+
+    edits = [entry for entry in before | after if after.get(entry) not in (before.get(entry), now.get(entry))]
+    words = {entry: _edit_in_words(entry, planned, edited) for entry in edits}
+    kept = {entry: edit for entry, edit in words.items() if stays(entry)}
+    lost = [edit for entry, edit in words.items() if entry not in kept]
     if earlier.options.adopted not in (None, new.options and new.options.adopted):
-        lost_words.append(f"the plan that was adopted from {earlier.options.adopted}")
-    # Configurations as the file has them, so that they inherit from the new plan; or else as they were.
+        lost.append(f"the plan that was adopted from {earlier.options.adopted}")
+    # The file says which configurations inherit from others. One that no longer fits what it inherits stays as it was.
     for source in (read_json(earlier.file), edited.as_dict()):
-        values = after | {("configurations", name): value for name, value in source["configurations"].items()}
         content = new.as_dict()
-        for entry in kept:
-            parent: Any = content
-            for key in entry[:-1]:
-                parent = parent[key]
-            if entry in after:
-                parent[entry[-1]] = values[entry]
-            else:
-                del parent[entry[-1]]
         try:
-            return NewPlan(Plan.model_validate(content), new, content, tuple(kept_words), tuple(lost_words))
-        except ValidationError:
+            _copy_entries(kept, source, content)
+            return NewPlan(Plan.model_validate(content), new, content, tuple(kept.values()), tuple(lost))
+        except (ValidationError, LookupError):
             continue
-    return NewPlan(new, new, new.as_dict(), (), (*lost_words, *kept_words))
+    return NewPlan(new, new, new.as_dict(), (), (*lost, *kept.values()))
+
+
+def _copy_entries(entries: Iterable[Entry], source: Any, target: Any) -> None:
+    """Copy entries from one content of plans.json to another; what the source lacks is deleted."""
+    for *parents, key in entries:
+        origin, destination = source, target
+        for parent in parents:
+            origin, destination = origin[parent], destination[parent]
+        if key in origin:
+            destination[key] = origin[key]
+        else:
+            del destination[key]
 
 
 def _entries(plan: Plan) -> dict[Entry, Any]:
