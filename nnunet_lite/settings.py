@@ -545,12 +545,12 @@ def _suggest_keys(key: str) -> str:
 def _validated(base: Settings, values: dict[str, Any], file: Path | None) -> Settings:
     """Return `base` with the values of some keys replaced; they come from `file`, or from options if it is None."""
     known = keys()
-    tree = base.model_dump()
+    tree: dict[str, Any] = base.model_dump(exclude_unset=True)  # `model_fields_set` says later what was given
     for key, value in values.items():
         if key not in known and key != "training.tensorboard":
             raise UserError(f"unknown setting {key!r}", file, _suggest_keys(key))
         section, name = key.split(".")
-        tree[section][name] = value
+        tree.setdefault(section, {})[name] = value
     try:
         return Settings.model_validate(tree)
     except ValidationError as error:

@@ -18,16 +18,17 @@ from nnunet_lite.data.dataset import Dataset, stored_dataset
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json, write_json
 from nnunet_lite.inference.predictor import load
-from nnunet_lite.inference.teachers import find_teachers, predict_teachers
+from nnunet_lite.inference.teachers import Teacher, find_teachers, predict_teachers
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.preprocessing.pipeline import predicted_part
 from nnunet_lite.preprocessing.store import open_case, prune
 from nnunet_lite.preprocessing.stored_case import open_array
+from nnunet_lite.settings import recipes
 from nnunet_lite.training.splits import Split, read_split
 from nnunet_lite.workspace import Paths
 
 CONFIGURATION = "3d_fullres"
-Find = Callable[..., dict[Path, list[str]]]
+Find = Callable[..., list[Teacher]]
 SMALL = {**TINY, **FAST, "training.epochs": 1, "training.iterations": 1}
 
 
@@ -60,19 +61,19 @@ def dataset(paths: Paths) -> Dataset:
 
 @pytest.fixture
 def find(paths: Paths, dataset: Dataset) -> Find:
-    def find(*names: str, fold: str = "all", plan: Plan | None = None) -> dict[Path, list[str]]:
+    def find(*names: str, fold: str = "all", plan: Plan | None = None) -> list[Teacher]:
         plan = plan or Plan.read(paths.plans)
         return find_teachers(paths, dataset, plan, CONFIGURATION, names, read_split(paths.splits, dataset, fold))
 
     return find
 
 
-def test_targets_are_the_probabilities_that_predict_writes(paths: Paths, dataset: Dataset) -> None:
+def test_targets_are_the_probabilities_that_predict_writes(paths: Paths, dataset: Dataset, find: Find) -> None:
     plan, case = Plan.read(paths.plans), dataset.cases[0]
     names, split = ["tiny", "other"], Split("all", (case.id,), (case.id,))
 
     def predict() -> Path:
-        return predict_teachers(paths, dataset, plan, CONFIGURATION, names, split, "cpu")[case.id]
+        return predict_teachers(find(*names), paths, dataset, plan, CONFIGURATION, split, "cpu")[case.id]
 
     file = predict()
     found, placement = open_array(file)[:], open_case(paths.preprocessed, plan, CONFIGURATION, case.id).placement
@@ -90,11 +91,12 @@ def test_targets_are_the_probabilities_that_predict_writes(paths: Paths, dataset
     assert predict().parent != file.parent
 
 
-def test_what_teachers_predict_is_deleted_with_the_cases(paths: Paths, dataset: Dataset, tmp_path: Path) -> None:
+def test_what_teachers_predict_is_deleted_with_the_cases(
+    paths: Paths, dataset: Dataset, find: Find, tmp_path: Path
+) -> None:
     plan, case = Plan.read(paths.plans), dataset.cases[1]
-    file = predict_teachers(paths, dataset, plan, CONFIGURATION, ["tiny"], Split("all", (case.id,), (case.id,)), "cpu")[
-        case.id
-    ]
+    split = Split("all", (case.id,), (case.id,))
+    file = predict_teachers(find("tiny"), paths, dataset, plan, CONFIGURATION, split, "cpu")[case.id]
     assert str(paths.teachers) in clean(workspace=paths.root.parent).values["files"]
     store = Path(shutil.copytree(paths.preprocessed, tmp_path / "preprocessed"))
     kept = store / file.relative_to(paths.preprocessed)
@@ -107,8 +109,9 @@ def test_a_fold_learns_from_the_same_fold_alone(paths: Paths, find: Find) -> Non
     shutil.copytree(paths.models / "tiny", paths.models / "two")
     shutil.copytree(paths.models / "two" / "fold_0", paths.models / "two" / "fold_1")
     (paths.models / "two" / "fold_1" / "cases.json").unlink()
-    assert find("tiny", "two") == {paths.models / "tiny": ["0"], paths.models / "two": ["0", "1"]}
-    assert find("two", fold="0") == {paths.models / "two": ["0"]}
+    folds = [{teacher.folder.name: teacher.folds for teacher in found}
+             for found in (find("tiny", "two"), find("two", fold="0"))]  # fmt: skip
+    assert folds == [{"tiny": ["0"], "two": ["0", "1"]}, {"two": ["0"]}]
     for name in ("tiny", "two"):  # nobody knows which cases that of `two` was trained on
         with pytest.raises(UserError, match="has not trained fold 1 here; fold 1 learns from the same fold"):
             find(name, fold="1")
@@ -196,11 +199,16 @@ def test_a_teacher_changes_what_is_learned(paths: Paths) -> None:
     assert same == [True, False, True]
 
 
-def test_the_recipe_without_a_teacher_warns(paths: Paths, capfd: pytest.CaptureFixture[str]) -> None:
-    for settings, warns in (({}, True), ({"training.teachers": ["tiny"]}, False)):
-        options: dict[str, Any] = {"device": "cpu", "workspace": paths.root.parent, "name": f"warns {warns}"}
-        nnunet_lite.train(CONFIGURATION, "all", recipe="distill", settings=SMALL | settings, **options)
-        assert ("the recipe `distill` is for `nnlite distill MODEL`" in capfd.readouterr().err) == warns
+def test_a_recipe_for_distillation_without_a_teacher_warns(
+    paths: Paths, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copy(recipes()["distill"], tmp_path / "copied.toml")
+    for recipe, teachers, warns in (("distill", [], True), (str(copy), [], True), ("distill", ["tiny"], False),
+                                    ("cpu", [], False)):  # fmt: skip
+        options: dict[str, Any] = {"device": "cpu", "workspace": paths.root.parent, "name": Path(recipe).stem}
+        changes = SMALL | {"training.teachers": teachers}
+        nnunet_lite.train(CONFIGURATION, "all", recipe=recipe, settings=changes, restart=bool(teachers), **options)
+        assert ("without a model to learn from: `nnlite distill MODEL`" in capfd.readouterr().err) == warns
 
 
 def test_a_network_that_mirrors_swaps_the_labels_as_its_teacher_does(

@@ -437,9 +437,7 @@ def _preprocess_and_train(
     store = run.paths.preprocessed
     preprocess_dataset(run.dataset, run.plan, [run.configuration], store, training.workers)
     stage_maps = _predict_first_stage(run, sorted({*split.training, *split.validation}), device) or {}
-    taught = predict_teachers(
-        run.paths, run.dataset, run.plan, run.configuration, training.teachers, split, str(device)
-    )
+    taught = predict_teachers(run.teachers, run.paths, run.dataset, run.plan, run.configuration, split, str(device))
     release_memory(device)  # of the networks that predicted
 
     def open_stored(case_id: str) -> Any:
@@ -491,14 +489,11 @@ def _announce(run: TrainingRun) -> None:
         by = "the settings" if settings.recipe == "default" else f"recipe {settings.recipe}"
         by += "" if settings.training.init is None else " and the model to start from"
         log.info(f"{name}, {by}: {', '.join(map(_in_words, changes))}")
-    if settings.recipe == "distill" and not settings.training.teachers:
-        log.warn("the recipe `distill` is for `nnlite distill MODEL`; without a model to learn from it trains a small "
-                 "network on the labels alone")  # fmt: skip
-    for teacher in settings.training.teachers:
-        run_of_teacher = models.read_run(models.model_folder(run.paths, teacher))
-        taught_with = Settings.model_validate(run_of_teacher["settings"]).augmentation
-        dimensions = run.plan.configuration(name).dimensions
-        warn_of_lost_swaps(teacher, taught_with, settings.augmentation, run.plan, dimensions)
+    if "distillation" in settings.loss.model_fields_set and not run.teachers:
+        log.warn("loss.distillation is set without a model to learn from: `nnlite distill MODEL` gives one")
+    for teacher in run.teachers:
+        own, theirs = settings.augmentation, Settings.model_validate(teacher.settings).augmentation
+        warn_of_lost_swaps(teacher.folder.name, theirs, own, run.plan, run.plan.configuration(name).dimensions)
     if run.split.name != ALL and run.rule == DEFAULT_RULE:
         check_folds(run.paths.splits, run.dataset, run.rule)
 

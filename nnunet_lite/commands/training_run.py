@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from nnunet_lite.commands.steps import Step
 from nnunet_lite.data.dataset import Dataset, stored_dataset
 from nnunet_lite.errors import UserError
 from nnunet_lite.inference.first_stage import FirstStage, find_first_stage
-from nnunet_lite.inference.teachers import find_teachers
+from nnunet_lite.inference.teachers import Teacher, find_teachers
 from nnunet_lite.models import folder as models
 from nnunet_lite.networks.build import build_network
 from nnunet_lite.networks.devices import pick_device
@@ -70,6 +70,8 @@ class TrainingRun:
         Of a cascade.
     device : str or None
         Where to train.
+    teachers : sequence of Teacher
+        What it learns from besides the labels; a trained fold has none.
     callbacks : sequence of callable
         Called after each epoch.
     lengthen : bool
@@ -86,6 +88,7 @@ class TrainingRun:
     folder: Path
     first: FirstStage | None
     device: str | None
+    teachers: Sequence[Teacher] = ()
     callbacks: options.Callbacks = ()
     lengthen: bool = True
 
@@ -189,7 +192,9 @@ def plan_runs(
         run = TrainingRun(
             paths, dataset, plan, configuration, settings, split, rule, folder, first, device, lengthen=lengthen
         )
-        _check_trainable(run, restart)
+        _check_trainable(run)
+        if restart or not run.is_trained():
+            run = replace(run, teachers=_find_teachers(run))
         if first is not None:
             refuse_other_cases(first.folder, split, paths.splits, dataset)
             # a model to start from fits only one of the two networks
@@ -204,24 +209,25 @@ def plan_runs(
     return list(runs.values())
 
 
-def _check_trainable(run: TrainingRun, restart: bool) -> None:
+def _find_teachers(run: TrainingRun) -> list[Teacher]:
+    names = run.settings.training.teachers
+    if run.folder.name in names:
+        raise UserError("a model cannot learn from itself", run.folder, "Give the new one another --name.")
+    return find_teachers(run.paths, run.dataset, run.plan, run.configuration, names, run.split)
+
+
+def _check_trainable(run: TrainingRun) -> None:
     """Refuse settings that the logger, the loss, the augmentation or the network cannot use.
 
     Raises
     ------
     UserError
-        The logger's package is not installed, there is no such teacher, or it is the model itself, class weights or
-        swaps of other labels, no such transform, a network that cannot be built, or one that normalizes each process's
-        part of a batch alone.
+        The logger's package is not installed, class weights or swaps of other labels, no such transform, a network
+        that cannot be built, or one that normalizes each process's part of a batch alone.
     """
     settings, cpu = run.settings, torch.device("cpu")
     require_logger(settings.training.logger)
     check_weights(settings.loss, run.plan.labels)
-    names = settings.training.teachers
-    if restart or not run.is_trained():
-        if run.folder.name in names:
-            raise UserError("a model cannot learn from itself", run.folder, "Give the new one another --name.")
-        find_teachers(run.paths, run.dataset, run.plan, run.configuration, names, run.split)
     check_augmentation(Job(run.plan, run.configuration, settings, 0, run.fold_folder, cpu, [], []))
     on_cpus = current_ranks().world > 1 and pick_device(run.device).type != "cuda"
     factory = settings.network.factory

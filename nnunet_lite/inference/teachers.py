@@ -10,9 +10,10 @@ preprocessed/teachers/9f0c5d.../case_001-5f....b2nd    the folder is named by a 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,7 @@ from nnunet_lite.inference.cases import read_case_image
 from nnunet_lite.inference.folder import array_on_disk
 from nnunet_lite.inference.outputs import ExtraMaps
 from nnunet_lite.inference.predictor import Predictor, check_vote, load, prepare_image, segment
-from nnunet_lite.models.folder import model_folder, model_folders, read_run, trained_folds
+from nnunet_lite.models.folder import model_folder, model_folders, trained_folds
 from nnunet_lite.models.lookup import model_fingerprint, read_model
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.preprocessing.pipeline import Placement
@@ -37,9 +38,28 @@ from nnunet_lite.workspace import Paths
 _VERSION = 1  # of how probabilities are made; a larger number makes them again
 
 
+@dataclass(frozen=True)
+class Teacher:
+    """A model that a network learns from.
+
+    Parameters
+    ----------
+    folder : Path
+        Of the model.
+    folds : list of str
+        Its folds that may teach.
+    settings : dict
+        As its run.json has them.
+    """
+
+    folder: Path
+    folds: list[str]
+    settings: dict[str, Any]
+
+
 def find_teachers(
     paths: Paths, dataset: Dataset, plan: Plan, configuration: str, names: Sequence[str], split: Split
-) -> dict[Path, list[str]]:
+) -> list[Teacher]:
     """Find the models that a network learns from, and their folds that may teach it.
 
     A network that is trained on all cases learns from all folds. Fold k learns from fold k alone: the others have
@@ -58,8 +78,8 @@ def find_teachers(
 
     Returns
     -------
-    dict of Path to list of str
-        Model folder -> folds.
+    list of Teacher
+        One for each name.
 
     Raises
     ------
@@ -67,8 +87,8 @@ def find_teachers(
         There is no such model or fold, it was trained on other cases or has other labels or channels, or one of the
         networks is the second stage of a cascade.
     """
-    found = {}
-    for name in names:
+    teachers = []
+    for name in dict.fromkeys(names):
         folder = model_folder(paths, name)
         if not (folder / "run.json").is_file():
             have = ", ".join(path.name for path in model_folders(paths)) or "none"
@@ -88,16 +108,16 @@ def find_teachers(
             folds = [split.name]
         if not folds:
             raise UserError("has no trained fold to learn from", folder, "Train one with `nnlite train`.")
-        found[folder] = folds
-    return found
+        teachers.append(Teacher(folder, folds, run["settings"]))
+    return teachers
 
 
 def predict_teachers(
+    teachers: Sequence[Teacher],
     paths: Paths,
     dataset: Dataset,
     plan: Plan,
     configuration: str,
-    names: Sequence[str],
     split: Split,
     device: str | None,
 ) -> dict[str, Path]:
@@ -105,7 +125,9 @@ def predict_teachers(
 
     Parameters
     ----------
-    paths, dataset, plan, configuration, names, split
+    teachers : sequence of Teacher
+        What `find_teachers` found.
+    paths, dataset, plan, configuration, split
         As for `find_teachers`; the cases are preprocessed.
     device : str or None
         Where the networks run.
@@ -118,14 +140,13 @@ def predict_teachers(
     Raises
     ------
     UserError
-        As `find_teachers`; or a case cannot be predicted.
+        A case cannot be predicted.
     """
-    models = find_teachers(paths, dataset, plan, configuration, names, split)
-    if not models:
+    if not teachers:
         return {}
-    teachers = [f"{path.name} (fold {', '.join(folds)})" for path, folds in models.items()]
-    log.info(f"learning from {' and '.join(teachers)}")
-    recipe = [[model_fingerprint(path, folds), read_run(path)["settings"]] for path, folds in models.items()]
+    words = [f"{teacher.folder.name} (fold {', '.join(teacher.folds)})" for teacher in teachers]
+    log.info(f"learning from {' and '.join(words)}")
+    recipe = [[model_fingerprint(teacher.folder, teacher.folds), teacher.settings] for teacher in teachers]
     folder = paths.teachers / hash_of([_VERSION, recipe])
     open_stored = partial(open_case, paths.preprocessed, plan, configuration)
     files = {case_id: folder / f"{open_stored(case_id).key}.b2nd" for case_id in split.training}
@@ -135,12 +156,13 @@ def predict_teachers(
         if not todo:
             return files
         folds = None if split.name == ALL else [split.name]
-        teacher = load(list(models), folds, device, workspace=paths.root.parent)
+        together = load([teacher.folder for teacher in teachers], folds, device, workspace=paths.root.parent)
         patch = [1, *plan.configuration(configuration).patch_size][-3:]
-        for case in log.progress(todo, len(todo), f"{', '.join(names)} predicts"):
+        names = ", ".join(teacher.folder.name for teacher in teachers)
+        for case in log.progress(todo, len(todo), f"{names} predicts"):
             with naming(case.id):
                 image = read_case_image(plan, case, dataset.accept_geometry)
-                maps = predict_probabilities(teacher, image, open_stored(case.id).placement, folder)
+                maps = predict_probabilities(together, image, open_stored(case.id).placement, folder)
             with atomic(files[case.id]) as temporary:
                 temporary.write_bytes(compress_array(maps, patch))
     return files
