@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import cc3d
 import numpy as np
 
 from nnunet_lite.data.geometry import Spacing, bounding_box, slices
@@ -35,9 +36,6 @@ class MaskPair:
         annotated. Cropped to the box around all voxels that are not 0.
     n : int
         Number of masks.
-    runs : ndarray, shape (runs, 2)
-        Runs along x that have the same pair of numbers, unless both are 0: flat index of the first voxel, and of the
-        voxel after the last one.
     counts : ndarray, shape (n + 2, n + 2)
         Voxels of the whole image by number in the reference and in the prediction.
     """
@@ -45,7 +43,6 @@ class MaskPair:
     prediction: np.ndarray
     reference: np.ndarray
     n: int
-    runs: np.ndarray
     counts: np.ndarray
 
     @property
@@ -98,17 +95,16 @@ def pair_masks(
     box = slices(bounding_box(predicted | true))
     predicted, true = (np.ascontiguousarray(array[box]) for array in (predicted, true))
 
-    def find_runs(z: int) -> np.ndarray:
+    def find_runs(z: int) -> np.ndarray:  # along x, of voxels that have the same pair of numbers
         starts = np.ones(true.shape[1:], bool)
         starts[:, 1:] = (predicted[z, :, 1:] != predicted[z, :, :-1]) | (true[z, :, 1:] != true[z, :, :-1])
         return np.flatnonzero(starts) + z * starts.size
 
     start = np.concatenate(list(mapper(find_runs, range(len(true)))))
-    runs = np.stack([start, np.append(start[1:], true.size)], axis=1)
     pairs = true.ravel()[start] * np.intp(n + 2) + predicted.ravel()[start]
-    counts = np.bincount(pairs, runs[:, 1] - start, (n + 2) ** 2).astype(np.int64)
+    counts = np.bincount(pairs, np.diff(start, append=true.size), (n + 2) ** 2).astype(np.int64)
     counts[0] += reference.size - true.size
-    return MaskPair(predicted, true, n, runs[pairs != 0], counts.reshape(n + 2, n + 2))
+    return MaskPair(predicted, true, n, counts.reshape(n + 2, n + 2))
 
 
 def number_masks(array: np.ndarray, masks: Sequence[Sequence[int]], mapper: Map = map) -> np.ndarray:
@@ -188,73 +184,18 @@ def count_lesions(masks: MaskPair, mapper: Map = map) -> np.ndarray:
     ndarray, shape (n, 3)
         Reference lesions that the prediction touches, predicted lesions that touch none, missed reference lesions.
     """
-    mask_of_run = [array.ravel()[masks.runs[:, 0]].astype(np.intp) for array in (masks.prediction, masks.reference)]
-    agree = mask_of_run[0] == mask_of_run[1]
+    agree = masks.prediction == masks.reference
 
-    def count(mask_of: np.ndarray) -> np.ndarray:
-        inside = (mask_of > 0) & (mask_of <= masks.n)
-        (start, stop), mask = masks.runs[inside].T, mask_of[inside]
-        if not len(mask):
-            return np.zeros((2, masks.n + 1), np.intp)
-        begins = np.ones(len(mask), bool)  # otherwise it continues the run before it
-        begins[1:] = (mask[1:] != mask[:-1]) | (start[1:] != stop[:-1]) | (start[1:] % masks.reference.shape[2] == 0)
-        first = np.flatnonzero(begins)
-        stop, mask = stop[np.append(first[1:], len(stop)) - 1], mask[first]
-        component, n = connect_runs(start[first], stop, mask, masks.reference.shape)
-        touches, mask_of_component = np.zeros(n, bool), np.zeros(n, np.intp)
-        touches[component[np.cumsum(begins)[agree[inside]] - 1]] = True
-        mask_of_component[component] = mask
-        return np.stack([np.bincount(mask_of_component[touches == t], minlength=masks.n + 1) for t in (True, False)])
+    def count(array: np.ndarray) -> np.ndarray:
+        numbers, n = cc3d.connected_components(array * (array <= masks.n), connectivity=26, return_N=True)
+        inside = np.flatnonzero(numbers > 0)
+        component, mask, touches = numbers.ravel()[inside], np.zeros(n + 1, np.intp), np.zeros(n + 1, bool)
+        mask[component] = array.ravel()[inside]
+        touches[component[agree.ravel()[inside]]] = True
+        return np.stack([np.bincount(mask[touches == t], minlength=masks.n + 1)[1:] for t in (True, False)], axis=1)
 
-    predicted, reference = mapper(count, mask_of_run)
-    return np.stack([reference[0], predicted[1], reference[1]], axis=1)[1:]
-
-
-def connect_runs(
-    start: np.ndarray, stop: np.ndarray, mask: np.ndarray, shape: tuple[int, ...]
-) -> tuple[np.ndarray, int]:
-    """Number the connected components of runs along x, which is faster than to visit the voxels around them.
-
-    Each run is a node of a graph (He, Chao and Suzuki, IEEE TIP 2008). Edges lead to the runs of the same mask in four
-    neighbouring rows that are at most one voxel away.
-
-    Parameters
-    ----------
-    start, stop : ndarray, shape (runs,)
-        Flat indices of the first voxel of each run and of the voxel after its last one, ascending.
-    mask : ndarray, shape (runs,)
-        The mask of each run. Two runs of a row that touch are of different masks.
-    shape : tuple of int
-        The shape (z, y, x) of the array of the runs.
-
-    Returns
-    -------
-    ndarray, shape (runs,)
-        The component of each run, from 0.
-    int
-        Number of components.
-    """
-    from scipy.sparse import coo_array  # loading it takes 0.2 s, which a prediction does not need
-    from scipy.sparse.csgraph import connected_components
-
-    _, height, width = shape
-    row, left = np.divmod(start, width)
-    low, high = np.maximum(left - 1, 0), np.minimum(left + stop - start + 1, width)
-    z, y = np.divmod(row, height)
-    edges = []
-    for dz, dy in ((0, -1), (-1, -1), (-1, 0), (-1, 1)):
-        runs = np.flatnonzero((z + dz >= 0) & (y + dy >= 0) & (y + dy < height))
-        offset = start[runs] - left[runs] + (dz * height + dy) * width  # of the neighbouring row
-        first = np.searchsorted(stop, offset + low[runs], side="right")
-        number = np.searchsorted(start, offset + high[runs], side="left") - first
-        run = np.repeat(runs, number)
-        neighbour = np.arange(len(run)) + np.repeat(first - number.cumsum() + number, number)
-        same = mask[run] == mask[neighbour]
-        edges.append((run[same], neighbour[same]))
-    ends = tuple(map(np.concatenate, zip(*edges, strict=True)))
-    graph = coo_array((np.ones(len(ends[0])), ends), shape=(len(start), len(start)))
-    n, component = connected_components(graph, directed=False)
-    return component, n
+    predicted, reference = mapper(count, (masks.prediction, masks.reference))
+    return np.column_stack([reference[:, 0], predicted[:, 1], reference[:, 1]])
 
 
 # ------------------------------------------------------------------------------------------------------------ surfaces
