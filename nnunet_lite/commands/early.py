@@ -45,9 +45,8 @@ def answer_early(command: str, given: dict[str, Any]) -> options.About | None:
     """
     place, dataset = workspace_folder(given.get("workspace")), given.get("dataset")
     if command in ("train", "distill", "run"):
-        size = given.get("patch_size")
         changed = {f"training__{name}": given.get(name) for name in _OPTIONS}
-        changed |= {"training__patch_size": size and options.sizes_of(size, "--patch-size")}
+        changed |= {"training__patch_size": options.patch_of(given.get("patch_size"))}
         overrides = options.overrides_of(given.get("settings"), optimizer__lr=given.get("lr"), **changed)
         load_settings(given.get("recipe") or "default", overrides)
     if command == "run" and not Path(given["data"]).exists():

@@ -134,29 +134,21 @@ class About:
     __repr__ = to_text
 
 
-def sizes_of(value: str | Sequence[int], option: str) -> tuple[int, ...]:
-    """Return a size such as "40x56x40" or (40, 56, 40) as a tuple of numbers of voxels.
-
-    Parameters
-    ----------
-    value : str or sequence of int
-        The size.
-    option : str
-        Name of the option, for the message.
+def patch_of(size: str | Sequence[int] | None) -> tuple[int, ...] | None:
+    """Return a patch size such as "40x56x40" or (40, 56, 40) as a tuple of numbers of voxels; None stays None.
 
     Raises
     ------
     UserError
         The text is not a list of whole numbers.
     """
-    if not isinstance(value, str):
-        return tuple(value)
+    if not isinstance(size, str):
+        return None if size is None else tuple(size)
     try:
-        return tuple(int(part) for part in value.replace("x", " ").replace(",", " ").split())
+        return tuple(int(part) for part in size.replace("x", " ").replace(",", " ").split())
     except ValueError:
-        raise UserError(
-            f"{option} {value!r} is not a list of whole numbers", fix="Write 40x56x40 or 40,56,40."
-        ) from None
+        what = f"--patch-size {size!r} is not a list of whole numbers"
+        raise UserError(what, fix="Write 40x56x40 or 40,56,40.") from None
 
 
 def where(dataset: str | None, workspace: str | Path | None) -> list[str]:

@@ -258,7 +258,7 @@ def plan(
     """
     # A mistake in the options is reported before minutes of reading.
     memory_budget(preset or "default", memory)
-    patch = None if patch_size is None else options.sizes_of(patch_size, "--patch-size")
+    patch = options.patch_of(patch_size)
     sizes = {"patch_size": patch, "batch_size": batch_size}
     resized = options.names_of(configuration)
     if resized and patch is None and batch_size is None:

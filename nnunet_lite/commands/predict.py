@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
@@ -16,11 +16,11 @@ from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.names import PICTURES, Format, stem, suffix_of
 from nnunet_lite.data.problems import align, html_table, plural
 from nnunet_lite.errors import UserError, describe, no_such_file
-from nnunet_lite.evaluation.postprocessing import apply_rules
+from nnunet_lite.evaluation.postprocessing import Rule, apply_rules
 from nnunet_lite.evaluation.selection import choose_models
 from nnunet_lite.files import read_json
 from nnunet_lite.inference.cases import check_output, names_file, output_file
-from nnunet_lite.inference.folder import Outputs, predict_cases
+from nnunet_lite.inference.folder import Outputs, Postprocess, predict_cases
 from nnunet_lite.inference.outputs import ExtraMaps, parse_label_names
 from nnunet_lite.inference.predictor import Predictor, load
 from nnunet_lite.inference.quality import QUALITY_TABLE, CaseQuality, worst_first
@@ -284,70 +284,58 @@ def predict(
         raise UserError("no image is given to predict")
     if part_id not in range(num_parts) and (part_id, num_parts) != (None, 1):
         raise UserError(f"--num-parts {num_parts} needs a --part-id from 0 to {num_parts - 1}")
+
     configurations = options.names_of(configuration) or []
     pairs = product(_as_list(model or ()), configurations or [None])  # type: ignore[list-item]
-    given = [find_model(path, root, dataset, name) for path, name in pairs]
-    models = list(dict.fromkeys(given))
+    models = list(dict.fromkeys(find_model(path, root, dataset, name) for path, name in pairs))
     paths = None if models else select_dataset(workspace, dataset, needs_plan=False)
     folders, folds, rules = choose_models(paths, models, configurations, options.names_of(fold), postprocess)
+    if speed == "fast" and fold is None:
+        folds = folds[:1] if folds else first_common_fold(folders, checkpoint)
     if missing := next((source for source in sources if not source.exists()), None):  # loading may take long
         raise no_such_file(missing)
     is_file = names_file(out)  # others write into its folder too
     record = PredictionRecord((out.parent if is_file else out).absolute(), statistics, not is_file, quality)
-    if speed == "fast" and fold is None:
-        folds = folds[:1] if folds else first_common_fold(folders, checkpoint)
     loader = partial(
         load, [folder.absolute() for folder in folders] if scheduler else folders, folds, device, settings,
         checkpoint=checkpoint, trust_code=trust_code, workspace=root.absolute(),
     )  # fmt: skip
     if scheduler is None:
         predictor = loader()
+        if predictor.device.type == "cpu":
+            keep_freed_memory()
         plan, used = predictor.plan, list(predictor.folds)
     else:
         with as_model_folder(folders[0], checkpoint) as folder:
             plan, used = read_model(folder)[0], folds or trained_folds(folder)
+
     cases = _find_images(sources, plan, folders[0])
     check_output(sources, cases, out, plan.labels, format)
     cases = sorted(cases, key=lambda case: case.id)[part_id::num_parts] if num_parts > 1 else cases
-    if unknown := sorted(rules.keys() - set(plan.labels.region_names)):
-        what = f"the selection postprocesses {unknown[0]}, which is no label of the model"
-        raise UserError(what, fix="Run `nnlite select` again, or give --no-postprocess.")
-    names = () if save_probabilities is None else parse_label_names(save_probabilities, plan.labels)
-    several = len(folders) * len(used) > 1
-    if save_uncertainty and not several:
-        log.info("one network predicts: there is no map of disagreement, only of entropy")
     outputs = Outputs(
-        maps=ExtraMaps(names, save_uncertainty, several), format=format, per_label=per_label, statistics=statistics,
-        quality=quality, skip_existing=skip_existing,
-        postprocess=partial(apply_rules, labels=plan.labels, rules=rules) if rules else None,
+        maps=_extra_maps(save_probabilities, save_uncertainty, len(folders) * len(used) > 1, plan.labels),
+        format=format, per_label=per_label, statistics=statistics, quality=quality, skip_existing=skip_existing,
+        postprocess=_postprocessing(rules, plan.labels),
     )  # fmt: skip
-    words = {label: str(rule) for label, rule in rules.items()}
-    order = plan.labels.region_order
+    words, order = {label: str(rule) for label, rule in rules.items()}, plan.labels.region_order
     run = {
         "date": now_as_text(), "versions": versions_in_use(), "checkpoint": checkpoint, "postprocessing": words,
         "labels": plan.labels.to_json(), **({"regions_class_order": list(order)} if order else {}),
     }  # fmt: skip
+
     if scheduler is None:
-        if predictor.device.type == "cpu":
-            keep_freed_memory()
         how = f"{predictor} on {predictor.device}, {predictor.arithmetic.precision}"
         log.info(f"predicting {plural(len(cases), 'image')} with {how}")
-        with record:
-            report = partial(record.add, run={**run, **describe_predictor(predictor)})
-            files, failed = predict_cases(
-                predictor, cases, out, outputs, report=report, accept_geometry=accept_geometry
-            )
+        report = partial(record.add, run={**run, **describe_predictor(predictor)})
+        predict_all = partial(predict_cases, predictor, cases, out, report=report)
     else:
-        with record:
-            task = partial(
-                _predict_on_worker, loader=loader, out=out.absolute(), outputs=outputs, accept_geometry=accept_geometry
-            )
-            files, failed = _predict_on(scheduler, task, cases, out.absolute(), format, record, run)
+        predict_all = partial(_predict_on, scheduler, loader, cases, out.absolute(), record=record, run=run)
+    with record:
+        files, failed = predict_all(outputs=outputs, accept_geometry=accept_geometry)
     for case, reason in failed.items():
         log.error(f"failed: {case}: {reason}")
-    images, highest = {case.id: case.images[0] for case in cases}, max(plan.labels.values)
-    if highest < _LOOKS_BLACK and (picture := next((file for file in files if suffix_of(file) in PICTURES), None)):
-        log.info(f"{picture.name} contains 0 to {highest}: it looks black in most viewers, not in `nnlite view`")
+    _warn_of_black_pictures(files, plan.labels)
+    images = {case.id: case.images[0] for case in cases}
     return Predictions(
         out, tuple(files), failed, tuple(folders), tuple(used), plan.labels, words, images, record.judged
     )
@@ -367,6 +355,28 @@ def _find_images(sources: Sequence[Path], plan: Plan, model: Path) -> list[Case]
     if ending is not None and not any((ending in PICTURES) == (found in PICTURES) for found in endings):
         log.warn(f"this model was trained on {ending}, these are {', '.join(sorted(endings))} files")
     return cases
+
+
+def _extra_maps(probabilities: str | None, uncertainty: bool, several: bool, labels: Labels) -> ExtraMaps:
+    """Return the maps to write besides label maps; `several` networks may disagree."""
+    if uncertainty and not several:
+        log.info("one network predicts: there is no map of disagreement, only of entropy")
+    names = () if probabilities is None else parse_label_names(probabilities, labels)
+    return ExtraMaps(names, uncertainty, several)
+
+
+def _postprocessing(rules: dict[str, Rule], labels: Labels) -> Postprocess | None:
+    """Return what changes label maps by the rules of a selection."""
+    if unknown := sorted(rules.keys() - set(labels.region_names)):
+        what = f"the selection postprocesses {unknown[0]}, which is no label of the model"
+        raise UserError(what, fix="Run `nnlite select` again, or give --no-postprocess.")
+    return partial(apply_rules, labels=labels, rules=rules) if rules else None
+
+
+def _warn_of_black_pictures(files: Sequence[Path], labels: Labels) -> None:
+    picture, highest = next((file for file in files if suffix_of(file) in PICTURES), None), max(labels.values)
+    if picture is not None and highest < _LOOKS_BLACK:
+        log.info(f"{picture.name} contains 0 to {highest}: it looks black in most viewers, not in `nnlite view`")
 
 
 def after_predict(result: Predictions, **_: Any) -> list[list[str]]:
@@ -392,9 +402,12 @@ def _predict_on_worker(
     (folders, folds), checkpoint = loader.args[:2], loader.keywords.get("checkpoint", "final")
     used = [(folder, fold) for folder in folders for fold in folds or trained_folds(folder, checkpoint)]
     weights = [weights_fingerprint(folder, fold) for folder, fold in used]
-    files_of = [(folder, folder / QUALITY, *weight_files(folder, checkpoint).values()) for folder in folders]
-    others = [file for of in files_of for file in of]
-    stamps = [(file.stat().st_mtime_ns, file.stat().st_size) for file in others if file.is_file()]
+    stamps = [
+        (file.stat().st_mtime_ns, file.stat().st_size)
+        for folder in folders
+        for file in (folder, folder / QUALITY, *weight_files(folder, checkpoint).values())
+        if file.is_file()
+    ]
     key = str((loader, weights, stamps))
     if key not in _loaded:
         _loaded.clear()
@@ -408,23 +421,25 @@ def _predict_on_worker(
 
 def _predict_on(
     scheduler: str,
-    task: Callable[[Case], Any],
+    loader: partial[Predictor],
     cases: Sequence[Case],
     out: Path,
-    format: Format | None,
+    outputs: Outputs,
     record: PredictionRecord,
     run: dict[str, Any],
+    accept_geometry: bool,
 ) -> tuple[list[Path], dict[str, str]]:
     """Predict cases on the workers of a Dask scheduler; as `predict_cases`."""
     files: list[Path] = []
     failed: dict[str, str] = {}
-    with options.cluster_of(scheduler, out.parent if names_file(out) else out) as cluster:
+    task = partial(_predict_on_worker, loader=loader, out=out, outputs=outputs, accept_geometry=accept_geometry)
+    with options.cluster_of(scheduler, record.folder) as cluster:
         assert cluster is not None  # there is a scheduler
         absolute = [replace(case, images=tuple(path.absolute() for path in case.images)) for case in cases]
         for case, found in cluster.spread(task, absolute, "predict", heavy=True):
             if isinstance(found, Exception):
                 failed[case.id] = describe(found)
-                file = output_file(case, out, format)
+                file = output_file(case, out, outputs.format)
                 record.add(CaseResult(file, case, f"failed: {failed[case.id]}"), run)
             else:
                 files += found[0]

@@ -241,17 +241,16 @@ def train(
         launch(gpus)
     changed = options.overrides_of(
         settings, training__epochs=epochs, training__iterations=iterations, training__time_limit=time_limit,
-        training__batch_size=batch_size,
-        training__patch_size=None if patch_size is None else options.sizes_of(patch_size, "--patch-size"),
-        optimizer__lr=lr, training__precision=precision, training__seed=seed, training__workers=workers,
-        training__cache=cache, training__init=None if init is None else str(init), training__freeze=freeze,
+        training__batch_size=batch_size, training__patch_size=options.patch_of(patch_size), optimizer__lr=lr,
+        training__precision=precision, training__seed=seed, training__workers=workers, training__cache=cache,
+        training__init=None if init is None else str(init), training__freeze=freeze,
     )  # fmt: skip
     given = options.names_of(fold)
     all_folds = given == ["all-folds"]
     if resume and restart:
         raise UserError("--resume and --restart exclude each other")
-    here = bool(name or restart or resume or force or preview or callbacks or gpus > 1)  # not on workers
-    if scheduler is not None and (not all_folds or here):
+    not_on_workers = any((name, restart, resume, force, preview, callbacks, gpus > 1))
+    if scheduler is not None and (not all_folds or not_on_workers):
         what = "--scheduler spreads folds: it goes with `all-folds`, and without --gpus, --name, --restart, --resume,"
         raise UserError(f"{what} --force, --preview and callbacks")
     resolved = load_settings(recipe, changed)  # a mistake in it is reported first
@@ -260,6 +259,7 @@ def train(
     if configuration.isdecimal():  # the number of a fold or dataset
         order = "nnlite train [DATASET] CONFIGURATION FOLD"
         raise UserError(f"{configuration} is no configuration", fix=f"Give `{order}`; several folds are -f 0 1.")
+
     rule = FoldRule(folds, group_by, stratify_by or stratify, splits)
     paths = select_dataset(workspace, dataset)
     names = fold_names(paths, rule) if all_folds else given
@@ -275,24 +275,13 @@ def train(
     if resume and not any(models.is_begun(run.fold_folder) for run in own):
         raise UserError("there is nothing to resume", own[0].fold_folder, "Leave out --resume to begin.")
     first_stage = _missing_first_stage(runs, own, restart)
-    for run in first_stage:
+    for run in first_stage if restart else [*first_stage, *own]:
         run.check_resume(force)
     if restart:
         _set_aside(own, all_folds, force)
-    else:
-        for run in own:
-            run.check_resume(force)
     for run in first_stage:
         train_and_validate(run, force=force)
-    scores = {}
-    for run in own:
-        start = process_age() if run is own[0] and not first_stage else 0.0
-        found = train_and_validate(run, force=force, preview=preview, start=start)
-        if found is not None:
-            scores[run.split.name] = found
-            if len(own) > 1:
-                log.info(f"fold {run.split.name}, whole images:\n{found.to_text()}")
-    return TrainedFolds(scores)
+    return _train_here(own, force, preview, process_age() if not first_stage else 0.0)
 
 
 def after_train(result: TrainedFolds, *, dataset: Any = None, workspace: Any = None, **given: Any) -> list[list[str]]:
@@ -302,6 +291,19 @@ def after_train(result: TrainedFolds, *, dataset: Any = None, workspace: Any = N
     model = ["-m", name, *options.where(dataset, workspace)]
     views = [["nnlite", "view", case, *model] for case in cases[:1]]
     return [["nnlite", "predict", "-i", "IMAGES", "-o", "SEGMENTATIONS", *model], *views]
+
+
+def _train_here(runs: Sequence[TrainingRun], force: bool, preview: bool, start: float) -> TrainedFolds:
+    """Train folds in this process, which took `start` seconds to begin."""
+    scores = {}
+    for run in runs:
+        found = train_and_validate(run, force=force, preview=preview, start=start)
+        start = 0.0
+        if found is not None:
+            scores[run.split.name] = found
+            if len(runs) > 1:
+                log.info(f"fold {run.split.name}, whole images:\n{found.to_text()}")
+    return TrainedFolds(scores)
 
 
 def _train_on_cluster(
