@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import runpy
 import shutil
 from collections.abc import Callable
@@ -182,6 +183,23 @@ def test_regions_of_a_label_are_missing_or_surplus_or_have_another_label() -> No
         finding = judge(with_box(value, box), names)[0]
         assert finding.kind == kind and finding.score >= STRONG and finding.label in names[1:]
         assert all(side.start <= n < side.stop for n, side in zip(finding.place, box, strict=True))
+
+
+def test_many_missing_objects_are_one_finding() -> None:
+    """Each nucleus alone is a twelfth of the label; models of pictures agree more or less well with correct maps."""
+    names, y, x = ("background", "nucleus"), np.arange(96)[:, None], np.arange(128)
+    evidence = []
+    for seed in range(13):
+        radius = np.random.default_rng(seed).uniform(7, 9)
+        label = ((y % 32 - 16) ** 2 + (x % 32 - 16) ** 2 < radius**2)[None].astype(np.uint8)
+        prediction = predict_from(label, seed, noise=0.35 if seed % 2 else 0.1)
+        if seed == 0:
+            label[:, :, :64] = 0
+        evidence.append(collect_evidence(str(seed), label, [prediction], names, None))
+    first, second, *_ = rank_cases(evidence, names)
+    assert first.case == "0" and first.score > 3 * second.score
+    assert first.findings[0].kind == "missing structure"
+    assert re.fullmatch(r"\d+ pixels of nucleus are missing, in 6 regions", first.findings[0].text)
 
 
 @pytest.mark.parametrize("flat", [False, True], ids=["3d", "picture"])

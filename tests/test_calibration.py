@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ import nnunet_lite
 from nnunet_lite.commands.predict import _predict_on_worker
 from nnunet_lite.data.cases import find_cases
 from nnunet_lite.data.dataset import stored_dataset
+from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import read_image
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation import calibration_rows
@@ -32,7 +34,7 @@ from nnunet_lite.evaluation.calibration_rows import Row, TrainingRanges, read_ro
 from nnunet_lite.evaluation.comparison import HeldOut
 from nnunet_lite.evaluation.degradation import DEGRADATIONS
 from nnunet_lite.files import read_json, write_json
-from nnunet_lite.inference.features import CaseFeatures, describe_prediction
+from nnunet_lite.inference.features import CaseFeatures, describe_image, describe_prediction
 from nnunet_lite.inference.folder import Outputs
 from nnunet_lite.inference.outputs import ExtraMaps
 from nnunet_lite.inference.predictor import load, prepare_image, segment
@@ -397,6 +399,22 @@ def test_flags_say_in_words_what_is_unusual() -> None:
     assert not any("less sure" in flag for flag in nothing.flags)
     optional = quality.model_copy(update={"presence": {"liver": 0.3}})
     assert judge(optional, CaseFeatures(clean.image, {"liver": {}})).expected["liver"] is None
+
+
+def test_flags_of_a_picture_have_no_slices_and_no_z() -> None:
+    """A picture with pixels of 5 µm, of a model trained on 1 µm, whose spacing along z is 999 times as large."""
+    rows = made_up_rows(12)
+    image = describe_image(np.ones((1, 1, 40, 40)), Geometry((1, 40, 40), (4.995, 0.005, 0.005), dimensions=2))
+    usual = dict.fromkeys(image, 0.0) | {"spacing/y": np.log(0.001), "spacing/x": np.log(0.001)}
+    rows = [row.model_copy(update={"features": CaseFeatures(usual, row.features.labels)}) for row in rows]
+    ranges = replace(RANGES, spacing=((0.999, 0.001, 0.001), (0.999, 0.001, 0.001)))
+    quality = fit_quality(rows, ranges, {"model": {"0": "f"}}, ("R", "G")).model_copy(update={"threshold": -1e9})
+    odd = usual | {name: image[name] for name in image if name.startswith("spacing")}
+    flags = judge(quality, CaseFeatures(odd | {"0/step/y": -3.0}, rows[0].features.labels)).flags
+    assert "spacing 0.005 mm along y, x, trained on 0.001 mm" in flags and "blurred along y" in flags
+    assert not any("slices" in flag or " z" in flag for flag in flags)
+    contrast = judge(quality, CaseFeatures(odd | {"0/intensity/50": 3.0}, rows[0].features.labels)).flags
+    assert "intensities are unlike those of the training (R, G): another stain or exposure?" in contrast
 
 
 def test_an_axis_is_not_called_blurred_and_noisy() -> None:

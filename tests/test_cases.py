@@ -12,7 +12,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 from bad_inputs import Bad, copies_of_scan, refuse
-from samples import Command, Counts, start_nnlite, wait_until
+from samples import Command, Counts, sample_plan, start_nnlite, wait_until
 
 from nnunet_lite import log
 from nnunet_lite.data.cases import Case, find_cases
@@ -21,7 +21,7 @@ from nnunet_lite.data.images import Image, read_geometry, read_image, read_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.nifti import write_nifti
 from nnunet_lite.errors import UserError
-from nnunet_lite.inference.cases import check_output
+from nnunet_lite.inference.cases import check_output, use_trained_unit
 from nnunet_lite.inference.predictor import Predictor
 
 NUMBERS = [[[0.0, 1.0], [2.0, 3.0]], [[1.0, 0.0], [3.0, 2.0]]]
@@ -341,6 +341,17 @@ def two_dimensional(path: Path) -> None:
         image.SetOrigin((3.0, 4.0))
         image.SetDirection((0.0, -1.0, 1.0, 0.0))
     sitk.WriteImage(image, str(path))
+
+
+@pytest.mark.parametrize("flat", [True, False], ids=["pictures", "volumes"])
+def test_a_picture_without_a_spacing_is_told_what_the_model_takes(flat: bool, tmp_path: Path) -> None:
+    plan = sample_plan(Labels(names={"background": 0, "cell": 1}), spacing=(0.0005, 0.0005, 0.0005))
+    if flat:
+        plan = plan.model_copy(update={"configurations": {"2d": plan.configurations["2d"]}})
+    picture = Image(np.zeros((1, 1, 9, 9), np.uint8), Geometry((1, 9, 9), (999, 1, 1), dimensions=2, calibrated=False))
+    with pytest.raises(UserError, match="the model was trained on voxels") as error:
+        use_trained_unit(plan, picture, tmp_path / "a.png")
+    assert ("Give a TIFF file, and put <case>.json into its folder" if flat else "Give a volume.") in str(error.value)
 
 
 @pytest.mark.parametrize(

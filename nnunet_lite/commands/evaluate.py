@@ -141,7 +141,8 @@ def view(
         ),
     ] = None,
     at: Annotated[
-        tuple[int, int, int] | None, options.output("--at", metavar="Z Y X", help="Voxel of the file to open at.")
+        tuple[int, int, int] | None,
+        options.output("--at", metavar="Z Y X", help="Voxel of the file to open at; z of a picture is 0."),
     ] = None,
     browser: Annotated[bool, options.output(help="Open the page; otherwise only its address is printed.")] = True,
     dataset: options.DatasetName = None,

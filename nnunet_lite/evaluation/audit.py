@@ -26,7 +26,16 @@ from nnunet_lite.data.images import read_label
 from nnunet_lite.data.problems import align, few, plural
 from nnunet_lite.data.raw_files import read_stamps, scan_raw_cases
 from nnunet_lite.errors import UserError, describe
-from nnunet_lite.evaluation.contradictions import Evidence, Kind, Place, collect_evidence, dice_of_counts
+from nnunet_lite.evaluation.contradictions import (
+    Correction,
+    Evidence,
+    Kind,
+    Place,
+    collect_evidence,
+    describe_region,
+    dice_after,
+    dice_of_counts,
+)
 from nnunet_lite.evaluation.members import Member, find_members
 from nnunet_lite.evaluation.statistics import mean_of_known
 from nnunet_lite.files import hash_of, read_validated, to_csv, write_json, write_text
@@ -356,6 +365,23 @@ class _Usual(NamedTuple):
         return np.nan_to_num(np.maximum((self.dice - dice) / self.spread, 0))
 
 
+def _join_regions(one: Evidence, usual: _Usual, names: Sequence[str]) -> list[Correction]:
+    """Correct regions that are thicker than usual together: of many small objects, each one alone changes little."""
+    groups = defaultdict[tuple[int, int], list[Correction]](list)
+    for correction in one.corrections:
+        if correction.moved and correction.depth > usual.depth[correction.label]:
+            groups[correction.moved[:2]].append(correction)
+    joined = []
+    for (own, seen), parts in groups.items():
+        if len(parts) > 1:
+            moved = np.zeros_like(one.counts)
+            moved[own, seen] = sum(part.moved[2] for part in parts if part.moved)
+            _, text = describe_region(own, seen, int(moved.sum()), one.unit, names)
+            after = dice_after(one.counts, moved)
+            joined.append(parts[0]._replace(text=f"{text}, in {len(parts)} regions", dice=after, moved=None))
+    return joined
+
+
 def _judge_case(
     one: Evidence, dice: np.ndarray, usual: _Usual, names: Sequence[str], twins: Sequence[str]
 ) -> list[Finding]:
@@ -368,7 +394,7 @@ def _judge_case(
         name = names[label] if label else ""
         findings.append(Finding(kind=kind, label=name, text=text, place=place, score=round(score, 2)))
 
-    for kind, text, place, after, label, depth in one.corrections:
+    for kind, text, place, after, label, depth, _ in (*one.corrections, *_join_regions(one, usual, names)):
         left = usual.lack(after)
         score = float((lack - left).max())
         if kind in _OF_THE_MAP:
@@ -382,7 +408,7 @@ def _judge_case(
         if score > 0:
             add(kind, label, text, place, score)
     if twins and not any(finding.kind in _OF_THE_MAP for finding in findings):
-        text = f"it has the same voxels as that of {' and '.join(twins)}"
+        text = f"it has the same {one.unit}s as that of {' and '.join(twins)}"
         add("map of another case", 0, text, one.place, _OF_TWINS * total)
     if max((finding.score for finding in findings), default=0.0) < _EXPLAINING * total:
         own, other, both = one.counts[1:].sum(), one.counts[:, 1:].sum(), one.counts[1:, 1:].sum()
@@ -390,7 +416,7 @@ def _judge_case(
         if both < (1 - _UNLIKE) * min(own, other):
             add("map of another case", 0, "no correction makes it fit: it may be of another case", one.place, total)
         elif abs(size / max(seen, 1) - 1) > _DRIFT:
-            text = f"{name} has {size} voxels, and the models see {seen}"
+            text = f"{name} has {size} {one.unit}s, and the models see {seen}"
             add("boundary drift", worst + 1, text, one.place, _UNEXPLAINED * total)
         else:
             text = f"Dice of {name} with the models is {dice[worst]:.2f}, usual is {usual.dice[worst]:.2f}"

@@ -52,6 +52,8 @@ class Correction(NamedTuple):
         The class that it is about; 0 for all.
     depth : int
         Of a region: the distance of its deepest voxel from its border. Of slices between others: their number.
+    moved : tuple of int
+        Of a region: its class in the reference, the class that the models see, and its voxels.
     """
 
     kind: Kind
@@ -60,6 +62,7 @@ class Correction(NamedTuple):
     dice: np.ndarray
     label: int = 0
     depth: int = 0
+    moved: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +81,8 @@ class Evidence:
         The thickest contradiction, a voxel (z, y, x) as stored.
     digest : str
         Hash of the reference's foreground; empty for a small one.
+    unit : {"voxel", "pixel"}
+        What the map consists of.
     """
 
     case_id: str
@@ -85,6 +90,7 @@ class Evidence:
     corrections: tuple[Correction, ...]
     place: Place
     digest: str
+    unit: Literal["voxel", "pixel"] = "voxel"
 
 
 def collect_evidence(
@@ -113,7 +119,7 @@ def collect_evidence(
     margins = [min(low, n - high) for (low, high), n in ends]  # equal on both sides, so that a flip stays in the crop
     box = tuple(slice(low, n - low) for low, n in zip(margins, reference.shape, strict=True))
     ours, theirs, known = (np.ascontiguousarray(array[box]) for array in (reference, voted, sure))
-    pair = _Pair(ours, theirs, known, margins, names)
+    pair = _Pair(ours, theirs, known, margins, names, "pixel" if reference.shape[0] == 1 else "voxel")
     wrong = pair.reference != pair.agreed
     depth = ndimage.distance_transform_cdt(wrong, "taxicab") if not wrong.all() else np.ones(wrong.shape, int)
     place = pair.place(np.unravel_index(int(depth.argmax()), depth.shape))
@@ -121,7 +127,7 @@ def collect_evidence(
         *_exchanges(pair, place), *_flips(pair, place), *_shifts(pair, place), *_absences(pair), *_gaps(pair),
         *_regions(pair, depth),
     )  # fmt: skip
-    return Evidence(case_id, pair.counts, corrections, place, _digest(pair.reference))
+    return Evidence(case_id, pair.counts, corrections, place, _digest(pair.reference), pair.unit)
 
 
 def majority_vote(predictions: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -182,13 +188,28 @@ def dice_of_counts(counts: np.ndarray) -> np.ndarray:
     return np.where(total > 0, 2 * counts.diagonal()[1:] / np.maximum(total, 1), np.nan)
 
 
+def dice_after(counts: np.ndarray, moved: np.ndarray) -> np.ndarray:
+    """Return Dice after some voxels of the reference got the class that the models see.
+
+    Parameters
+    ----------
+    counts : ndarray, shape (n, n)
+        From `count_pairs`.
+    moved : ndarray, shape (n, n)
+        Those of the voxels, counted in the same way.
+    """
+    return dice_of_counts(counts - moved + np.diag(moved.sum(0)))
+
+
 class _Pair:
     """The reference and the vote of the models, cropped to the foreground of both."""
 
     def __init__(
-        self, reference: np.ndarray, voted: np.ndarray, sure: np.ndarray, corner: Sequence[int], names: Sequence[str]
-    ) -> None:
+        self, reference: np.ndarray, voted: np.ndarray, sure: np.ndarray, corner: Sequence[int], names: Sequence[str],
+        unit: Literal["voxel", "pixel"],
+    ) -> None:  # fmt: skip
         self.reference, self.voted, self.sure, self.corner, self.names = reference, voted, sure, corner, names
+        self.unit = unit
         self.agreed = self.agreeing_with(reference)
         self.counts = count_pairs(reference, self.agreed, len(names))
         self.axes = [axis for axis, size in enumerate(reference.shape) if size > 1]
@@ -201,10 +222,6 @@ class _Pair:
     def dice_of(self, reference: np.ndarray) -> np.ndarray:
         """Return Dice of a corrected reference."""
         return dice_of_counts(count_pairs(reference, self.agreeing_with(reference), len(self.names)))
-
-    def dice_after(self, moved: np.ndarray) -> np.ndarray:
-        """Return Dice after some voxels, counted as in `counts`, got the class that the models see."""
-        return dice_of_counts(self.counts - moved + np.diag(moved.sum(0)))
 
     def place(self, voxel: Sequence[Any]) -> Place:
         """Return a voxel of the crop as one of the image."""
@@ -255,7 +272,9 @@ def _shifts(pair: _Pair, place: Place) -> Iterator[Correction]:
     if any(steps):
         by = " and ".join(f"{step:+d} along {axis}" for step, axis in zip(steps, "zyx", strict=True) if step)
         moved = ndimage.shift(pair.reference, steps, order=0)
-        yield Correction("shifted map", f"the map fits if it is moved by {by} (voxels)", place, pair.dice_of(moved))
+        yield Correction(
+            "shifted map", f"the map fits if it is moved by {by} ({pair.unit}s)", place, pair.dice_of(moved)
+        )
 
 
 def _profile(array: np.ndarray, axis: int, n: int) -> np.ndarray:
@@ -270,8 +289,8 @@ def _absences(pair: _Pair) -> Iterator[Correction]:
     for k in np.flatnonzero((pair.counts.sum(1) == 0) & (pair.counts.sum(0) > 0)).tolist():
         moved = np.zeros_like(pair.counts)
         moved[:, k] = pair.counts[:, k]
-        text = f"{pair.names[k]} is nowhere, and the models see {plural(int(moved.sum()), 'voxel')} of it"
-        yield Correction("missing structure", text, pair.middle(pair.agreed == k), pair.dice_after(moved), k)
+        text = f"{pair.names[k]} is nowhere, and the models see {plural(int(moved.sum()), pair.unit)} of it"
+        yield Correction("missing structure", text, pair.middle(pair.agreed == k), dice_after(pair.counts, moved), k)
 
 
 def _gaps(pair: _Pair) -> Iterator[Correction]:
@@ -299,7 +318,9 @@ def _gaps(pair: _Pair) -> Iterator[Correction]:
                 low, name = pair.corner[axis] + start, pair.names[k] if k else "every label"
                 ends = f"{'zyx'[axis]} = {low} to {low + stop - start - 1}"
                 text = f"{name} is missing in {plural(stop - start, 'slice')}, {ends}"
-                yield Correction("slices without labels", text, pair.middle(part), pair.dice_after(moved), k, length)
+                yield Correction(
+                    "slices without labels", text, pair.middle(part), dice_after(pair.counts, moved), k, length
+                )
 
 
 def _regions(pair: _Pair, depth: np.ndarray) -> Iterator[Correction]:
@@ -315,13 +336,32 @@ def _regions(pair: _Pair, depth: np.ndarray) -> Iterator[Correction]:
         depths = depth[tuple(voxels.T)]
         deepest = voxels[depths.argmax()]
         a, b = int(pair.reference[tuple(deepest)]), int(pair.agreed[tuple(deepest)])
-        size = plural(len(voxels), "voxel")
-        kind: Kind = "missing structure" if a == 0 else "surplus structure" if b == 0 else "other label"
-        text = f"{size} are labelled {names[a]}, and the models see {names[b] if b else 'nothing'}"
-        text = f"{size} of {names[b]} are missing" if a == 0 else text
+        kind, text = describe_region(a, b, len(voxels), pair.unit, names)
         moved = np.zeros_like(pair.counts)
         moved[a, b] = len(voxels)
-        yield Correction(kind, text, pair.place(deepest), pair.dice_after(moved), b or a, int(depths.max()))
+        dice, thickness = dice_after(pair.counts, moved), int(depths.max())
+        yield Correction(kind, text, pair.place(deepest), dice, b or a, thickness, (a, b, len(voxels)))
+
+
+def describe_region(own: int, seen: int, n: int, unit: str, names: Sequence[str]) -> tuple[Kind, str]:
+    """Return the kind of a region that has one class in the reference and another one in the predictions, and a text.
+
+    Parameters
+    ----------
+    own, seen : int
+        The classes.
+    n : int
+        Its voxels.
+    unit : str
+        What these are called.
+    names : sequence of str
+        The name of each class, with the background.
+    """
+    size = plural(n, unit)
+    if own == 0:
+        return "missing structure", f"{size} of {names[seen]} are missing"
+    text = f"{size} are labelled {names[own]}, and the models see {names[seen] if seen else 'nothing'}"
+    return "other label" if seen else "surplus structure", text
 
 
 def _digest(reference: np.ndarray) -> str:

@@ -92,13 +92,12 @@ def describe_image(array: np.ndarray, geometry: Geometry) -> Values:
     Returns
     -------
     dict of str to float
-        WHAT/AXIS of the image and CHANNEL/WHAT/... of each channel. Lengths are logarithms of mm, intensities are
-        normalised ones.
+        WHAT/AXIS of the image (a picture has no z) and CHANNEL/WHAT/... of each channel. Lengths are logarithms of mm,
+        intensities are normalised ones.
     """
-    spacing = np.array(geometry.spacing)
-    features = {f"spacing/{axis}": float(np.log(s)) for axis, s in zip(AXES, spacing, strict=True)}
-    extent = np.log(spacing * geometry.shape)
-    features |= {f"extent/{axis}": float(e) for axis, e in zip(AXES, extent, strict=True)}
+    axes = list(zip(AXES, geometry.spacing, geometry.shape, strict=True))[-geometry.dimensions :]
+    features = {f"spacing/{axis}": float(np.log(size)) for axis, size, _ in axes}
+    features |= {f"extent/{axis}": float(np.log(size * n)) for axis, size, n in axes}
     for number, channel in enumerate(array):
         blocks = _blocks(channel)
         found = {**_intensities(blocks), **_texture(blocks), **_trends(channel), **_combs(channel)}

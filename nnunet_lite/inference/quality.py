@@ -51,6 +51,11 @@ _BLURRED, _NOISY = "blurred, or of thick slices, along {where}", "noisier or sha
 _SHARPNESS = {_BLURRED: _NOISY, _NOISY: _BLURRED}  # thick slices that were interpolated are both by the numbers
 _TREND = "brightness changes over the image in an unusual way: a bias field, or another position?"
 _CONTRAST = "intensities are unlike those of the training ({channels}): another sequence or modality?"
+_OF_PICTURES = {  # instead
+    _BLURRED: "blurred along {where}",
+    _TREND: "brightness changes over the image in an unusual way: uneven light?",
+    _CONTRAST: "intensities are unlike those of the training ({channels}): another stain or exposure?",
+}
 _IMAGE_WORDS = {  # by feature, and whether it is larger than usual
     ("extent", True): "the image is longer than usual along {where}",
     ("extent", False): "the image is shorter than usual along {where}",
@@ -393,6 +398,8 @@ def _flags(quality: Quality, features: CaseFeatures, is_unusual: bool) -> tuple[
 def _spacing_flags(quality: Quality, features: CaseFeatures) -> list[str]:
     axes = defaultdict[tuple[str, str], list[str]](list)
     for name, axis, low, high in zip(AXES, features.axes, *quality.spacing, strict=True):
+        if f"spacing/{name}" not in features.image:
+            continue  # a picture has no z
         own = float(np.exp(features.image[f"spacing/{name}"]))
         if own > _LARGER * high or own * _LARGER < low:
             trained = f"{low:.3g}" if high < 1.01 * low else f"{low:.3g} to {high:.3g}"
@@ -438,4 +445,6 @@ def _unusual_flags(quality: Quality, features: CaseFeatures) -> list[str]:
                     strength[words] = max(strength[words], far)
                     axes[words].append(label)
     ranked = sorted(strength, key=lambda words: -strength[words])[:_MOST_REASONS]
-    return [words.format(where=few(axes[words], 3), channels=", ".join(quality.channels)) for words in ranked]
+    shown = {} if "spacing/z" in features.image else _OF_PICTURES
+    channels = ", ".join(quality.channels)
+    return [shown.get(words, words).format(where=few(axes[words], 3), channels=channels) for words in ranked]
