@@ -252,17 +252,18 @@ def build_batch(job: Job, cases: Sequence[CaseArrays], draw: BatchDraw) -> Batch
 
 def _read_native(job: Job, cases: Sequence[CaseArrays], draw: BatchDraw) -> tuple[Tensor, Tensor]:
     """Patches on the device, rotated and scaled: images in float32, and classes, as `read_patches` returns them."""
-    moved = [location.matrix is not None for location in draw.locations]
-    order = np.argsort(moved, kind="stable")  # those without a matrix come first
-    n_still = len(moved) - sum(moved)
-    parts = []
-    for group in filter(len, (order[:n_still], order[n_still:])):
-        locations = [draw.locations[i] for i in group]
-        parts.append(read_patches(cases, locations, job.patch, job.device, _class_beyond(job)))
-    if not any(moved):
-        return parts[0][0].float(), parts[0][1]
+    still = [i for i, location in enumerate(draw.locations) if location.matrix is None]
+    moved = [i for i, location in enumerate(draw.locations) if location.matrix is not None]
+
+    def read(samples: list[int]) -> tuple[Tensor, Tensor]:
+        return read_patches(cases, [draw.locations[i] for i in samples], job.patch, job.device, _class_beyond(job))
+
+    if not moved:
+        images, classes = read(still)
+        return images.float(), classes
+    parts = [read(samples) for samples in (still, moved) if samples]  # apart: boxes to rotate or scale are larger
     matrices = np.stack([location.matrix for location in draw.locations if location.matrix is not None])
-    matrix, back = copy_parameters([matrices, np.argsort(order)], job.device)
+    matrix, back = copy_parameters([matrices, np.argsort(still + moved)], job.device)
     with _one_at_a_time(job.device):
         parts[-1] = augmentation.warp_samples(*parts[-1], matrix, job.patch)
     images, classes = (torch.cat(part)[back.long()] for part in zip(*parts, strict=True))

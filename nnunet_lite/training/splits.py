@@ -127,33 +127,35 @@ def check_folds(file: Path, dataset: Dataset, rule: FoldRule) -> bool:
     UserError
         `make_splits` or `leave_out` fails, or the options make other folds than those of an existing splits.json.
     """
-    given = rule != DEFAULT_RULE
-    rule = rule if given else _default_rule(dataset)
+    asked = rule if rule != DEFAULT_RULE else _default_rule(dataset)
     if not file.is_file():
-        if rule != DEFAULT_RULE:
-            leave_out(make_splits(dataset, rule, strata={})[0], dataset)
-        return rule != DEFAULT_RULE
+        if asked != DEFAULT_RULE:
+            leave_out(make_splits(dataset, asked, strata={})[0], dataset)  # label maps are read later
+        return asked != DEFAULT_RULE
     splits = load_splits(file)
     leave_out(splits, dataset)
-    if rule == DEFAULT_RULE:
-        return False
-    record, members = read_record(file), _cases_of(splits)
-    divided = [*dataset.cases, *(case for case in dataset.excluded if case.id in members)]
-    others = tuple(case for case in dataset.excluded if case not in divided)
-    whole = replace(dataset, cases=tuple(divided), excluded=others)  # as when the folds were made
     try:
-        made, _ = make_splits(whole, rule, record.strata if record and record.stratify == _BY_LABELS else None)
-        if [*map(_fingerprint, splits)] != [*map(_fingerprint, leave_out(made, whole))]:
-            cases = plural(len(whole.cases), "case")
-            what = f"holds {_summarize(splits, record)}, not those that the options make of {cases}"
-            fix = "Omit the options for folds to continue with these, or delete the file to make them again."
-            raise UserError(what, file, fix)
+        if asked != DEFAULT_RULE:
+            _refuse_other_folds(file, splits, dataset, asked)
     except UserError:
-        if given:
+        if rule != DEFAULT_RULE:
             raise
-        what = f"{rule.splits} is not used: {file} exists, and its folds stay"
+        what = f"{asked.splits} is not used: {file} exists, and its folds stay"
         log.warn_once(f"{what}. Delete it to use the other folds")  # `run` calls this for each fold
     return False
+
+
+def _refuse_other_folds(file: Path, splits: Sequence[Split], dataset: Dataset, rule: FoldRule) -> None:
+    """Refuse options that make other folds than those of an existing splits.json."""
+    record, divided = read_record(file), _cases_of(splits)
+    excluded = [case for case in dataset.excluded if case.id in divided]  # since the folds were made
+    before = tuple(case for case in dataset.excluded if case.id not in divided)
+    whole = replace(dataset, cases=(*dataset.cases, *excluded), excluded=before)
+    made, _ = make_splits(whole, rule, record.strata if record and record.stratify == _BY_LABELS else None)
+    if [*map(_fingerprint, splits)] != [*map(_fingerprint, leave_out(made, whole))]:
+        what = f"holds {_summarize(splits, record)}, not those that the options make of "
+        fix = "Omit the options for folds to continue with these, or delete the file to make them again."
+        raise UserError(what + plural(len(whole.cases), "case"), file, fix)
 
 
 def _default_rule(dataset: Dataset) -> FoldRule:
@@ -254,8 +256,7 @@ def make_splits(
         other = f", or take --folds 2{f' to {n}' * (n > 2)}" if n > 1 else ""
         fix = f"Train on every case: `nnlite train CONFIGURATION all`{other}."
         raise UserError(f"{plural(n, what)} cannot be split into {plural(n_folds, 'fold')}", fix=fix)
-    record = SplitsRecord(folds=n_folds, seed=SEED, groups=groups)
-    record.group_by = None if groups is None else str(rule.group_by)
+    record = SplitsRecord(folds=n_folds, seed=SEED, group_by=rule.group_by and str(rule.group_by), groups=groups)
     if rule.stratify is True:
         record.stratify = _BY_LABELS
         record.strata = dict(stratify_by_labels(dataset, n_folds) if strata is None else strata)
@@ -289,14 +290,20 @@ def divide(
     UserError
         No stratum has a case for each fold.
     """
-    from sklearn.model_selection import KFold, StratifiedGroupKFold  # slow to import
+    from sklearn.model_selection import KFold  # slow to import
 
     ids = sorted(case_ids)
     if groups is None and strata is None:
-        parts = KFold(n_folds, shuffle=True, random_state=SEED).split(ids)
-        return _hold_out(ids, [{ids[i] for i in part} for _, part in parts])
-    group_of_case = [case_id if groups is None else groups[case_id] for case_id in ids]
-    stratum_of_case = ["" if strata is None else strata[case_id] for case_id in ids]
+        parts = [part for _, part in KFold(n_folds, shuffle=True, random_state=SEED).split(ids)]
+    else:
+        parts = _balance([groups[i] if groups else i for i in ids], [strata[i] if strata else "" for i in ids], n_folds)
+    return _hold_out({ids[i]: str(k) for k, part in enumerate(parts) for i in part}, n_folds)
+
+
+def _balance(group_of_case: Sequence[str], stratum_of_case: Sequence[str], n_folds: int) -> list[np.ndarray]:
+    """Divide the numbers of cases into folds that hold out about equal shares of each stratum, and whole groups."""
+    from sklearn.model_selection import StratifiedGroupKFold
+
     if max(Counter(stratum_of_case).values()) < n_folds:
         raise UserError(f"no stratum has {n_folds} cases, one for each fold", fix="Use fewer strata or fewer folds.")
     # Where strata leave a choice, scikit-learn deals groups out in the order of their numbers. Numbers at random, the
@@ -306,15 +313,16 @@ def divide(
     number = {name: i for i, name in enumerate(sorted(names, key=lambda name: -sizes[name]))}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of strata with fewer cases than folds
-        parts = StratifiedGroupKFold(n_folds).split(ids, stratum_of_case, [number[name] for name in group_of_case])
-        return _hold_out(ids, [{ids[i] for i in part} for _, part in parts])
+        parts = StratifiedGroupKFold(n_folds).split(group_of_case, stratum_of_case, [number[g] for g in group_of_case])
+        return [part for _, part in parts]
 
 
-def _hold_out(ids: Sequence[str], parts: Sequence[Collection[str]]) -> list[Split]:
-    """Make a fold for each part of the cases, which it holds out."""
+def _hold_out(fold_of: Mapping[str, str], n_folds: int) -> list[Split]:
+    """Make folds from the name of the one that holds out each case."""
+    ids = sorted(fold_of)
     return [
-        Split(str(k), tuple(i for i in ids if i not in part), tuple(i for i in ids if i in part))
-        for k, part in enumerate(parts)
+        Split(k, tuple(i for i in ids if fold_of[i] != k), tuple(i for i in ids if fold_of[i] == k))
+        for k in map(str, range(n_folds))
     ]
 
 
@@ -457,12 +465,11 @@ def load_splits(file: Path, dataset: Dataset | None = None) -> list[Split]:
     """
     try:
         if dataset is not None and file.suffix.lower() in _TABLES:
-            ids = _ids(dataset.cases)
-            column = read_column(file, ids, "fold")
-            names = [str(k) for k in range(len(set(column.values())))]
-            if {*names} != {*column.values()}:
-                raise UserError(f"folds are {', '.join(sorted({*column.values()}))}", file, "Number them 0, 1, 2 ...")
-            splits = _hold_out(ids, [{i for i in ids if column[i] == name} for name in names])
+            fold_of = read_column(file, _ids(dataset.cases), "fold")
+            names = sorted(set(fold_of.values()))
+            if {*names} != {*map(str, range(len(names)))}:
+                raise UserError(f"folds are {', '.join(names)}", file, "Number them 0, 1, 2 ...")
+            splits = _hold_out(fold_of, len(names))
         else:
             entries = _ENTRIES.validate_python(read_json(file), strict=True)
             splits = [Split(str(k), tuple(entry.train), tuple(entry.val)) for k, entry in enumerate(entries)]
