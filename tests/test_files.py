@@ -25,9 +25,9 @@ from nnunet_lite.data.images import read_label, write_label
 from nnunet_lite.data.nifti import write_nifti
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import append, atomic, cut_short, must_fit, no_space, read_json, scratch, sweep, write_json
-from nnunet_lite.inference.first_stage import write_stage_map
 from nnunet_lite.inference.folder import array_on_disk
 from nnunet_lite.models.checkpoint import load_weights, save_weights
+from nnunet_lite.preprocessing.stored_case import compress_array
 
 ROOT = Path(__file__).parents[1]
 VOLUME = Geometry((20, 30, 40), (1.0, 1.0, 1.0), calibrated=False)  # a TIFF of it has no sidecar
@@ -116,12 +116,6 @@ def files_of_at_most(limit: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-class Like:
-    """How a stored label is chunked."""
-
-    chunks, blocks, dtype = (20, 30, 40), (20, 30, 40), np.dtype(np.uint8)
-
-
 WRITERS: dict[str, Callable[[Path], object]] = {
     **{
         f"a.label{suffix}": lambda path: write_label(path, noise(VOLUME), VOLUME)
@@ -131,8 +125,13 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "a.map.nii.gz": lambda path: write_shares(path),
     "a.json": lambda path: write_json(path, list(range(10_000))),
     "a.safetensors": lambda path: save_weights(path, nn.Linear(100, 100), {}),
-    "a.b2nd": lambda path: write_stage_map(path, noise(VOLUME), Like(), "key"),
+    "a.b2nd": lambda path: write_array(path),
 }
+
+
+def write_array(path: Path) -> None:
+    with atomic(path) as temporary:
+        temporary.write_bytes(compress_array(noise(VOLUME), VOLUME.shape, "key"))
 
 
 def write_shares(path: Path) -> None:

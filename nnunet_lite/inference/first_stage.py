@@ -12,27 +12,23 @@ fold_k/next_stage/3d_cascade_fullres/case_001.b2nd    in the model folder of the
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import blosc2
-import numpy as np
-
 from nnunet_lite import log
 from nnunet_lite.data.dataset import Dataset
 from nnunet_lite.errors import UserError, naming
-from nnunet_lite.files import atomic, locked, sweep
+from nnunet_lite.files import atomic, hash_of, locked, sweep
 from nnunet_lite.inference.predictor import load, predict_on_grid
 from nnunet_lite.models.folder import MODEL, is_finished, model_folder, read_run
 from nnunet_lite.models.lookup import read_model
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.preprocessing.pipeline import Preprocessed
 from nnunet_lite.preprocessing.store import open_case, preprocess_dataset
-from nnunet_lite.preprocessing.stored_case import open_array
+from nnunet_lite.preprocessing.stored_case import compress_array, open_array
 from nnunet_lite.training.splits import ALL, Split, load_splits
 from nnunet_lite.workspace import Paths
 
@@ -177,13 +173,14 @@ def predict_first_stage(
     preprocess_dataset(dataset, plan, [configuration], preprocessed, workers)
     open_first = partial(open_case, preprocessed, first_plan, first.configuration)
     open_second = partial(open_case, preprocessed, plan, configuration)
+    patch = [1, *plan.configuration(configuration).patch_size][-3:]
     files: dict[str, Path] = {}
     for fold in first.folds:
         fold_folder = first.folder / f"fold_{fold}"
         held_out = [case_id for case_id, holder in first.holders.items() if holder == fold]
         files |= {case_id: stage_map_file(fold_folder, configuration, case_id) for case_id in held_out}
         recipe = _describe_fold(first.folder, fold)
-        keys = {case_id: _hash([recipe, open_first(case_id).key, open_second(case_id).key]) for case_id in held_out}
+        keys = {case_id: hash_of([recipe, open_first(case_id).key, open_second(case_id).key]) for case_id in held_out}
         folder = files[held_out[0]].parent
         with locked(folder, "predicting"):
             sweep(folder, alone=True)
@@ -196,7 +193,9 @@ def predict_first_stage(
                 with naming(case_id):
                     array = Preprocessed(source.image[:], None, source.placement)
                     classes = predict_on_grid(model, array, target.placement)
-                write_stage_map(files[case_id], classes, target.label, keys[case_id])
+                content = compress_array(classes.astype(target.label.dtype), patch, keys[case_id])
+                with atomic(files[case_id]) as temporary:
+                    temporary.write_bytes(content)
     return files
 
 
@@ -223,25 +222,12 @@ def _describe_fold(folder: Path, fold: str) -> dict[str, Any]:
     }
 
 
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
 # ------------------------------------------------------------------------------------------------------------- files
 
 
 def stage_map_file(fold_folder: Path, configuration: str, case_id: str) -> Path:
     """Return where a fold of the first stage keeps what it predicts of a case for a second stage."""
     return fold_folder / _FOLDER / configuration / f"{case_id}.b2nd"
-
-
-def write_stage_map(file: Path, classes: np.ndarray, like: Any, key: str) -> None:
-    """Write classes (z, y, x), chunked like a stored label of the same shape; `key` says what they were made of."""
-    compression = blosc2.CParams(codec=blosc2.Codec.ZSTD, clevel=1, nthreads=1)
-    layout = {"chunks": like.chunks, "blocks": like.blocks, "cparams": compression}
-    with atomic(file) as temporary:
-        stored = blosc2.asarray(classes.astype(like.dtype, order="C"), urlpath=str(temporary), mode="w", **layout)
-        stored.vlmeta["key"] = key
 
 
 def _stored_key(file: Path) -> str | None:

@@ -184,8 +184,8 @@ def _write_files(folder: Path, case: Preprocessed, labels: Labels, patch: Sequen
     (folder / "case.json").write_text(json.dumps(description))
 
 
-def compress_array(array: np.ndarray, patch: Sequence[int]) -> bytes:
-    """Return the file of an array (..., z, y, x) that is read in patches (z, y, x).
+def compress_array(array: np.ndarray, patch: Sequence[int], key: str = "") -> bytes:
+    """Return the file of an array (..., z, y, x) that is read in patches (z, y, x); its metadata has the key.
 
     blosc2 itself would open the file some twenty times to write it.
     """
@@ -195,6 +195,8 @@ def compress_array(array: np.ndarray, patch: Sequence[int]) -> bytes:
     # zstd's level 1 is within a tenth of the size of level 8 at a twentieth of the time
     how = {"codec": blosc2.Codec.ZSTD, "clevel": 1, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1}
     made = blosc2.asarray(np.ascontiguousarray(array), chunks=chunks, blocks=blocks, cparams=how, contiguous=True)
+    if key:
+        made.vlmeta["key"] = key
     content: bytes = made.to_cframe()
     return content
 
