@@ -24,7 +24,7 @@ from nnunet_lite.data.geometry import slices
 from nnunet_lite.data.images import read_label, write_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
-from nnunet_lite.preprocessing.store import open_case, preprocess_dataset, prune
+from nnunet_lite.preprocessing.store import open_case, preprocess_dataset
 from nnunet_lite.preprocessing.stored_case import chunks_and_blocks, sample_voxels
 
 BOTH = ["2d", "3d_fullres"]
@@ -226,18 +226,6 @@ def test_values_that_are_not_standardised_keep_their_digits(
     preprocess_dataset(dataset, coarse, ["3d_fullres"], tmp_path / "half")
     assert open_case(tmp_path / "half", coarse, "3d_fullres", dataset.cases[0].id).image.dtype == np.float16
     assert ("rounds 16-bit values that are not standardised by up to 16" in capsys.readouterr().err) == exact
-
-
-def test_prune_keeps_what_the_plan_uses(five: Dataset, tmp_path: Path) -> None:
-    plan = sample_plan(five.labels)
-    assert prune(tmp_path / "nothing yet", plan) == (0, 0)
-    preprocess_dataset(five, sample_plan(five.labels, (2.0, 2.0, 2.0)), BOTH, tmp_path)
-    preprocess_dataset(five, plan, BOTH, tmp_path)
-    total = sum(p.stat().st_size for p in tmp_path.glob("cases/*/*"))
-    number, freed = prune(tmp_path, plan)
-    assert number == 10 and freed == total - sum(p.stat().st_size for p in tmp_path.glob("cases/*/*")) > 0
-    assert preprocess_dataset(five, plan, BOTH, tmp_path).made == 0
-    assert prune(tmp_path, plan) == (0, 0)
 
 
 def test_a_second_process_waits(five: Dataset, tmp_path: Path) -> None:

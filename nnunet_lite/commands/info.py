@@ -11,7 +11,6 @@ from nnunet_lite import log
 from nnunet_lite.commands import options
 from nnunet_lite.data.dataset import stored_dataset
 from nnunet_lite.data.problems import plural
-from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.selection import changed_models, read_selection
 from nnunet_lite.models.argument import as_model_folder, find_models
 from nnunet_lite.models.folder import Checkpoint, first_training, is_model, model_folders
@@ -28,9 +27,6 @@ def show_info(
         typer.Argument(help="Model folder, nnU-Net's too, or zip.", show_default="all models of a planned dataset"),
     ] = None,
     *,
-    model_option: Annotated[
-        str | Path | None, options.model("-m", "--model", help="Same as MODEL, as in `nnlite predict`.")
-    ] = None,
     checkpoint: options.WhichCheckpoint = "final",
     dataset: options.DatasetName = None,
     workspace: options.Workspace = None,
@@ -41,8 +37,6 @@ def show_info(
     ----------
     model : str or Path, optional
         Model folder, ours or nnU-Net's, zip or name, or a folder of several; default: describe the dataset.
-    model_option : str or Path, optional
-        The same, as for `nnlite predict`.
     checkpoint : {"final", "best"}
         Which of nnU-Net's checkpoints to read.
     dataset : str, optional
@@ -65,10 +59,8 @@ def show_info(
     nnlite info
     nnlite info model.zip --json
     """
-    if model is not None and model_option is not None:
-        raise UserError(f"two models are given: {model} and, with -m, {model_option}", fix="Give one of them.")
-    if (given := model or model_option) is not None:
-        given = Path(given).expanduser()
+    if model is not None:
+        given = Path(model).expanduser()
         if given.is_file() and is_model(folder := given.absolute().parent.parent):  # weights of a fold
             given, checkpoint = folder, "best" if given.name == "checkpoint_best.pth" else checkpoint
         found = find_models(given, workspace_folder(workspace), dataset)

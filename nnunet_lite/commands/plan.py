@@ -27,9 +27,7 @@ from nnunet_lite.planning.planner import apply_options, make_plan, memory_budget
 from nnunet_lite.planning.schema import Options, Plan, Precision
 from nnunet_lite.planning.spacing import warn_of_spacing
 from nnunet_lite.preprocessing.store import PreprocessingSummary, preprocess_dataset
-from nnunet_lite.preprocessing.store import prune as prune_store
 from nnunet_lite.settings import Preset
-from nnunet_lite.system import in_units
 from nnunet_lite.training.splits import FoldRule, check_folds, make_splits, write_splits
 from nnunet_lite.workspace import Paths, find_raw, select_dataset, use, workspace_folder
 
@@ -364,7 +362,6 @@ def preprocess(
     ] = None,
     *,
     dataset: options.DatasetName = None,
-    prune: Annotated[bool, options.output("--prune", help="Delete what the plan no longer needs.")] = False,
     scheduler: options.Scheduler = None,
     workers: options.Workers = None,
     workspace: options.Workspace = None,
@@ -379,8 +376,6 @@ def preprocess(
         Which to preprocess; default: all of the plan.
     dataset : str, optional
         Planned dataset; default: the only one.
-    prune : bool
-        Delete what the plan no longer needs.
     scheduler : str, optional
         Address of a Dask scheduler, whose workers do it.
     workers : int, optional
@@ -405,9 +400,6 @@ def preprocess(
     """
     paths = select_dataset(workspace, dataset)
     plan = Plan.read(paths.plans)
-    if prune:
-        count, size = prune_store(paths.preprocessed, plan)
-        log.info(f"{count} arrays deleted that the plan does not need, {in_units(size)}")
     with options.cluster_of(scheduler, paths.root.parent) as cluster:
         names = options.names_of(configuration) or list(plan.configurations)
         spread = None if cluster is None else cluster.spread

@@ -37,7 +37,6 @@ from nnunet_lite.files import (
     locked,
     no_space,
     read_json,
-    remove,
     size_of,
     sweep,
     write_json,
@@ -219,29 +218,6 @@ def open_case(folder: Path, plan: Plan, configuration: str, case_id: str) -> Sto
     if key is None or not is_whole(folder / "cases" / key):
         raise UserError(f"case {case_id} is not preprocessed for {configuration}", folder, "Run `nnlite preprocess`.")
     return read_stored_case(folder / "cases" / key, case_id)
-
-
-def prune(folder: Path, plan: Plan) -> tuple[int, int]:
-    """Delete the arrays that no configuration of this plan uses.
-
-    Returns
-    -------
-    tuple of two int
-        How many arrays were deleted, and their bytes.
-    """
-    with locked(folder, "preprocessing"):
-        _sweep(folder)
-        indices = {_index_file(folder, plan, name) for name in plan.configurations}
-        for path in folder.glob("*-*.json"):
-            if path not in indices:
-                path.unlink()
-        used = {key for path in indices if path.is_file() for key in read_json(path).values()}
-        orphans = [path for path in folder.glob("cases/*") if path.name not in used]
-        orphans += [path for path in folder.glob("teachers/*/*.[bn]*") if path.stem not in used]  # .b2nd, .npy
-        freed = sum(size_of(path) for path in orphans)
-        for path in orphans:
-            remove(path)
-    return len(orphans), freed
 
 
 # --------------------------------------------------------------------------------------------- what a case is made of
