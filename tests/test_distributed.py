@@ -210,6 +210,7 @@ def node_logs(tmp_path: Path) -> str:
     return "\n".join((tmp_path / f"node_{node}.log").read_text() for node in range(2))
 
 
+@pytest.mark.slow
 def test_two_nodes_learn_what_one_process_learns(
     tmp_path: Path, train_three: list[str], start_nodes: Nodes, command: Command
 ) -> None:

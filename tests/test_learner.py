@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,10 @@ def test_on_a_cpu_nothing_is_timed_and_a_seed_means_fp32(job: MakeJob, monkeypat
         assert choose_format(run, make_network(run)) == ComputeFormat(expected, channels_last=True)
 
 
-def test_a_compiled_network_makes_the_same_step(job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_network_makes_the_same_step(job: MakeJob, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    """With aot_eager the network and its gradients are traced. Only inductor generates code, which takes a minute."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     monkeypatch.setattr(learner, "speed_up_on_cpu", lambda network: None)  # its kernels are not for the compiler
     losses = []
     for compute in (ComputeFormat(), ComputeFormat(channels_last=True, compiled=True, plain_norm=True)):

@@ -425,7 +425,7 @@ PLATEAU = {
     [
         (signal.SIGKILL, {}),
         (signal.SIGKILL, ADAMW | BF16 | PLATEAU),
-        (signal.SIGKILL, MUON),
+        pytest.param(signal.SIGKILL, MUON, marks=pytest.mark.slow),
         (signal.SIGTERM, MUON | {"optimizer.ema": 0.9, "training.validation_iterations": 0}),  # as clusters send it
     ],
     ids=["SIGKILL-sgd", "SIGKILL-adamw-bf16-plateau-batch-norm", "SIGKILL-muon-growth", "SIGTERM-muon-growth-ema"],

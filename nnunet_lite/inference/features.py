@@ -11,7 +11,6 @@ from itertools import product
 
 import cc3d
 import numpy as np
-from scipy import ndimage
 
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.labels import Labels
@@ -216,9 +215,11 @@ def describe_labels(
 
 def _boxes(label_map: np.ndarray, labels: Labels) -> dict[int, tuple[slice, ...]]:
     """Return the smallest box around each value of a label map but the background, all found in one pass."""
+    from scipy.ndimage import find_objects  # slow to import, and a prediction without quality needs none
+
     low = 0 if label_map.dtype.kind == "u" else min(0, int(label_map.min()))
     shift = 0 if low == labels.background == 0 else 1 - low  # objects have numbers from 1 on
-    found = ndimage.find_objects(label_map.astype(np.int32) + shift if shift else label_map)
+    found = find_objects(label_map.astype(np.int32) + shift if shift else label_map)
     boxes = {number - shift: box for number, box in enumerate(found, 1) if box is not None}
     return {value: box for value, box in boxes.items() if value != labels.background}
 
