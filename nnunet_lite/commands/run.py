@@ -25,7 +25,7 @@ from nnunet_lite.commands.training_run import (
     preprocessing_step,
     training_step,
 )
-from nnunet_lite.data.dataset import Dataset, read_dataset, stored_dataset
+from nnunet_lite.data.dataset import read_dataset
 from nnunet_lite.data.raw_files import dataset_paths, reason_to_plan
 from nnunet_lite.evaluation.selection import Selection, read_selection
 from nnunet_lite.files import read_json
@@ -218,7 +218,7 @@ def run(
     runs = plan_runs(paths, resolved, options.names_of(configurations), names, device=device, lengthen=lengthen)
     check_earlier_runs(runs)
     with options.cluster_of(scheduler, place) as cluster:
-        steps = _steps(runs, stored_dataset(paths.dataset), paths, workers, device, cluster)
+        steps = _steps(runs, paths, workers, device, cluster)
         left = journal.seconds_left(steps)
         log.info(overview(f"{dataset.name} (workspace {place})", [first, *steps], left))
         results += run_steps(steps, journal, cluster)
@@ -243,7 +243,6 @@ def _begun(paths: Paths, recipe: str) -> bool:
 
 def _steps(
     runs: Sequence[TrainingRun],
-    dataset: Dataset,
     paths: Paths,
     workers: int | None,
     device: str | None,
@@ -251,7 +250,7 @@ def _steps(
 ) -> list[Step]:
     """Return the steps after the plan."""
     trainings = [training_step(run, train_and_validate) for run in runs]
-    steps = [preprocessing_step(runs, dataset, paths, workers, cluster), *trainings]
+    steps = [preprocessing_step(runs, workers, cluster), *trainings]
     folders = list(dict.fromkeys(run.folder for run in runs if run.split.name != "all"))
     if not folders:
         return steps  # no cases are held out to select by

@@ -270,7 +270,7 @@ def train(
     runs = [replace(run, callbacks=tuple(callbacks)) for run in runs]
     own = [run for run in runs if run.configuration == configuration]
     if scheduler is not None:
-        return _train_on_cluster(scheduler, paths, runs, own)
+        return _train_on_cluster(scheduler, runs, own)
 
     if resume and not any(models.is_begun(run.fold_folder) for run in own):
         raise UserError("there is nothing to resume", own[0].fold_folder, "Leave out --resume to begin.")
@@ -306,16 +306,13 @@ def _train_here(runs: Sequence[TrainingRun], force: bool, preview: bool, start: 
     return TrainedFolds(scores)
 
 
-def _train_on_cluster(
-    scheduler: str, paths: Paths, runs: Sequence[TrainingRun], own: Sequence[TrainingRun]
-) -> TrainedFolds:
+def _train_on_cluster(scheduler: str, runs: Sequence[TrainingRun], own: Sequence[TrainingRun]) -> TrainedFolds:
     """Train folds on the workers of a Dask scheduler, and return the scores of `own`."""
-    dataset = own[0].dataset
+    dataset, root = own[0].dataset, own[0].paths.root
     check_earlier_runs(runs)
     trainings = [training_step(run, train_and_validate) for run in runs]
-    with options.cluster_of(scheduler, paths.root.parent) as cluster:
-        steps = [preprocessing_step(runs, dataset, paths, None, cluster), *trainings]
-        run_steps(steps, Journal(paths.root / JOURNAL), cluster)
+    with options.cluster_of(scheduler, root.parent) as cluster:
+        run_steps([preprocessing_step(runs, None, cluster), *trainings], Journal(root / JOURNAL), cluster)
     files = {run.split.name: run.fold_folder / models.VALIDATION / models.SUMMARY for run in own}
     return TrainedFolds({fold: read_summaries([file], dataset.labels) for fold, file in files.items()})
 

@@ -340,35 +340,28 @@ def training_step(run: TrainingRun, train: Callable[[TrainingRun], Any]) -> Step
     )  # fmt: skip
 
 
-def preprocessing_step(
-    runs: Sequence[TrainingRun], dataset: Dataset, paths: Paths, workers: int | None, cluster: Cluster | None
-) -> Step:
+def preprocessing_step(runs: Sequence[TrainingRun], workers: int | None, cluster: Cluster | None) -> Step:
     """Return the step that preprocesses every case for all that is trained; trained folds need no arrays.
 
     Parameters
     ----------
     runs : sequence of TrainingRun
-        What is trained.
-    dataset : Dataset
-        The planned dataset.
-    paths : Paths
-        Its files.
+        What is trained, of one dataset.
     workers : int or None
         Threads; None for as many as fit the machine.
     cluster : Cluster or None
         Its workers preprocess.
     """
-    plans = _merged_plans(runs)
+    dataset, store, plans = runs[0].dataset, runs[0].paths.preprocessed, _merged_plans(runs)
 
     def is_done() -> bool:
-        complete = all(is_preprocessed(dataset, plan, list(plan.configurations), paths.preprocessed) for plan in plans)
+        complete = all(is_preprocessed(dataset, plan, list(plan.configurations), store) for plan in plans)
         return complete or all(run.is_done() for run in runs)
 
     def preprocess() -> None:
+        spread = None if cluster is None else cluster.spread
         for plan in plans:
-            names = list(plan.configurations)
-            spread = None if cluster is None else cluster.spread
-            preprocess_dataset(dataset, plan, names, paths.preprocessed, workers, spread)
+            preprocess_dataset(dataset, plan, list(plan.configurations), store, workers, spread)
 
     return Step("preprocess", f"preprocess {len(dataset.cases)} cases", is_done, preprocess)
 

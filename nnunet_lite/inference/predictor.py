@@ -238,11 +238,12 @@ def load(
         check_vote(predictors[0].plan, other.plan, paths[0], path)
     quality = predictors[0].quality
     if quality is not None:
-        place, names = {name: i for i, name in enumerate(quality.weights)}, [one.calibrated_as for one in predictors]
-        if any(other.quality != quality for other in predictors) or sorted(names) != sorted(place):
+        names = list(quality.weights)
+        same = all(one.quality == quality for one in predictors)
+        if same and sorted(one.calibrated_as for one in predictors) == sorted(names):
+            predictors.sort(key=lambda one: names.index(one.calibrated_as))  # the first one describes the image
+        else:
             quality = None  # it was calibrated for other models together
-        else:  # the image is described as the first one takes it
-            predictors.sort(key=lambda one: place[one.calibrated_as])
     return replace(predictors[0], partners=tuple(predictors[1:]), quality=quality)
 
 
@@ -287,14 +288,13 @@ def _load_model(
     settings = Settings.model_validate(trained.run["settings"])
     inference = with_changes(settings, changes, sections=("inference",)).inference
     use_allowed_cpus()
-    target = pick_device(device)
-    for network in trained.networks.values():
+    target, networks = pick_device(device), list(trained.networks.values())
+    for network in networks:
         set_deep_supervision(network, False)
         if target.type == "cpu":
             speed_up_on_cpu(network)
         network.to(target).eval().requires_grad_(False)
     arithmetic = _choose_arithmetic(trained, inference, target)
-    networks = list(trained.networks.values())
     for network in networks:
         apply_format(network, arithmetic, trained.configuration.dimensions)
     if inference.compile:
@@ -426,13 +426,11 @@ def _choose_arithmetic(trained: _Trained, settings: InferenceSettings, device: t
     if device.type == "cpu":
         channels_last = not (of_nnunet and precision == "fp32")
         trained_in = trained.header.get("arithmetic", {}).get("precision", "fp32")
-        precision = "fp32" if precision == "auto" and trained_in == "fp32" else precision
-    if (
-        device.type == "cuda"
-        and precision == "auto"
-        and (of_nnunet or not (has_bf16(device) and computes_bf16(device, *planned.first_convolution)))
-    ):
-        precision = "fp16"
+        if precision == "auto" and trained_in == "fp32":
+            precision = "fp32"
+    elif device.type == "cuda" and precision == "auto":
+        uses_bf16 = not of_nnunet and has_bf16(device) and computes_bf16(device, *planned.first_convolution)
+        precision = "auto" if uses_bf16 else "fp16"
     options = list_formats(device, precision, channels_last)
     if trained.header.get("device") == device.type:
         same = ComputeFormat(**trained.header["arithmetic"])

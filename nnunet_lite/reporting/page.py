@@ -284,13 +284,8 @@ def _overview_section(material: Material) -> dict[str, Any]:
     if material.scored and (dice := material.scored[0].scores.foreground()).mean is not None:
         interval = _interval(dice.mean, dice)
         ends = f", 95 % interval {interval[0]}" if isinstance(interval, tuple) else ""
-        cards.append(
-            (
-                "Dice, held-out",
-                f"{dice.mean:.3f}",
-                f"{material.scored[0].label}, {plural(dice.n, 'case')}, median {dice.median:.3f}{ends}",
-            )
-        )
+        about = f"{material.scored[0].label}, {plural(dice.n, 'case')}, median {dice.median:.3f}{ends}"
+        cards.append(("Dice, held-out", f"{dice.mean:.3f}", about))
     following = "nnlite select" if material.selection is None and len(material.scored) > 1 else ""
     if not any(finished.values()):
         following = first_training(material.paths).removesuffix(material.paths.option)
@@ -418,9 +413,8 @@ def _case_table(material: Material, volumes: Volumes) -> Table:
     columns = [Column("Case", cases), Column(f"size ({', '.join('zyx'[-n:])})", sizes, "d")]
     is_calibrated = units.length != "pixels"
     if is_calibrated:
-        known = [g.spacing[-n:] if g and g.calibrated else None for g in geometries]
-        spacings = [None if one is None else [length * units.per_mm for length in one] for one in known]
-        texts = [None if one is None else (_times(one, ".4g"), float(prod(one))) for one in spacings]
+        spacings = [[mm * units.per_mm for mm in g.spacing[-n:]] if g and g.calibrated else [] for g in geometries]
+        texts = [(_times(one, ".4g"), float(prod(one))) if one else None for one in spacings]
         columns.append(Column(f"spacing ({units.length})", texts, "g"))
     for name in material.dataset.labels.region_names:
         of_label = [volumes.get(case, {}).get(name) for case in cases]
@@ -471,20 +465,20 @@ def training_charts(folds: Sequence[tuple[str, int, FoldHistory]]) -> list[Chart
     folds : sequence of (str, int, FoldHistory)
         The name and the colour of each fold's curves.
     """
-    losses = (("train_loss", ", training", "solid"), ("validation_loss", ", held-out patches", "dashed"))
-    kinds: tuple[tuple[str, Sequence[tuple[str, str, str]], tuple[float | None, float | None], str], ...] = (
-        ("Loss", losses, (None, None), "solid: training, dashed: held-out patches"),
-        ("Dice of held-out patches", [("mean_dice", "", "solid")], (0, 1), ""),
-        ("Learning rate", [("lr", "", "solid")], (0, None), ""),
-    )
-    charts = []
-    for title, keys, limits, note in kinds:
-        curves = [
+
+    def curves(key: str, what: str = "", style: str = "solid") -> list[Curve]:
+        return [
             Curve(f"{name}{what}", [(row["epoch"], row.get(key)) for row in fold.rows], colour, style)
             for name, colour, fold in folds
-            for key, what, style in keys
         ]
-        charts.append(figures.plot_curves(title, curves, "epoch", "", limits, note))
+
+    training, held_out = curves("train_loss", ", training"), curves("validation_loss", ", held-out patches", "dashed")
+    losses = [curve for pair in zip(training, held_out, strict=True) for curve in pair]
+    charts = [
+        figures.plot_curves("Loss", losses, "epoch", note="solid: training, dashed: held-out patches"),
+        figures.plot_curves("Dice of held-out patches", curves("mean_dice"), "epoch", y_range=(0, 1)),
+        figures.plot_curves("Learning rate", curves("lr"), "epoch", y_range=(0, None)),
+    ]
     return [chart for chart in charts if chart]
 
 
