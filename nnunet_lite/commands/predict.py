@@ -441,10 +441,11 @@ def _predict_on(
                 file = output_file(case, out, outputs.format)
                 record.add(CaseResult(file, case, f"failed: {failed[case.id]}"), run)
             else:
-                files += found[0]
-                failed |= found[1]
-                for result in found[2]:
-                    record.add(result, {**run, **found[3]})
+                written, reasons, results, predictor = found
+                files += written
+                failed |= reasons
+                for result in results:
+                    record.add(result, {**run, **predictor})
     return sorted(files), dict(sorted(failed.items()))
 
 

@@ -480,14 +480,15 @@ def _announce(run: TrainingRun) -> None:
         if chosen.spacing is not None:
             warn_of_spacing(run.plan, spacing, run.dataset)
     planned = Plan.read(run.paths.plans).configurations.get(name)
-    changes = [] if planned is None else configuration_changes(planned, run.plan.configuration(name))
-    changes = [change for change in changes if change.split()[0] not in _FROM_THE_PATCH] or changes
+    changes = {} if planned is None else configuration_changes(planned, run.plan.configuration(name))
+    changes = {key: values for key, values in changes.items() if key not in _FROM_THE_PATCH} or changes
+    words = [_in_words(key, *values) for key, values in changes.items()]
     if settings.network.factory is not None:
-        changes.append(f"network made by {settings.network.factory}")
-    if changes:
+        words.append(f"network made by {settings.network.factory}")
+    if words:
         by = "the settings" if settings.recipe == "default" else f"recipe {settings.recipe}"
         by += "" if settings.training.init is None else " and the model to start from"
-        log.info(f"{name}, {by}: {', '.join(map(_in_words, changes))}")
+        log.info(f"{name}, {by}: {', '.join(words)}")
     if "distillation" in settings.loss.model_fields_set and not run.teachers:
         log.warn("loss.distillation is set without a model to learn from: `nnlite distill MODEL` gives one")
     for teacher in run.teachers:
@@ -497,13 +498,11 @@ def _announce(run: TrainingRun) -> None:
         check_folds(run.paths.splits, run.dataset, run.rule)
 
 
-def _in_words(change: str) -> str:
-    """Return "patch_size [64, 64] -> [32, 32]" as "patch 32x32 instead of 64x64"."""
-    key, _, values = change.partition(" ")
-    if key in ("patch_size", "batch_size"):
-        key, values = key.removesuffix("_size"), values.replace(", ", "x").translate(str.maketrans("", "", "[]"))
-    before, arrow, after = values.partition(" -> ")
-    return f"{key} {after} instead of {before}" if arrow else change
+def _in_words(key: str, before: Any, after: Any) -> str:
+    """Return such as "patch 32x32 instead of 64x64"."""
+    if key == "patch_size":
+        before, after = join_by_x(before), join_by_x(after)
+    return f"{key.removesuffix('_size')} {after} instead of {before}"
 
 
 def _count_passes(job: Job) -> dict[float, int]:

@@ -182,7 +182,7 @@ def plan_runs(
             return
         folder = models.model_folder(paths, name or f"{configuration}-{settings.recipe}")
         fold_folder = folder / f"fold_{fold}"
-        if not (lengthen or restart) and models.is_at_end(fold_folder):
+        if not (lengthen or restart) and models.is_at_end(fold_folder):  # a finished fold keeps its length
             trained = Settings.model_validate(models.read_run(folder)["settings"])
             settings = with_changes(settings, {f"training.{key}": n for key, n in models.run_length(trained).items()})
         source_plan = _starting_plan(base, paths, configuration, settings, fold_folder, restart)

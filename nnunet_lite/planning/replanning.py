@@ -266,7 +266,7 @@ def _change_in_words(name: str, before: Plan, after: Plan) -> str:
     old, new = (plan.configurations.get(name) for plan in (before, after))
     if old is None or new is None:
         return "added" if old is None else "deleted"
-    return ", ".join(configuration_changes(old, new))
+    return ", ".join(f"{key} {one} -> {other}" for key, (one, other) in configuration_changes(old, new).items())
 
 
 # ---------------------------------------------------------------------------------------------------------- writing

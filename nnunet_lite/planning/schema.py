@@ -360,11 +360,11 @@ def configuration_content(configuration: Configuration) -> dict[str, Any]:
     return configuration.model_dump(mode="json", exclude={"reasons", "memory_gb"})
 
 
-def configuration_changes(old: Configuration, new: Configuration) -> list[str]:
-    """Return how two configurations differ, such as "batch_size 2 -> 3", by the keys of plans.json."""
+def configuration_changes(old: Configuration, new: Configuration) -> dict[str, tuple[Any, Any]]:
+    """Return how two configurations differ: by the keys of plans.json, the old and the new value."""
     before, after = ({**configuration_content(c), **configuration_content(c)["network"]} for c in (old, new))
     changed = [key for key in before if key != "network" and before[key] != after[key]]
-    return [f"{key} {before[key]} -> {after[key]}" for key in changed]
+    return {key: (before[key], after[key]) for key in changed}
 
 
 def inherited(configurations: Mapping[str, dict[str, Any]], name: str, heirs: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -712,7 +712,7 @@ def _comparison_section(material: Material) -> dict[str, Any]:
     caption = "Candidates of nnlite select, the best first" if selection else "Models on their held-out cases"
     bars = [(c.name, c.dice, c.low, c.high) for c in candidates]
     rules = selection.postprocessing if selection else {}
-    gains = [selection.postprocessing_gain.get(label) if selection else None for label in rules]
+    gains = [selection.postprocessing_gain.get(label) for label in rules] if selection else []
     return {
         "selected": " + ".join(selection.models) if selection else "",
         "date": selection.made if selection else "",

@@ -27,6 +27,8 @@ _TILE_SIZE = 224  # pixels along the longer side of a picture of the montage
 _QUALITY, _METHOD = 75, 4  # of WebP; method 0 is fast, 6 is small
 _LEVEL_SAMPLES = 200_000  # voxels for the grey levels of an image
 _CT_MARGIN = 0.25  # by which a CT's grey levels exceed the intensities of the foreground
+_MARGIN = 0.3  # of a box on each side, as a share of what is in it
+_SMALLEST_BOX = 96  # voxels, where the array is that large
 
 # of the voxels that a prediction has wrong, as `find_errors` numbers them from 1
 ERROR_COLOURS = {"missed": MISSED, "added": ADDED, "another label": CONFUSED}
@@ -264,20 +266,11 @@ def fullest_slices(mask: np.ndarray) -> tuple[int, ...]:
     return tuple(int(count.argmax()) for count in counts)
 
 
-def box_around(mask: np.ndarray, margin: float = 0.3, smallest: int = 96) -> Box:
-    """Return the box of a mask with a margin; the whole array if the mask is empty.
-
-    Parameters
-    ----------
-    mask : ndarray of bool, shape (z, y, x)
-    margin : float
-        On each side, as a share of the size of the mask.
-    smallest : int
-        The least size of the box in voxels, where the array is that large.
-    """
+def box_around(mask: np.ndarray) -> Box:
+    """Return the box of a mask (z, y, x) with a margin; the whole array if the mask is empty."""
     box = []
     for (low, high), n in zip(bounding_box(mask), mask.shape, strict=True):
-        size = max(high - low + 2 * int(np.ceil(margin * (high - low))), smallest)
+        size = max(high - low + 2 * int(np.ceil(_MARGIN * (high - low))), _SMALLEST_BOX)
         low = max(0, min((low + high - size) // 2, n - size))
         box.append((low, min(n, low + size)))
     return triple(box)

@@ -383,7 +383,7 @@ def _finish_epoch(job: Job, state: State, n_steps: int, seconds: float, waited: 
     mean_loss = float(np.mean(finite)) if finite else math.nan
     metrics = {
         "epoch": state.epoch + 1,
-        "train_loss": _finite(mean_loss),
+        "train_loss": _rounded(mean_loss),
         "lr": rate,
         "seconds": round(seconds, 2),
         "samples_per_second": round(samples / max(seconds, 1e-9), 2),
@@ -480,15 +480,15 @@ def _pseudo_validate(job: Job, learner: Learner, state: State, allowed: float) -
     seconds = (time.monotonic() - begin) / done if job.device.type == "cuda" else median_low(times)
     state.pass_seconds = from_first(seconds / job.planned.batch_size, job.ranks)
     return {
-        "validation_loss": _finite(float(total) / done),
+        "validation_loss": _rounded(float(total) / done),
         "dice": dict(zip(labels.region_names, dice, strict=True)),
         "mean_dice": round(float(np.mean(shown)), 4) if shown else None,
     }
 
 
-def _finite(value: float, digits: int = 5) -> float | None:
-    """Rounded for metrics.jsonl; JSON has no NaN."""
-    return round(float(value), digits) if math.isfinite(value) else None
+def _rounded(value: float) -> float | None:
+    """Return a number for metrics.jsonl; JSON has no NaN."""
+    return round(value, 5) if math.isfinite(value) else None
 
 
 def _describe_epoch(job: Job, metrics: dict[str, Any], state: State) -> str:
