@@ -270,6 +270,7 @@ def plan_for_settings(paths: Paths, settings: Settings) -> Plan:
     given = Options(preset=chosen.preset, memory_gb=memory, spacing=chosen.spacing)
     dataset, fingerprint = stored_dataset(paths.dataset), Fingerprint.read(paths.fingerprint)
     new = replan(given, read_earlier_plan(paths), fingerprint, dataset)
+    # channels and storage stay as they are in plans.json
     if lost := [edit for edit in new.lost if not edit.startswith(("channels.", "stored_as "))]:
         log.warn(f"the recipe's preset, memory or spacing makes another plan, without these edits of {paths.plans}: "
                  f"{'; '.join(lost)}; to edit that plan, give these options to `nnlite plan`")  # fmt: skip

@@ -542,10 +542,12 @@ def segment(
     models = []
     each = zip((predictor, *predictor.partners), prepared.arrays, prepared.second_arrays, strict=True)
     for model, array, second in each:
-        classes = stage_classes
-        if model.first_stage is not None and second is not None:
+        if model.first_stage is None:
+            classes = stage_classes
+        elif second is not None:
             classes, array = predict_on_grid(model.first_stage, array, second.placement), second
-        elif model.first_stage is not None and prepared.image is not None:  # as nnU-Net does
+        else:  # as nnU-Net does
+            assert prepared.image is not None  # `prepare_image` kept it
             first, _ = segment(model.first_stage, PreparedImage((array,)))
             array = preprocess_image(prepared.image, as_classes(first, labels), model.plan, model.configuration)
             classes = array.classes
