@@ -90,7 +90,7 @@ def test_the_duration_of_the_validation_is_announced(job: Job, capfd: pytest.Cap
         lines.append(capfd.readouterr().err)
     takes = "validation of 1 held-out case in whole images: "
     assert lines[0] == f"{takes}1,331 passes through the network, about 2:13 min of the time limit\n"
-    assert lines[1].endswith("about 2:34 min of the time limit; windows are 0.75 of the patch apart, to keep to it\n")
+    assert lines[1].endswith("about 2:34 min of the time limit; windows are 75% of a patch apart, to keep to it\n")
     assert lines[2].startswith(f"warning: {takes}") and "more than half of the time limit, which the run" in lines[2]
     uncovered = with_changes(job.settings, {"training.limit_validation": False})
     announce_validation(uncovered, ValidationPlan(0.5, 8, 20.0), 3)
@@ -108,7 +108,7 @@ def test_a_run_validates_with_windows_further_apart_and_notes_it(
     (fold,) = workspace.glob("*/models/*/fold_0")
     planned = read_weights_header(fold / MODEL)["validation"]
     assert planned["step_size"] > 0.5
-    note = f"windows {planned['step_size']:g} of the patch apart, to keep to the time limit"
+    note = f"windows {planned['step_size']:.0%} of a patch apart, to keep to the time limit"
     assert read_json(fold / "validation" / "summary.json")["notes"] == [note]
     assert "held-out cases in whole images" in capfd.readouterr().err
     shutil.rmtree(fold / "validation")

@@ -76,7 +76,7 @@ def validate_fold(
         folder, [fold], device, changes, first_stage=stage_maps is None, trust_code=trust_code, workspace=workspace
     )
     stage_classes = None if stage_maps is None else lambda case_id: open_array(stage_maps[case_id])[:]
-    notes = [] if step_size is None else [f"windows {step_size:g} of the patch apart, to keep to the time limit"]
+    notes = [] if step_size is None else [f"windows {step_size:.0%} of a patch apart, to keep to the time limit"]
     return validate_cases(model, folder / f"fold_{fold}" / VALIDATION, dataset, case_ids, stage_classes, notes)
 
 

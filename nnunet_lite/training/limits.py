@@ -125,7 +125,7 @@ def announce_validation(settings: Settings, validation: ValidationPlan, n_cases:
         log.info(takes + ("" if math.isinf(limit) else ", which the time limit does not cover"))
         return
     wider = validation.step_size > settings.inference.step_size
-    apart = f"; windows are {validation.step_size:g} of the patch apart, to keep to it" if wider else ""
+    apart = f"; windows are {validation.step_size:.0%} of a patch apart, to keep to it" if wider else ""
     if validation.seconds <= _VALIDATION_SHARE * limit:
         log.info(f"{takes} of the time limit{apart}")
     else:
