@@ -286,8 +286,6 @@ def test_what_cannot_be_exported_is_told(
 ) -> None:
     with pytest.raises(UserError, match="exists already"):
         export_onnx(tiny_model, exported)
-    with pytest.raises(UserError, match="no trained fold 3"):
-        export_onnx(tiny_model, tmp_path / "out", folds=[3])
     with pytest.raises(UserError, match="cannot be written as ONNX"):
         exporter._write_graph(Loop(), torch.zeros(2, 1, 4, 4), {}, tmp_path / "loop.onnx")
     monkeypatch.setattr(exporter, "_NEEDED", ("onnx", "no_such_package"))

@@ -20,7 +20,7 @@ from nnunet_lite.data.images import read_label, write_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.metrics import score_case
-from nnunet_lite.evaluation.scores import CaseScore, Scores, read_summaries, score_files
+from nnunet_lite.evaluation.scores import CaseScore, Scores, read_summary, score_files
 from nnunet_lite.evaluation.statistics import Margin, compare_paired, mean_of_labels, p_of_gain, summarize
 from nnunet_lite.files import write_json
 
@@ -215,16 +215,16 @@ def test_a_summary_is_read_as_it_was_written(tmp_path: Path) -> None:
     write_json(tmp_path / "fold_1" / "summary.json", Scores(scores.rows[2:], REGIONS).to_json())
     shutil.move(tmp_path / "fold_0", tmp_path / "moved")
     files = [tmp_path / "moved" / "summary.json", tmp_path / "fold_1" / "summary.json"]
-    found = read_summaries(files, REGIONS)
+    found = Scores(tuple(row for file in files for row in read_summary(file, REGIONS).rows), REGIONS)
     assert [(row.case, row.metrics) for row in found.rows] == [(row.case, row.metrics) for row in scores.rows]
     assert found.rows[0].prediction_file == tmp_path / "moved" / "case_0.nii.gz"
     assert found.foreground() == scores.foreground()
     rim = Labels(names={"background": 0, "whole": (1, 2), "rim": 1}, region_order=(2, 1))
     with pytest.raises(UserError, match=r"summary\.json: is not a summary for the labels whole, rim"):
-        read_summaries(files, rim)
+        read_summary(files[0], rim)
     write_json(files[0], {"something": 1})
     with pytest.raises(UserError, match="is not a summary"):
-        read_summaries(files, REGIONS)
+        read_summary(files[0], REGIONS)
 
 
 # --------------------------------------------------------------------------------------------------------- on disk

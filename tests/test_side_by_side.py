@@ -10,7 +10,7 @@ import nnunet_lite
 from nnunet_lite.data.dataset import stored_dataset
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.cross_validation import score_predictions
-from nnunet_lite.evaluation.scores import read_summaries
+from nnunet_lite.evaluation.scores import read_summary
 from nnunet_lite.files import read_json, write_json
 from nnunet_lite.inference.cases import output_file
 from nnunet_lite.workspace import Paths
@@ -46,7 +46,7 @@ def test_scores_are_paired_by_case(models: tuple[Path, Path]) -> None:
     page = compare("tiny", "better", workspace=workspace)
     labels = stored_dataset(Paths(models[0].parents[1]).dataset).labels
     first, second = (
-        read_summaries([model / "fold_0" / "validation" / "summary.json"], labels).values() for model in models
+        read_summary(model / "fold_0" / "validation" / "summary.json", labels).values() for model in models
     )
     _, overall, *rows = page.tables["Dice of the same cases"]
     for i, row in enumerate(rows):

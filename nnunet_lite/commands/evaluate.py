@@ -19,7 +19,7 @@ from nnunet_lite.data.cases import Case
 from nnunet_lite.data.dataset import stored_dataset
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError, no_such_file
-from nnunet_lite.evaluation.scores import Scores, read_summaries, score_files
+from nnunet_lite.evaluation.scores import Scores, read_fold_scores, score_files
 from nnunet_lite.files import read_json, scratch, write_json, write_text
 from nnunet_lite.inference.cases import output_file
 from nnunet_lite.models.argument import find_models
@@ -232,14 +232,11 @@ def _serve_dataset(
 
 def _scores(paths: Paths, model: str, labels: Labels) -> dict[str, float]:
     """Return the mean Dice of each case that a model held out, the lowest first."""
-    try:
-        rows = read_summaries(
-            sorted(_model_folder(paths, model).glob(f"fold_*/{VALIDATION}/summary.json")), labels
-        ).rows
-    except UserError as error:  # the cases can be looked at without their scores
-        log.warn(str(error))
-        return {}
-    known = {row.case: row.mean_dice for row in rows if row.mean_dice is not None}
+    notes: list[str] = []
+    scores, _ = read_fold_scores(_model_folder(paths, model), labels, notes)
+    for note in notes:  # the cases can be looked at without their scores
+        log.warn(note)
+    known = {row.case: row.mean_dice for row in scores.rows if row.mean_dice is not None}
     return {case: known[case] for case in sorted(known, key=known.__getitem__)}
 
 

@@ -31,7 +31,7 @@ from nnunet_lite.commands.training_run import (
 from nnunet_lite.data.dataset import stored_dataset
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.cross_validation import validate_fold
-from nnunet_lite.evaluation.scores import Scores, four_digits, read_summaries
+from nnunet_lite.evaluation.scores import Scores, four_digits, read_summary
 from nnunet_lite.inference.first_stage import predict_first_stage
 from nnunet_lite.inference.teachers import predict_teachers
 from nnunet_lite.inference.windows import window_starts
@@ -314,7 +314,7 @@ def _train_on_cluster(scheduler: str, runs: Sequence[TrainingRun], own: Sequence
     with options.cluster_of(scheduler, root.parent) as cluster:
         run_steps([preprocessing_step(runs, None, cluster), *trainings], Journal(root / JOURNAL), cluster)
     files = {run.split.name: run.fold_folder / models.VALIDATION / models.SUMMARY for run in own}
-    return TrainedFolds({fold: read_summaries([file], dataset.labels) for fold, file in files.items()})
+    return TrainedFolds({fold: read_summary(file, dataset.labels) for fold, file in files.items()})
 
 
 def _missing_first_stage(runs: Sequence[TrainingRun], own: Sequence[TrainingRun], restart: bool) -> list[TrainingRun]:

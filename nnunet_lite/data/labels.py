@@ -140,6 +140,11 @@ class Labels(BaseModel, frozen=True, extra="forbid"):
         """Each of `region_names` with its values."""
         return dict(zip(self.region_names, self.region_values, strict=True))
 
+    def count_voxels(self, label_map: np.ndarray) -> dict[str, int]:
+        """Count the voxels of each of `region_names` in an array of values."""
+        values, counts = np.unique(label_map, return_counts=True)
+        return {name: int(counts[np.isin(values, of)].sum()) for name, of in self.regions.items()}
+
     @cached_property
     def segments(self) -> dict[str, tuple[int, ...]]:
         """For each of `region_names`, the values in a predicted label map that it covers; regions may overlap."""

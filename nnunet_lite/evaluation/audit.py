@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from math import prod
 from pathlib import Path
@@ -203,8 +202,7 @@ def audit_labels(paths: Paths, dataset: Dataset, only: Sequence[str] | None, wor
         except (UserError, OSError, MemoryError) as error:
             return f"{case.id} is left out: {describe(error)}"
 
-    with ThreadPoolExecutor(at_once, "audit") as pool:
-        compared = list(log.progress(pool.map(compare, cases), len(cases), "audit"))
+    compared = log.map_in_threads(compare, cases, at_once, "audit")
     evidence = [one for one in compared if isinstance(one, Evidence)]
     if not evidence:
         raise UserError(f"no case of {paths.name} can be compared; {compared[0]}", paths.models)

@@ -11,7 +11,6 @@ import time
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -296,16 +295,16 @@ def training_ranges(held_out: HeldOut, plan: Plan) -> TrainingRanges:
 
     def measure(case: Case) -> tuple[bool, dict[str, float]]:
         reference, spacing = read_reference(case, held_out.dataset)
-        values, counts = np.unique(reference, return_counts=True)
-        voxels = {name: counts[np.isin(values, of)].sum() for name, of in plan.labels.regions.items()}
-        return plan.labels.ignore in values, {name: n * np.prod(spacing) for name, n in voxels.items()}
+        partly = plan.labels.ignore is not None and bool((reference == plan.labels.ignore).any())
+        return partly, {name: float(n * np.prod(spacing)) for name, n in plan.labels.count_voxels(reference).items()}
 
-    with ThreadPoolExecutor(pairs_at_once(len(held_out.dataset.cases), held_out.workers)) as pool:
-        for partly, volumes in pool.map(measure, held_out.dataset.cases):
-            for name, volume in volumes.items():
-                present[name] += volume > 0
-                known[name] += volume > 0 or not partly
-                found[name] += [float(np.log(volume))] if volume and not partly else []
+    cases = held_out.dataset.cases
+    threads = pairs_at_once(len(cases), held_out.workers)
+    for partly, volumes in log.map_in_threads(measure, cases, threads, "references"):
+        for name, volume in volumes.items():
+            present[name] += volume > 0
+            known[name] += volume > 0 or not partly
+            found[name] += [float(np.log(volume))] if volume and not partly else []
     spacings = np.array(Fingerprint.read(held_out.paths.fingerprint).spacings)[:, list(plan.axis_order)]
     return TrainingRanges(
         {name: (min(logs), max(logs)) for name, logs in found.items() if logs},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from nnunet_lite.data.names import PICTURES, suffix_of
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.metrics import score_case
 from nnunet_lite.evaluation.postprocessing import CasePair
-from nnunet_lite.evaluation.scores import CaseScore, Scores, read_summaries
+from nnunet_lite.evaluation.scores import CaseScore, Scores, read_summary
 from nnunet_lite.files import write_json, write_text
 from nnunet_lite.inference.cases import output_file
 from nnunet_lite.inference.folder import Outputs, predict_cases
@@ -146,9 +145,8 @@ def score_predictions(
         metrics = score_case(prediction, reference, dataset.labels, spacing if has_spacing else None)
         return CaseScore(case.id, str(output_file(case, out)), str(case.label), metrics, has_spacing)
 
-    with ThreadPoolExecutor(pairs_at_once(len(cases), workers)) as pool:
-        rows = tuple(log.progress(pool.map(score, cases), len(cases), "score"))
-    scores = Scores(rows, dataset.labels, notes=tuple(notes))
+    rows = log.map_in_threads(score, cases, pairs_at_once(len(cases), workers), "score")
+    scores = Scores(tuple(rows), dataset.labels, notes=tuple(notes))
     write_json(out / SUMMARY, scores.to_json())
     write_text(out / "summary.csv", scores.to_csv())
     return scores
@@ -182,7 +180,7 @@ def read_scores(out: Path, dataset: Dataset, case_ids: Sequence[str]) -> Scores 
         The cases.
     """
     try:
-        scores = read_summaries([out / SUMMARY], dataset.labels)
+        scores = read_summary(out / SUMMARY, dataset.labels)
     except UserError:
         return None  # it is written again
     return scores if {row.case for row in scores.rows} == set(case_ids) else None

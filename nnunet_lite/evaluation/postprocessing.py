@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
@@ -33,7 +32,7 @@ from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.problems import plural
 from nnunet_lite.evaluation.masks import disjoint_regions, is_picture, number_masks, pair_masks
 from nnunet_lite.evaluation.statistics import mean_of_labels, p_of_gain
-from nnunet_lite.log import progress
+from nnunet_lite.log import map_in_threads
 from nnunet_lite.system import pairs_at_once
 
 LEAST_CASES = 10
@@ -280,14 +279,13 @@ def choose_rules(
         return Decision({}, {}, (f"no postprocessing: {plural(len(cases), 'case')} held out, {_NEEDED}",))
     groups, chooses = disjoint_regions(labels), choosing_cases(folds)
     decision = Decision({}, {}, ())
-    with ThreadPoolExecutor(pairs_at_once(len(cases), workers)) as pool:
-        read_sizes = pool.map(partial(_reference_sizes, labels=labels), references)
-        sizes = list(progress(read_sizes, len(references), "references"))
-        for group in groups:  # regions overlap: each is decided on what the rules before it leave
-            candidates = {i: candidate_rules([case[i] for case in sizes], unit) for i in group}
-            count = partial(_try_rules, labels=labels, rules=decision.rules, candidates=candidates)
-            overlap = np.stack(list(progress(pool.map(count, cases), len(cases), "components")))
-            decision = _confirm_rules(overlap, candidates, chooses, _FALSE_ACCEPTANCE / len(groups), labels, decision)
+    threads = pairs_at_once(len(cases), workers)
+    sizes = map_in_threads(partial(_reference_sizes, labels=labels), references, threads, "references")
+    for group in groups:  # regions overlap: each is decided on what the rules before it leave
+        candidates = {i: candidate_rules([case[i] for case in sizes], unit) for i in group}
+        count = partial(_try_rules, labels=labels, rules=decision.rules, candidates=candidates)
+        overlap = np.stack(map_in_threads(count, cases, threads, "components"))
+        decision = _confirm_rules(overlap, candidates, chooses, _FALSE_ACCEPTANCE / len(groups), labels, decision)
     return decision
 
 

@@ -1,15 +1,14 @@
 """The scores of many cases: match predictions with references, score each case, sum up, and print tables.
 
 `score_files` scores two folders of label maps. `Scores` holds the result, sums it up and writes it; a
-summary.json has the keys of nnU-Net's, and `read_summaries` reads it back. Sums are those of nnU-Net: the mean of a
+summary.json has the keys of nnU-Net's, and `read_summary` reads it back. Sums are those of nnU-Net: the mean of a
 label is over the cases to which the metric applies, and the foreground mean is the mean of these means.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from nnunet_lite.errors import UserError, no_such_file
 from nnunet_lite.evaluation.metrics import COARSE, METRICS, Metric, MetricValues, is_coarse, score_case
 from nnunet_lite.evaluation.statistics import Statistic, mean_of_known, summarize
 from nnunet_lite.files import read_json, to_csv
-from nnunet_lite.log import progress
+from nnunet_lite.log import map_in_threads
 from nnunet_lite.models.folder import RECORD
 from nnunet_lite.system import cpus, pairs_at_once
 
@@ -259,40 +258,65 @@ def _cells(statistics: Sequence[Statistic], metrics: Sequence[Metric]) -> list[s
     return [str(dice.n), four_digits(dice.mean), interval, four_digits(dice.median), *cells]
 
 
-def read_summaries(files: Iterable[Path], labels: Labels) -> Scores:
-    """Read the scores of all cases in some summary.json.
+def read_summary(file: Path, labels: Labels) -> Scores:
+    """Read the scores of all cases in a summary.json.
 
     The predictions are expected in the same folder as the summary, since a workspace may have been moved.
 
     Parameters
     ----------
-    files : iterable of Path
-        The summaries.
+    file : Path
+        The summary.
     labels : Labels
-        What they score.
+        What it scores.
 
     Raises
     ------
     UserError
-        A file is no summary, or one for other labels.
+        The file is no summary, or one for other labels.
     """
     names = {key: name for name, key in label_keys(labels).items()}
     rows = []
-    for file in files:
-        summary = read_json(file)
-        try:
-            unit = summary.get("length_unit", "mm")
-            for entry in summary["metric_per_case"]:
-                metrics = {
-                    name: {metric: entry["metrics"][key][METRICS[metric].file_key(unit)] for metric in METRICS}
-                    for key, name in names.items()
-                }
-                prediction = entry["prediction_file"] and file.parent / Path(entry["prediction_file"]).name
-                rows.append(CaseScore(entry["case"], prediction, entry["reference_file"], metrics, unit == "mm"))
-        except (KeyError, TypeError, AttributeError) as error:
-            what = f"is not a summary for the labels {', '.join(names.values())} ({type(error).__name__}: {error})"
-            raise UserError(what, file, "Validate the fold again: delete its folder `validation` and train.") from None
+    summary = read_json(file)
+    try:
+        unit = summary.get("length_unit", "mm")
+        for entry in summary["metric_per_case"]:
+            metrics = {
+                name: {metric: entry["metrics"][key][METRICS[metric].file_key(unit)] for metric in METRICS}
+                for key, name in names.items()
+            }
+            prediction = entry["prediction_file"] and file.parent / Path(entry["prediction_file"]).name
+            rows.append(CaseScore(entry["case"], prediction, entry["reference_file"], metrics, unit == "mm"))
+    except (KeyError, TypeError, AttributeError) as error:
+        what = f"is not a summary for the labels {', '.join(names.values())} ({type(error).__name__}: {error})"
+        raise UserError(what, file, "Validate the fold again: delete its folder `validation` and train.") from None
     return Scores(tuple(rows), labels)
+
+
+def read_fold_scores(folder: Path, labels: Labels, notes: list[str]) -> tuple[Scores, dict[str, str]]:
+    """Read the scores of all validated folds of a model, and the fold of each case.
+
+    Parameters
+    ----------
+    folder : Path
+        The model folder.
+    labels : Labels
+        What is scored.
+    notes : list of str
+        Gets the reasons why scores are left out.
+    """
+    rows: list[CaseScore] = []
+    fold_of: dict[str, str] = {}
+    for file in sorted(folder.glob("fold_*/validation/summary.json")):
+        try:
+            validated = read_summary(file, labels).rows
+        except UserError as error:
+            notes.append(f"scores are left out: {error}")
+            continue
+        rows += [row for row in validated if row.case not in fold_of]
+        fold = file.parent.parent.name.removeprefix("fold_")
+        fold_of = {row.case: fold for row in validated} | fold_of
+    return Scores(tuple(rows), labels), fold_of
 
 
 # ------------------------------------------------------------------------------------------------ folders of label maps
@@ -337,29 +361,28 @@ def score_files(
     pairs, notes = _match(prediction, reference)
     at_once = pairs_at_once(len(pairs), workers)
     threads = max(1, cpus() if workers is None else workers) // at_once
-    with ThreadPoolExecutor(at_once) as pool:
-        looked, described = described_labels(prediction, reference)
-        labels = labels or described
-        if labels is None:
-            files = [path for pair in pairs.values() for path in pair]
-            labels = _found_labels(list(pool.map(_values_of_file, files)), reference)
-            whose = "the values found"
-            if default is not None and set(labels.values) <= set(default.values):
-                labels, whose = default, "those of the planned dataset"
-            notes = [*notes, f"no {looked}: the labels are {whose}, {', '.join(labels.region_names)}"]
-        known = labels
+    looked, described = described_labels(prediction, reference)
+    labels = labels or described
+    if labels is None:
+        files = [path for pair in pairs.values() for path in pair]
+        labels = _found_labels(map_in_threads(_values_of_file, files, at_once, "labels"), reference)
+        whose = "the values found"
+        if default is not None and set(labels.values) <= set(default.values):
+            labels, whose = default, "those of the planned dataset"
+        notes = [*notes, f"no {looked}: the labels are {whose}, {', '.join(labels.region_names)}"]
+    known = labels
 
-        def score(case: str) -> tuple[CaseScore, list[_Remark]]:
-            predicted, true, geometry, remarks = _read_pair(*pairs[case], known, accept_geometry)
-            spacing = geometry.spacing if geometry.calibrated else None
-            if surface and is_coarse(tolerance, geometry.spacing):
-                remarks.append(
-                    (f"{COARSE} voxels are less than the tolerance of NSD, {tolerance:g}: it says nothing", case)
-                )
-            metrics = score_case(predicted, true, known, spacing, tolerance, surface, threads)
-            return CaseScore(case, *pairs[case], metrics, geometry.calibrated), remarks
+    def score(case: str) -> tuple[CaseScore, list[_Remark]]:
+        predicted, true, geometry, remarks = _read_pair(*pairs[case], known, accept_geometry)
+        spacing = geometry.spacing if geometry.calibrated else None
+        if surface and is_coarse(tolerance, geometry.spacing):
+            remarks.append(
+                (f"{COARSE} voxels are less than the tolerance of NSD, {tolerance:g}: it says nothing", case)
+            )
+        metrics = score_case(predicted, true, known, spacing, tolerance, surface, threads)
+        return CaseScore(case, *pairs[case], metrics, geometry.calibrated), remarks
 
-        results = list(progress(pool.map(score, pairs), len(pairs), "evaluate"))
+    results = map_in_threads(score, pairs, at_once, "evaluate")
     scores = Scores(tuple(row for row, _ in results), labels, tolerance)
     files_of: dict[str, list[str]] = defaultdict(list)
     for row, remarks in results:

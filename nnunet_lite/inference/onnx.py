@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -37,13 +36,12 @@ _NEEDED = ("onnx", "onnxscript", "onnxruntime")
 def export_onnx(
     model: Path,
     out: Path,
-    folds: Sequence[str | int] | None = None,
     *,
     checkpoint: Checkpoint = "final",
     trust_code: bool = False,
     workspace: Path | None = None,
 ) -> dict[str, float]:
-    """Write the network of each fold as ONNX, without deep supervision, and compare what each graph computes.
+    """Write the network of each trained fold as ONNX, without deep supervision, and compare what each graph computes.
 
     Parameters
     ----------
@@ -51,8 +49,6 @@ def export_onnx(
         A model folder or a zip.
     out : Path
         A new folder. It appears when it is complete.
-    folds : sequence of str or int, optional
-        By default all that are trained.
     checkpoint, trust_code, workspace
         As for `load`.
 
@@ -64,7 +60,7 @@ def export_onnx(
     Raises
     ------
     UserError
-        There is no model, no such fold, `out` exists already, the extra `onnx` is not installed, or ONNX cannot express
+        There is no model, `out` exists already, the extra `onnx` is not installed, or ONNX cannot express
         a network of the user.
     RuntimeError
         A graph computes something else than its network.
@@ -73,7 +69,7 @@ def export_onnx(
         raise UserError(f"ONNX needs {', '.join(missing)}", fix='pip install "nnunet-lite[onnx]"')
     settings = {"inference.precision": "fp32", "inference.compile": False}
     with new_model_folder(out) as partial:
-        predictor = load(model, folds, "cpu", settings, checkpoint=checkpoint,
+        predictor = load(model, None, "cpu", settings, checkpoint=checkpoint,
                          trust_code=trust_code, workspace=workspace)  # fmt: skip
         return _write(predictor, partial)
 

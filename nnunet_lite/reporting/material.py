@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from math import prod
@@ -29,7 +28,7 @@ from nnunet_lite.errors import UserError, describe
 from nnunet_lite.evaluation.audit import Audit, Finding, read_audit
 from nnunet_lite.evaluation.calibration_rows import Row, read_rows
 from nnunet_lite.evaluation.metrics import METRICS
-from nnunet_lite.evaluation.scores import CaseScore, Scores, read_summaries
+from nnunet_lite.evaluation.scores import CaseScore, Scores, read_fold_scores
 from nnunet_lite.evaluation.selection import Selection, changed_models, read_selection
 from nnunet_lite.files import read_json, understood
 from nnunet_lite.models.folder import MODEL, QUALITY, RECORD, VALIDATION, model_folders, read_weights_header
@@ -324,7 +323,8 @@ def read_material(paths: Paths) -> Material:
     models = list(_read_models(paths, dataset, notes))
     ensemble = paths.ensembles / selected
     if "+" in selected and ensemble.is_dir():
-        models.append(ModelResults(ensemble, selected, {}, None, (), *_read_scores(ensemble, dataset.labels, notes)))
+        scores = read_fold_scores(ensemble, dataset.labels, notes)
+        models.append(ModelResults(ensemble, selected, {}, None, (), *scores))
     models.sort(key=lambda model: (model.name != selected, model.dice is None, -(model.dice or 0.0), model.name))
     return Material(
         paths,
@@ -368,7 +368,7 @@ def read_results(folder: Path, notes: list[str], labels: Labels | None = None) -
     plan, run = read_model(folder)
     plan.configuration(run["configuration"])
     folds = tuple(_read_fold(path, notes) for path in sorted(folder.glob("fold_*")) if path.is_dir())
-    return ModelResults(folder, folder.name, run, plan, folds, *_read_scores(folder, labels or plan.labels, notes))
+    return ModelResults(folder, folder.name, run, plan, folds, *read_fold_scores(folder, labels or plan.labels, notes))
 
 
 def _read_fold(folder: Path, notes: list[str]) -> FoldHistory:
@@ -382,22 +382,6 @@ def _read_fold(folder: Path, notes: list[str]) -> FoldHistory:
     except UserError as error:
         notes.append(f"the times of predictions are left out: {error}")
     return FoldHistory(folder.name.removeprefix("fold_"), tuple(read_epochs(folder)), state, seconds)
-
-
-def _read_scores(folder: Path, labels: Labels, notes: list[str]) -> tuple[Scores, dict[str, str]]:
-    """Read the scores of all validated folds, and the fold of each case."""
-    rows: list[CaseScore] = []
-    fold_of: dict[str, str] = {}
-    for file in sorted(folder.glob("fold_*/validation/summary.json")):
-        try:
-            validated = read_summaries([file], labels).rows
-        except UserError as error:
-            notes.append(f"scores are left out: {error}")
-            continue
-        rows += [row for row in validated if row.case not in fold_of]
-        fold = file.parent.parent.name.removeprefix("fold_")
-        fold_of = {row.case: fold for row in validated} | fold_of
-    return Scores(tuple(rows), labels), fold_of
 
 
 # ----------------------------------------------------------------------------------------------- pictures of the cases
@@ -432,10 +416,9 @@ def draw_cases(material: Material) -> Material:
     for overlay in overlays[:n_overlays]:
         predictions[overlay.case_id][overlay.model] = overlay.file
     draw = partial(draw_case, material.dataset, material.plan, size)
-    contents = [(case.id in tiles, case.id in volume_cases, predictions[case.id]) for case in cases]
+    contents = [(case, case.id in tiles, case.id in volume_cases, predictions[case.id]) for case in cases]
     at_once = system.cases_in_flight(max(voxels.values(), default=0) * _BYTES_PER_VOXEL, None)
-    with ThreadPoolExecutor(at_once, "report") as pool:
-        pictures = list(log.progress(pool.map(draw, cases, *zip(*contents, strict=True)), len(cases), "report"))
+    pictures = log.map_in_threads(lambda content: draw(*content), contents, at_once, "report")
     by_case = {one.case_id: one for one in pictures}
     overlaid = _fit_page(material, by_case, overlays[:n_overlays])
     counts = (("the montage and the intensities are", len(tiles)), ("volumes are", len(scored | volume_cases)))
@@ -562,7 +545,7 @@ def draw_case(
             if volumes and case.label is not None:
                 label, _ = read_annotation(case, dataset)
         if volumes and label is not None:
-            out.voxels = _count_voxels(label, plan.labels)
+            out.voxels = plan.labels.count_voxels(label)
     except (UserError, OSError, MemoryError) as error:
         out.problem = f"{case.id}: {describe(error)}"
     return out
@@ -600,13 +583,6 @@ def draw_finding(material: Material, case: Case, file: Path, finding: Finding) -
     at = oriented.turn.apply_to_voxel(finding.place, image.geometry.shape)
     box = box_around((own != background) | (other != background))
     return [oriented.draw(plane, at, box, _FINDING_SIZE, own, other) for plane in oriented.planes]
-
-
-def _count_voxels(label: np.ndarray, labels: Labels) -> dict[str, int]:
-    """Count the voxels of each region."""
-    values, counts = np.unique(label, return_counts=True)
-    voxels = dict(zip(values.tolist(), counts.tolist(), strict=True))
-    return {name: sum(voxels.get(value, 0) for value in members) for name, members in labels.regions.items()}
 
 
 def _sample_intensities(image: np.ndarray, label: np.ndarray | None, plan: Plan) -> dict[str, np.ndarray]:
