@@ -32,7 +32,7 @@ from nnunet_lite.inference.outputs import STEPS, ExtraMaps
 from nnunet_lite.inference.predictor import Predictor, PreparedImage, prepare_image, segment
 from nnunet_lite.inference.quality import CaseQuality, judge
 from nnunet_lite.inference.record import CaseResult, read_statistics
-from nnunet_lite.inference.results import SEGMENTATIONS, label_file, measure_labels, write_segmentation
+from nnunet_lite.inference.segmentation import SEGMENTATIONS, label_file, measure_labels, write_segmentation
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.system import cases_in_flight, cpus
 
