@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from samples import ENVIRONMENT
 from torch import Tensor, nn
 
 from nnunet_lite.networks.cpu import (
@@ -137,6 +140,22 @@ def test_parallel_samples_without_gradients_and_of_odd_batches(tiny_plan: Plan, 
         assert torch.get_num_threads() == 1
         assert torch.equal(parallel(x), output)
     assert torch.get_num_threads() == 2
+
+
+def test_a_strided_kernel_of_one_voxel_with_few_channels_stays_in_its_memory() -> None:
+    """As in a MedNeXt of 4 features: the gradient of oneDNN writes beyond its memory, as glibc can check."""
+    code = """if True:
+        import torch
+        from nnunet_lite.networks.cpu import FastConv2d, FastConv3d
+        for fast, size, layout in ((FastConv2d, (64, 64), torch.channels_last),
+                                   (FastConv3d, (16, 16, 16), torch.channels_last_3d)):
+            layer = fast(4, 8, 1, stride=2).to(memory_format=layout)
+            for _ in range(8):
+                x = torch.randn(2, 4, *size).to(memory_format=layout).requires_grad_()
+                layer(x).square().sum().backward()
+    """
+    checked = ENVIRONMENT | {"MALLOC_CHECK_": "3"}
+    assert subprocess.run([sys.executable, "-c", code], env=checked, check=False).returncode == 0
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -38,6 +38,7 @@ from nnunet_lite.inference.windows import window_starts
 from nnunet_lite.models import folder as models
 from nnunet_lite.networks.devices import release_memory
 from nnunet_lite.planning.schema import Plan, configuration_changes
+from nnunet_lite.planning.show import length_unit
 from nnunet_lite.planning.spacing import warn_of_spacing
 from nnunet_lite.planning.swaps import warn_of_lost_swaps
 from nnunet_lite.planning.topology import join_by_x
@@ -476,7 +477,8 @@ def _announce(run: TrainingRun) -> None:
     chosen = settings.plan
     if (chosen.preset, chosen.memory, chosen.spacing) != (None, None, None):
         spacing = run.plan.configuration(name).spacing
-        log.info(f"planned for the recipe: {run.plan.preset}, {run.plan.memory_gb:g} GB, {join_by_x(spacing)} mm")
+        lengths = f"{join_by_x(spacing)} {length_unit(run.plan)}"
+        log.info(f"planned for the recipe: {run.plan.preset}, {run.plan.memory_gb:g} GB, {lengths}")
         if chosen.spacing is not None:
             warn_of_spacing(run.plan, spacing, run.dataset)
     planned = Plan.read(run.paths.plans).configurations.get(name)

@@ -418,7 +418,7 @@ def _label_flags(quality: Quality, features: CaseFeatures) -> list[str]:
             low, high = (float(np.exp(found["volume"] - end)) for end in quality.volumes[name])
             if max(1 / low, high) > _LARGER:
                 factor, how = (1 / low, "smaller") if low < 1 else (high, "larger")
-                flags.append(f"{name} is {factor:.2g} times {how} than in any training case")
+                flags.append(f"{name} is {float(f'{factor:.2g}'):g} times {how} than in any training case")
     return flags
 
 
