@@ -519,6 +519,12 @@ def test_splits_final_is_found_where_nnunet_keeps_it(
         assert not check_folds(splits, read_dataset(raw), FoldRule()), "existing folds stay"
     warning = f"{raw / 'splits_final.json'} is not used: {splits} exists, and its folds stay."
     assert capsys.readouterr().err.count(warning) == 1, "`run` checks them for each fold"
+    record = splits.with_name("splits_made.json")
+    content = record.read_text()
+    record.write_text(content[:9])
+    with pytest.raises(UserError, match="splits_made.json: invalid JSON"):
+        check_folds(splits, read_dataset(raw), FoldRule())
+    record.write_text(content)
     other = tmp_path / "preprocessed" / raw.name / "splits_final.json"
     write_json(other, folds[::-1])
     monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "preprocessed"))

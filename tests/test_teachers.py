@@ -110,6 +110,27 @@ def test_a_fold_learns_from_the_same_fold_alone(paths: Paths, find: Find) -> Non
             find(name, fold="1")
 
 
+def test_only_the_folds_that_were_found_teach(paths: Paths, dataset: Dataset, find: Find) -> None:
+    """Hours may pass between planning and training, in which another fold of the teacher is trained or set aside."""
+    plan, case, folder = Plan.read(paths.plans), dataset.cases[2], paths.models / "later"
+    shutil.copytree(paths.models / "tiny", folder)
+    teachers, split = find("later"), Split("all", (case.id,), (case.id,))
+
+    def predict(found: list[Teacher]) -> np.ndarray:
+        file = predict_teachers(found, paths, dataset, plan, CONFIGURATION, split, "cpu")[case.id]
+        return np.asarray(open_array(file)[:])
+
+    expected = predict(teachers)
+    shutil.rmtree(paths.teachers)
+    shutil.copytree(paths.models / "other" / "fold_0", folder / "fold_1")
+    np.testing.assert_array_equal(predict(teachers), expected)
+    assert (predict(find("later")) != expected).any()
+    shutil.rmtree(folder / "fold_0")
+    with pytest.raises(UserError, match="later: the weights of fold 0 are gone"):
+        predict(teachers)
+    shutil.rmtree(folder)
+
+
 def test_models_that_cannot_teach_are_refused(paths: Paths, find: Find) -> None:
     plan, other = Plan.read(paths.plans), paths.models / "labels"
     with pytest.raises(UserError, match=r"no model unknown of Task04_Hippocampus to learn from\. Its models: .*tiny"):

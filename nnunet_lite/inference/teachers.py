@@ -155,8 +155,8 @@ def predict_teachers(
         todo = [case for case in dataset.cases if case.id in files and not files[case.id].is_file()]
         if not todo:
             return files
-        folds = None if split.name == ALL else [split.name]
-        together = load([teacher.folder for teacher in teachers], folds, device, workspace=paths.root.parent)
+        first, *others = [load(one.folder, one.folds, device, workspace=paths.root.parent) for one in teachers]
+        together = replace(first, partners=tuple(others))
         patch = [1, *plan.configuration(configuration).patch_size][-3:]
         names = ", ".join(teacher.folder.name for teacher in teachers)
         for case in log.progress(todo, len(todo), f"{names} predicts"):

@@ -41,9 +41,17 @@ def read_model(folder: Path) -> tuple[Plan, dict[str, Any]]:
 
 
 def model_fingerprint(folder: Path, folds: Iterable[str], checkpoint: Checkpoint = "final") -> str:
-    """Hash the plan of a model, and of the weights of each fold the size and first megabytes: 16 hexadecimal digits."""
+    """Hash the plan of a model, and of the weights of each fold the size and first megabytes: 16 hexadecimal digits.
+
+    Raises
+    ------
+    UserError
+        The weights of a fold are gone.
+    """
     files, digest = weight_files(folder, checkpoint), hashlib.sha256(hash_of(read_json(folder / "plans.json")).encode())
     for fold in folds:
+        if fold not in files:
+            raise UserError(f"the weights of fold {fold} are gone", folder, "Train it again.")
         add_weights(digest, files[fold])
     return digest.hexdigest()[:16]
 

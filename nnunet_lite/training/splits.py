@@ -125,18 +125,19 @@ def check_folds(file: Path, dataset: Dataset, rule: FoldRule) -> bool:
     Raises
     ------
     UserError
-        `make_splits` or `leave_out` fails, or the options make other folds than those of an existing splits.json.
+        `make_splits`, `read_record` or `leave_out` fails, or the options make other folds than those of an existing
+        splits.json.
     """
     asked = rule if rule != DEFAULT_RULE else _default_rule(dataset)
     if not file.is_file():
         if asked != DEFAULT_RULE:
             leave_out(make_splits(dataset, asked, strata={})[0], dataset)  # label maps are read later
         return asked != DEFAULT_RULE
-    splits = load_splits(file)
+    splits, record = load_splits(file), read_record(file)
     leave_out(splits, dataset)
     try:
         if asked != DEFAULT_RULE:
-            _refuse_other_folds(file, splits, dataset, asked)
+            _refuse_other_folds(file, splits, record, dataset, asked)
     except UserError:
         if rule != DEFAULT_RULE:
             raise
@@ -145,9 +146,11 @@ def check_folds(file: Path, dataset: Dataset, rule: FoldRule) -> bool:
     return False
 
 
-def _refuse_other_folds(file: Path, splits: Sequence[Split], dataset: Dataset, rule: FoldRule) -> None:
+def _refuse_other_folds(
+    file: Path, splits: Sequence[Split], record: SplitsRecord | None, dataset: Dataset, rule: FoldRule
+) -> None:
     """Refuse options that make other folds than those of an existing splits.json."""
-    record, divided = read_record(file), _cases_of(splits)
+    divided = _cases_of(splits)
     excluded = [case for case in dataset.excluded if case.id in divided]  # since the folds were made
     before = tuple(case for case in dataset.excluded if case.id not in divided)
     whole = replace(dataset, cases=(*dataset.cases, *excluded), excluded=before)
