@@ -522,7 +522,7 @@ def test_splits_final_is_found_where_nnunet_keeps_it(
     record = splits.with_name("splits_made.json")
     content = record.read_text()
     record.write_text(content[:9])
-    with pytest.raises(UserError, match="splits_made.json: invalid JSON"):
+    with pytest.raises(UserError, match=r"splits_made\.json: invalid JSON"):
         check_folds(splits, read_dataset(raw), FoldRule())
     record.write_text(content)
     other = tmp_path / "preprocessed" / raw.name / "splits_final.json"
