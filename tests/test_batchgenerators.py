@@ -59,7 +59,7 @@ def test_transforms_are_found_by_name_and_take_their_arguments() -> None:
         ({"name": "BlankRectangleTransform"}, "missing .* 'rectangle_size'.* It takes: rectangle_size"),
     ],
 )
-def test_mistakes_are_told_with_what_would_be_right(entry: dict[str, Any], message: str) -> None:
+def test_mistakes_are_reported_with_what_would_be_right(entry: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         extra_transforms(extra(entry))
 

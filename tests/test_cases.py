@@ -344,7 +344,7 @@ def two_dimensional(path: Path) -> None:
 
 
 @pytest.mark.parametrize("flat", [True, False], ids=["pictures", "volumes"])
-def test_a_picture_without_a_spacing_is_told_what_the_model_takes(flat: bool, tmp_path: Path) -> None:
+def test_a_picture_without_a_spacing_is_refused_with_what_the_model_takes(flat: bool, tmp_path: Path) -> None:
     plan = sample_plan(Labels(names={"background": 0, "cell": 1}), spacing=(0.0005, 0.0005, 0.0005))
     if flat:
         plan = plan.model_copy(update={"configurations": {"2d": plan.configurations["2d"]}})

@@ -154,7 +154,7 @@ def test_a_strided_kernel_of_one_voxel_with_few_channels_stays_in_its_memory() -
                 x = torch.randn(2, 4, *size).to(memory_format=layout).requires_grad_()
                 layer(x).square().sum().backward()
     """
-    checked = ENVIRONMENT | {"MALLOC_CHECK_": "3"}
+    checked = ENVIRONMENT | {"MALLOC_CHECK_": "3", "LD_PRELOAD": "libc_malloc_debug.so.0"}
     assert subprocess.run([sys.executable, "-c", code], env=checked, check=False).returncode == 0
 
 

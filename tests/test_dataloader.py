@@ -350,7 +350,7 @@ def test_batches_come_without_end_and_from_the_middle_of_an_epoch(job: MakeJob) 
         assert same(batch, make_batch(run, run.training, epoch, iteration, augment=True))
 
 
-def test_mistakes_are_told_before_training(job: MakeJob) -> None:
+def test_mistakes_are_reported_before_training(job: MakeJob) -> None:
     check_augmentation(job(**{"augmentation.extra": [{"name": "RicianNoiseTransform", "p_per_sample": 0.1}]}))
     with pytest.raises(UserError, match=r"no label 'anterior'\. Did you mean 'Anterior'"):
         check_augmentation(job(**{"augmentation.mirror_swap": [["anterior", "Posterior"]]}))

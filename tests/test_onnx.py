@@ -281,7 +281,7 @@ class Loop(nn.Module):
         return x if x.sum().item() > 0 else -x
 
 
-def test_what_cannot_be_exported_is_told(
+def test_what_cannot_be_exported_is_reported(
     tiny_model: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UserError, match="exists already"):

@@ -69,9 +69,9 @@ def test_compiled_formats_are_timed_one_after_the_other_as_on_a_gpu(capfd: pytes
     best = pick_fastest(formats, prepare, GPU)
     assert best == formats[0] and order == [formats[0]] * 7 + [formats[1]] * 7
     assert best.reason == "seconds of a step: bf16 1, bf16 channels-last 2"
-    told = capfd.readouterr().err
-    assert "torch.compile failed and is left out: RuntimeError: no C compiler was found" in told
-    assert "bf16 channels-last compiled needs more memory than mps has" in told
+    messages = capfd.readouterr().err
+    assert "torch.compile failed and is left out: RuntimeError: no C compiler was found" in messages
+    assert "bf16 channels-last compiled needs more memory than mps has" in messages
 
 
 @pytest.mark.usefixtures("exact_clock")
