@@ -260,7 +260,7 @@ def test_missing_cases_are_noted(folders: tuple[Path, Path]) -> None:
 
 
 def test_images_are_predicted_and_scored(tiny_model: Path, scans: list[Path], command: Command, tmp_path: Path) -> None:
-    """The labels are those of the model; what cannot be predicted is reported by the exit code; no temporary file shows."""
+    """The labels are those of the model; what cannot be predicted is reported by the exit code."""
     for path, reference in zip(scans, REFERENCES, strict=False):
         for file, folder in ((path, "images"), (reference, "references")):
             (tmp_path / folder).mkdir(exist_ok=True)
