@@ -197,6 +197,12 @@ def test_a_kernel_of_one_voxel_has_its_gradient_from_matrix_products(layout: tor
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_groups_of_channels_have_kernels_of_one_voxel_too() -> None:
+    layer = FastConv3d(24, 24, 1, groups=24)
+    x = torch.randn(2, 24, 5, 4, 3).contiguous(memory_format=FORMATS[3])
+    torch.testing.assert_close(layer(x), F.conv3d(x, layer.weight, layer.bias, groups=24))
+
+
 def test_several_samples_and_other_types_go_to_torch() -> None:
     layer = FastConv2d(6, 8, 3)
     assert "OneDnn" not in layer(torch.randn(2, 6, 9, 9)).grad_fn.name()

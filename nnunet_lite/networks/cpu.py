@@ -197,7 +197,7 @@ def _is_pointwise(layer: nn.Conv3d | nn.ConvTranspose3d, x: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and x.is_cpu
-        and max(layer.kernel_size) == 1
+        and layer.groups == max(layer.kernel_size) == 1
         and layer.out_channels >= _LEAST_OUTPUTS
         and (layer.in_channels == 1 or is_channels_last(x))
     )
