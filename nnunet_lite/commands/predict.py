@@ -182,7 +182,7 @@ def predict(
     scheduler: options.Scheduler = None,
     device: options.Device = None,
     skip_existing: Annotated[
-        bool, options.resuming("--continue", help="Keep cases that have all their outputs already.")
+        bool, options.resuming("--continue", help="Keep label maps that exist, make what is missing.")
     ] = False,
     postprocess: Annotated[
         bool, options.setting("--postprocess/--no-postprocess", help="Apply what `nnlite select` found to help.")
@@ -241,7 +241,8 @@ def predict(
     device : str, optional
         Such as "cpu" or "cuda:1"; default: a GPU if there is one.
     skip_existing : bool
-        Keep the cases that have all their outputs already; a case that lacks one is predicted again.
+        Keep label maps that exist already. Statistics and files of labels that are missing are made from them; cases
+        whose maps are missing are predicted again.
     postprocess : bool
         Postprocess as `select` found to help.
     accept_geometry : bool

@@ -19,11 +19,12 @@ import numpy as np
 from nnunet_lite import log
 from nnunet_lite.data.cases import Case
 from nnunet_lite.data.geometry import Geometry
-from nnunet_lite.data.images import read_images, write_label
+from nnunet_lite.data.images import Image, read_images, read_label, write_label
 from nnunet_lite.data.labels import Labels
-from nnunet_lite.data.names import Format, case_of
+from nnunet_lite.data.names import Format, case_of, format_of
 from nnunet_lite.data.nifti import write_nifti
 from nnunet_lite.data.problems import few, plural
+from nnunet_lite.data.slicer import needs_layers
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.files import allocate, atomic, lacks_space, no_space, sweep
 from nnunet_lite.inference.cases import file_name, identify, names_file, output_file, read_case_image
@@ -31,7 +32,7 @@ from nnunet_lite.inference.features import describe_prediction
 from nnunet_lite.inference.outputs import STEPS, ExtraMaps
 from nnunet_lite.inference.predictor import Predictor, PreparedImage, prepare_image, segment
 from nnunet_lite.inference.quality import CaseQuality, judge
-from nnunet_lite.inference.record import CaseResult, read_statistics
+from nnunet_lite.inference.record import KEPT, CaseResult, read_statistics
 from nnunet_lite.inference.segmentation import SEGMENTATIONS, label_file, measure_labels, write_segmentation
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.system import cases_in_flight, cpus
@@ -65,7 +66,8 @@ class Outputs:
     quality : bool
         Judge the predictions, for the report, if that was calibrated for the model.
     skip_existing : bool
-        Keep the cases that have all of this already.
+        Keep label maps that exist already, unless `maps` of the case are missing. Statistics and files of labels that
+        are missing are made from them.
     postprocess : callable, optional
         Changes each label map before it is written.
     """
@@ -150,10 +152,11 @@ def predict_cases(
     out.mkdir(parents=True, exist_ok=True)
     for folder in (out / "probabilities", out / "uncertainty", *out.glob(f"{SEGMENTATIONS}/*")):
         sweep(folder)  # of a killed run; this one may write nothing there
-    complete = _find_complete(files, out, outputs) if outputs.skip_existing else set()
-    todo = [case for case in cases if case.id not in complete]
+    complete, incomplete = _find_existing(files, out, outputs, plan.labels) if outputs.skip_existing else (set(), set())
+    existing = complete | incomplete
+    todo = [case for case in cases if case.id not in existing]
     if n_replaced := sum(files[case.id].label_map.is_file() for case in todo):
-        why = "other outputs of these cases are missing" if outputs.skip_existing else "--continue keeps them"
+        why = "files that are made with them are missing" if outputs.skip_existing else "--continue keeps them"
         log.info(f"{out}: {plural(n_replaced, 'label map')} will be replaced; {why}")
     failed: dict[str, str] = {}
 
@@ -174,6 +177,9 @@ def predict_cases(
         """What there is to say about the image was said the first time."""
         return read_images(case.images, len(plan.channels), accept_geometry).array
 
+    partial_cases = [case for case in cases if case.id in incomplete]
+    for case in log.progress(partial_cases, len(partial_cases), "complete") if partial_cases else ():
+        attempt(case, partial(_complete_case, case, files[case.id], plan, outputs, read, report))
     n_readers = 1 if predictor.device.type == "cpu" else min(cpus(), _MOST_READERS)  # a CPU computes at the same time
     turned, size = defaultdict[str, list[str]](list), _READING + _MEASURING * outputs.statistics
     with (
@@ -234,15 +240,40 @@ def _check_files(cases: Sequence[Case], files: Mapping[str, _CaseFiles]) -> None
         raise UserError("would be written twice, for two cases or labels", twice, "Rename one.")
 
 
-def _find_complete(files: Mapping[str, _CaseFiles], out: Path, outputs: Outputs) -> set[str]:
-    """Return the ids of cases that have all files, and statistics if these are asked for."""
+def _find_existing(
+    files: Mapping[str, _CaseFiles], out: Path, outputs: Outputs, labels: Labels
+) -> tuple[set[str], set[str]]:
+    """Return the ids of cases that have all files, and of those whose missing ones can be made from the label map."""
     measured = read_statistics(out) if outputs.statistics else {}
-    return {
-        name
-        for name, of in files.items()
-        if all(path.is_file() for path in (of.label_map, *of.maps.values(), *of.masks.values()))
-        and (not outputs.statistics or case_of(of.label_map) in measured)
-    }
+    readable = (None, "nifti") if needs_layers(labels) else (None, "nifti", "seg.nrrd")  # as values of the dataset
+    complete, incomplete = set[str](), set[str]()
+    for name, of in files.items():
+        if not all(path.is_file() for path in (of.label_map, *of.maps.values())):
+            continue
+        is_measured = not outputs.statistics or case_of(of.label_map) in measured
+        if is_measured and all(path.is_file() for path in of.masks.values()):
+            complete.add(name)
+        elif format_of(of.label_map) in readable:
+            incomplete.add(name)
+    return complete, incomplete
+
+
+def _complete_case(
+    case: Case,
+    files: _CaseFiles,
+    plan: Plan,
+    outputs: Outputs,
+    read: Callable[[Case], Image],
+    report: Callable[[CaseResult], None],
+) -> None:
+    """Make statistics and files of labels from a label map that exists."""
+    image = read(case)
+    label_map = read_label(files.label_map, image.geometry)[0]
+    if label_map.shape != image.geometry.shape:
+        raise UserError("is the label map of another image", files.label_map, "Choose another --output.")
+    _write_masks(case, files, label_map, image.geometry, plan.labels)
+    if outputs.statistics:
+        report(CaseResult(files.label_map, case, KEPT, None, _measure(label_map, image.array, image.geometry, plan)))
 
 
 def _predict_case(
@@ -285,11 +316,15 @@ def _write_case(
             write_nifti(temporary, prediction.maps[name], geometry, 1 / STEPS, case.images[0])
     if outputs.postprocess is not None:
         label_map = outputs.postprocess(label_map, geometry.spacing)
-    for label, file in files.masks.items():
-        write_label(file, np.isin(label_map, plan.labels.segments[label]), geometry, like=case.images[0])
+    _write_masks(case, files, label_map, geometry, plan.labels)
     sizes = _measure(label_map, read(case), geometry, plan) if outputs.statistics else None
     report(CaseResult(files.label_map, case, "written", round(prediction.seconds, 2), sizes, prediction.quality))
     write_segmentation(files.label_map, label_map, geometry, plan.labels, case.images[0])
+
+
+def _write_masks(case: Case, files: _CaseFiles, label_map: np.ndarray, geometry: Geometry, labels: Labels) -> None:
+    for label, file in files.masks.items():
+        write_label(file, np.isin(label_map, labels.segments[label]), geometry, like=case.images[0])
 
 
 def _measure(label_map: np.ndarray, array: np.ndarray, geometry: Geometry, plan: Plan) -> dict[str, dict[str, Any]]:

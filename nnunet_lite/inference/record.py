@@ -28,6 +28,7 @@ FORMAT = "nnlite-predictions-1"
 STATISTICS, TABLE = "statistics.json", "statistics.csv"
 QUALITY_FORMAT = "nnlite-case-quality-1"
 _FIX = "Move it elsewhere."
+KEPT = "kept"  # the result of a case whose label map existed
 _LONG = 0.1  # seconds to write the files, from which on they are not written for each case
 _PAUSE = 20  # times that, until they are written again
 
@@ -43,7 +44,7 @@ class CaseResult:
     case : Case
         The case.
     result : str
-        "written", or the reason why it failed.
+        "written", `KEPT`, or the reason why it failed.
     seconds : float, optional
         From the preprocessed image to the label map.
     statistics : dict, optional
@@ -136,10 +137,11 @@ class PredictionRecord:
             judged = self._read_own(read_case_qualities, self.quality) if self.begins else {}
             before, judged_before = dict(statistics), dict(judged)
             for result, run in self._waiting:
-                if self.begins:
+                if self.begins and result.result != KEPT:
                     _add_entry(content, result, run)
                 statistics.pop(case_of(result.file), None)  # those of an older label map
-                judged.pop(case_of(result.file), None)
+                if result.result != KEPT:
+                    judged.pop(case_of(result.file), None)
                 if result.quality is not None:
                     judged[case_of(result.file)] = result.quality
                 if result.statistics is not None:
