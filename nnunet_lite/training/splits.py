@@ -299,7 +299,8 @@ def divide(
     if groups is None and strata is None:
         parts = [part for _, part in KFold(n_folds, shuffle=True, random_state=SEED).split(ids)]
     else:
-        parts = _balance([groups[i] if groups else i for i in ids], [strata[i] if strata else "" for i in ids], n_folds)
+        groups, strata = groups or {i: i for i in ids}, strata or dict.fromkeys(ids, "")
+        parts = _balance([groups[i] for i in ids], [strata[i] for i in ids], n_folds)
     return _hold_out({ids[i]: str(k) for k, part in enumerate(parts) for i in part}, n_folds)
 
 
