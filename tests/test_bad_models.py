@@ -296,7 +296,7 @@ REFUSED = {
     "info of nothing": given("info nowhere", "nowhere: is no model folder (it does not exist)"),
     "info of an image": given("info scan.nii.gz", "scan.nii.gz"),
     "info of a fold": given("info model/fold_0", "model/fold_0", "model, the model folder"),
-    "info of two models": given("info model -m model", "two models"),
+    "info of two models": given("info model model", "unexpected"),
 }  # fmt: skip
 
 IMAGES = {

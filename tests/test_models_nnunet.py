@@ -452,7 +452,7 @@ def test_info_of_a_model(command: Command, tmp_path: Path) -> None:
     assert command("export", folder, "net.zip", cwd=tmp_path)[0] == 0
     assert command("import", "net.zip", cwd=tmp_path)[0] == 0
     imported = next((tmp_path / "nnlite_workspace").glob("*/models/residual_2d"))
-    for given, model in (([folder], folder), (["-m", "net.zip"], "net.zip"), (["residual_2d"], imported)):
+    for given, model in (([folder], folder), (["net.zip"], "net.zip"), (["residual_2d"], imported)):
         code, out, err = command("info", *given, "--json", cwd=tmp_path)
         about = json.loads(out)
         assert code == 0 and about["channels"] == ["T1", "FLAIR"] and list(about["folds"]) == ["0"], err
