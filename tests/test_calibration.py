@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -294,7 +295,11 @@ def test_few_held_out_cases_say_nothing(tiny_workspace: Path, tiny_model: Path, 
 
 def test_the_report_compares_expected_and_real_dice(selected: Paths, tmp_path: Path) -> None:
     page = nnunet_lite.report(tmp_path / "page.html", workspace=selected.root.parent).read_text()
-    assert "Expected quality" in page and "Cases to look at first" in page and "thick slices" in page
+    assert "Expected quality" in page and "thick slices" in page
+    first = page.split("<caption>Cases to look at first: less like the reference than expected")[1].split("</table>")[0]
+    values = [float(value) for value in re.findall(r'data-value="([^"]*)"', first)]
+    lacking = [expected - real for expected, real in zip(values[::2], values[1::2], strict=True)]
+    assert 0 < len(lacking) < 12 and lacking == sorted(lacking, reverse=True) and min(lacking) > 0
 
 
 def test_labels_may_be_renamed_after_the_training(

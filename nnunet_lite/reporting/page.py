@@ -756,8 +756,10 @@ def _quality_section(material: Material) -> dict[str, Any]:
         return {}
     of_kinds, labels = [_expected_pairs(of_kind) for of_kind in by_kind.values()], list(clean[0][0].dice)
     of_labels = [_expected_pairs(clean, label) for label in labels]
-    first = sorted(clean, key=lambda pair: (pair[0].mean_dice or 0.0) - (pair[1].mean or 0.0))[:_CASES_TO_LOOK_AT]
     means = {row.case: (row.mean_dice or 0.0, judged.mean or 0.0) for row, judged in clean}
+    lacking = {case: expected - real for case, (real, expected) in means.items()}
+    worst = sorted((pair for pair in clean if lacking[pair[0].case] > 0), key=lambda pair: -lacking[pair[0].case])
+    first = worst[:_CASES_TO_LOOK_AT]
     flagged = [mean_of_known(bool(judged.flags) for _, judged in of_kind) for of_kind in by_kind.values()]
     return {
         "cases": plural(len(clean), "held-out case"),
