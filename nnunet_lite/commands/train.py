@@ -276,10 +276,13 @@ def train(
     if resume and not any(models.is_begun(run.fold_folder) for run in own):
         raise UserError("there is nothing to resume", own[0].fold_folder, "Leave out --resume to begin.")
     first_stage = _missing_first_stage(runs, own, restart)
-    for run in first_stage if restart else [*first_stage, *own]:
+    for run in first_stage:
         run.check_resume(force)
     if restart:
-        _set_aside(own, all_folds, force)
+        _set_aside(own, all_folds, force)  # which checks them where other folds stay
+    else:
+        for run in own:
+            run.check_resume(force)
     for run in first_stage:
         train_and_validate(run, force=force)
     return _train_here(own, force, preview, process_age() if not first_stage else 0.0)

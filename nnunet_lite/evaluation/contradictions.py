@@ -90,7 +90,7 @@ class Evidence:
     corrections: tuple[Correction, ...]
     place: Place
     digest: str
-    unit: Literal["voxel", "pixel"] = "voxel"
+    unit: Literal["voxel", "pixel"]
 
 
 def collect_evidence(

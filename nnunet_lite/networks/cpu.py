@@ -71,8 +71,7 @@ class FastConv3d(nn.Conv3d):
         if is_winograd_faster(self, x):
             return convolve_winograd(x, self.weight, self.bias)
         if _is_pointwise(self, x):
-            a, b, c = self.stride
-            return _mix_channels(x[..., ::a, ::b, ::c], self.weight.flatten(1), self.bias)
+            return _mix_channels(_thin_out(x, self.stride), self.weight.flatten(1), self.bias)
         if _is_depthwise(self, x) and max(self.stride) == 1:
             return _convolve_depthwise(x, self.weight, self.bias)
         return _convolve_onednn(self, x) if _avoids_onednn(self, x) else super().forward(x)
@@ -101,10 +100,15 @@ def _convolve_onednn(layer: nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
     assert not isinstance(layer.padding, str)
     stride = layer.stride
     if layer.weight[0, 0].numel() == 1:  # with a stride, oneDNN writes beyond its memory for less than 8 channels
-        places: Any = (..., *(slice(None, None, step) for step in stride))
-        x, stride = x[places], (1,) * len(stride)
+        x, stride = _thin_out(x, stride), (1,) * len(stride)
     y: Tensor = _OneDnnConvolution.apply(x, layer.weight, layer.bias, layer.padding, stride)
     return y
+
+
+def _thin_out(x: Tensor, stride: Sequence[int]) -> Tensor:
+    """Return every n-th voxel along each axis, a view: what a strided kernel of one voxel sees."""
+    places: Any = (..., *(slice(None, None, step) for step in stride))
+    return x[places]
 
 
 class _OneDnnConvolution(torch.autograd.Function):
@@ -122,7 +126,7 @@ class _OneDnnConvolution(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        if weight[0, 0].numel() == max(ctx.stride) == 1:
+        if weight[0, 0].numel() == 1:
             gradients = _differentiate_product(x, weight, grad, ctx.needs_input_grad[0])
         elif len(x) == 1 and grad.shape[2] > 1:
             gradients = _differentiate_halves(x, weight, grad, ctx.padding, ctx.stride, ctx.needs_input_grad[0])
@@ -225,7 +229,7 @@ def _spread(x: Tensor, stride: Sequence[int]) -> Tensor:
     batch, channels, *shape = x.shape
     size = [(n - 1) * step + 1 for n, step in zip(shape, stride, strict=True)]
     out = x.new_zeros((batch, *size, channels)).movedim(-1, 1)
-    out[..., :: stride[0], :: stride[1], :: stride[2]] = x
+    _thin_out(out, stride).copy_(x)
     return out
 
 

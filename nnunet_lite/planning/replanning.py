@@ -205,6 +205,7 @@ def _keep_edits(new: Plan, earlier: EarlierPlan, given: Options) -> NewPlan:
             return True  # the user added or deleted it
         return now.get(entry, ...) == before.get(entry) and not _is_set(entry, given)
 
+    # what differs from the plan that was edited; where the new plan has the same value, there is nothing to keep
     edits = [entry for entry in before | after if after.get(entry) not in (before.get(entry), now.get(entry))]
     words = {entry: _edit_in_words(entry, planned, edited) for entry in edits}
     kept = {entry: edit for entry, edit in words.items() if stays(entry)}

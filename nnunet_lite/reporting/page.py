@@ -473,7 +473,7 @@ def training_charts(folds: Sequence[tuple[str, int, FoldHistory]]) -> list[Chart
         ]
 
     training, held_out = curves("train_loss", ", training"), curves("validation_loss", ", held-out patches", "dashed")
-    losses = [curve for pair in zip(training, held_out, strict=True) for curve in pair]
+    losses = [curve for pair in zip(training, held_out, strict=True) for curve in pair]  # fold by fold in the legend
     charts = [
         figures.plot_curves("Loss", losses, "epoch", note="solid: training, dashed: held-out patches"),
         figures.plot_curves("Dice of held-out patches", curves("mean_dice"), "epoch", y_range=(0, 1)),
@@ -758,8 +758,8 @@ def _quality_section(material: Material) -> dict[str, Any]:
     of_labels = [_expected_pairs(clean, label) for label in labels]
     means = {row.case: (row.mean_dice or 0.0, judged.mean or 0.0) for row, judged in clean}
     lacking = {case: expected - real for case, (real, expected) in means.items()}
-    worst = sorted((pair for pair in clean if lacking[pair[0].case] > 0), key=lambda pair: -lacking[pair[0].case])
-    first = worst[:_CASES_TO_LOOK_AT]
+    worse = [pair for pair in clean if lacking[pair[0].case] > 0]
+    first = sorted(worse, key=lambda pair: -lacking[pair[0].case])[:_CASES_TO_LOOK_AT]
     flagged = [mean_of_known(bool(judged.flags) for _, judged in of_kind) for of_kind in by_kind.values()]
     return {
         "cases": plural(len(clean), "held-out case"),

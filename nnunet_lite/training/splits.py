@@ -156,9 +156,10 @@ def _refuse_other_folds(
     whole = replace(dataset, cases=(*dataset.cases, *excluded), excluded=before)
     made, _ = make_splits(whole, rule, record.strata if record and record.stratify == _BY_LABELS else None)
     if [*map(_fingerprint, splits)] != [*map(_fingerprint, leave_out(made, whole))]:
-        what = f"holds {_summarize(splits, record)}, not those that the options make of "
+        cases = plural(len(whole.cases), "case")
+        what = f"holds {_summarize(splits, record)}, not those that the options make of {cases}"
         fix = "Omit the options for folds to continue with these, or delete the file to make them again."
-        raise UserError(what + plural(len(whole.cases), "case"), file, fix)
+        raise UserError(what, file, fix)
 
 
 def _default_rule(dataset: Dataset) -> FoldRule:
@@ -253,13 +254,14 @@ def make_splits(
         if rule != FoldRule(splits=rule.splits):
             raise UserError("--splits names the folds: --folds, --group-by and --stratify cannot change them")
         return load_splits(Path(rule.splits), dataset), SplitsRecord(splits=str(rule.splits))
-    groups = None if rule.group_by is None else read_groups(ids, str(rule.group_by))
+    group_by = None if rule.group_by is None else str(rule.group_by)
+    groups = None if group_by is None else read_groups(ids, group_by)
     n, what = (len(ids), "case") if groups is None else (len(set(groups.values())), "group")
     if not 2 <= n_folds <= n:
         other = f", or take --folds 2{f' to {n}' * (n > 2)}" if n > 1 else ""
         fix = f"Train on every case: `nnlite train CONFIGURATION all`{other}."
         raise UserError(f"{plural(n, what)} cannot be split into {plural(n_folds, 'fold')}", fix=fix)
-    record = SplitsRecord(folds=n_folds, seed=SEED, group_by=rule.group_by and str(rule.group_by), groups=groups)
+    record = SplitsRecord(folds=n_folds, seed=SEED, group_by=group_by, groups=groups)
     if rule.stratify is True:
         record.stratify = _BY_LABELS
         record.strata = dict(stratify_by_labels(dataset, n_folds) if strata is None else strata)
