@@ -70,6 +70,11 @@ def without_foreground(root: Path) -> None:
         rewrite_nifti(path, np.zeros_like)
 
 
+def hounsfield(root: Path) -> None:
+    for path in (root / "imagesTr").iterdir():
+        rewrite_nifti(path, lambda a: (a * (2000.0 / a.max()) - 1000).astype(np.int16))
+
+
 def table(**values: object) -> Make:
     return lambda root: edit(root / "dataset.json", setting(**values))
 
@@ -125,6 +130,9 @@ PROBLEMS = [
     Bad("n_cases", table(numTraining=10), "dataset.json", ("numTraining is 10, and there are 5 cases",)),
     Bad("label_absent", table(labels=TAIL), "dataset.json", ("label Tail (3) has no voxel in any case",)),
     Bad("constant", voxels(IMAGE, np.ones_like), IMAGE, ("every voxel of channel MRI is 1",)),
+    Bad("looks_like_ct", hounsfield, "dataset.json",
+        ("values from -1000 to 1000", "call the channel CT in dataset.json")),
+    Bad("not_ct", table(modality={"0": "CT"}), "dataset.json", ("channel CT holds values from 0", "air is -1000")),
     Bad("duplicate_case", copy(*((path, path.replace("001", "008")) for path in (IMAGE, LABEL))),
         "imagesTr/hippocampus_008.nii.gz", ("holds the same image as case hippocampus_001",)),
 ]  # fmt: skip

@@ -29,6 +29,7 @@ from nnunet_lite.training.splits import (
     Split,
     check_folds,
     divide,
+    find_patients,
     load_splits,
     make_splits,
     make_strata,
@@ -336,6 +337,56 @@ def test_a_table_that_lacks_something(tmp_path: Path, text: str, message: str) -
     (tmp_path / "groups.csv").write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match=rf"groups\.csv: {message}"):
         read_column(tmp_path / "groups.csv", PAIRS, "group")
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [f"hippocampus_{i:03}" for i in range(1, 394, 3)],
+        [str(i) for i in range(40)],
+        [f"{organ}_{i:03}" for organ in ("lung", "prostate", "la") for i in range(20)],
+        [f"BraTS20_Training_{i:03}" for i in range(369)],
+        [f"BraTS-GLI-{i:05}-000" for i in range(300)],
+        [f"site{site}_{i:03}" for site in range(5) for i in range(30)],
+        [f"FLARE{year}_Tr_{i:04}" for year in (22, 23) for i in range(50)],
+        [f"1.3.6.1.4.1.14519.5.2.1.6001.{i * 7919**3}" for i in range(1, 60)],
+    ],
+    ids=lambda ids: ids[0],
+)
+def test_names_that_do_not_look_grouped(ids: list[str]) -> None:
+    assert find_patients(ids) is None
+
+
+@pytest.mark.parametrize(
+    ("ids", "n_groups"),
+    [
+        (PAIRS, 3),
+        ([f"{i}{side}" for i in range(12) for side in "LR"], 12),
+        ([f"patient{i:03}_frame{t:02}" for i in range(50) for t in (1, 7 + i % 9)], 50),
+        ([f"sub-{i:02}_{20200000 + 37 * i + s}" for i in range(10) for s in (1, 2)], 10),
+        ([f"BraTS-GLI-{i:05}-{t:03}" for i in range(30) for t in range(1 + i % 2)], 30),
+        ([f"site{s}_pat{i:02}_{x}" for s in range(3) for i in range(12) for x in "ab"], 36),
+        ([*(f"pat{i:02}" for i in range(8)), "pat03_again"], 8),
+        (["anna", *PAIRS], 4),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_names_that_look_grouped(ids: list[str], n_groups: int) -> None:
+    pattern = find_patients(ids)
+    assert pattern is not None and len(set(read_groups(ids, pattern).values())) == n_groups
+
+
+def test_images_of_one_patient_are_pointed_out(capsys: pytest.CaptureFixture[str]) -> None:
+    """Only where no option says which cases belong together."""
+    ids = list(patients([2, 1, 3, 1, 2, 1]))
+    make_splits(dataset_of(ids))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        "warning: names look as if the 10 cases were of 6 patients; if so, scores are too good unless"
+    )
+    expression = line.split("--group-by ")[1].strip("'")
+    make_splits(dataset_of(ids), FoldRule(group_by=expression))
+    assert capsys.readouterr().err == ""
 
 
 def test_strata_are_label_sets_and_volumes() -> None:

@@ -18,7 +18,7 @@ import numpy as np
 
 from nnunet_lite import system
 from nnunet_lite.data.cases import Case, split_name, unsupported_files
-from nnunet_lite.data.consistency import CaseFindings, check_consistency, check_files, check_labels
+from nnunet_lite.data.consistency import CaseFindings, ChannelRange, check_consistency, check_files, check_labels
 from nnunet_lite.data.dataset import MASK_NOTE, Dataset, map_labels
 from nnunet_lite.data.geometry import ACCEPTABLE, Geometry
 from nnunet_lite.data.images import Image, read_geometry, read_image, read_label_image
@@ -232,22 +232,22 @@ def _check_images(
     files = [path for path, image in zip(case.images, images, strict=True) for _ in image.array]
     for channel, path, name in zip(channels, files, dataset.channels, strict=True):
         digest.update(np.ascontiguousarray(channel).data)
-        found.problems += _check_values(channel, path, name)
-        found.two_values.append(_has_two_values(channel))
+        values = ChannelRange(float(channel.min()), float(channel.max()), _has_two_values(channel))
+        found.problems += _check_values(channel, values, path, name)
+        found.ranges.append(values)
     found.digest = digest.digest()
     return channels
 
 
-def _check_values(channel: np.ndarray, path: Path, name: str) -> Iterator[Problem]:
+def _check_values(channel: np.ndarray, values: ChannelRange, path: Path, name: str) -> Iterator[Problem]:
     """Report NaN and infinity, which show in the extremes, and constant images."""
-    low, high = float(channel.min()), float(channel.max())
-    if not (np.isfinite(low) and np.isfinite(high)):
+    if not np.isfinite([values.low, values.high]).all():
         wrong = plural(int(channel.size - np.isfinite(channel).sum()), "voxel")
         fix = "Replace them, for example by 0 or by the lowest value of the image."
         yield Problem("nan", str(path), f"{wrong} of channel {name} NaN or infinite", "finite numbers", fix)
-    elif low == high:
+    elif values.low == values.high:
         fix = "Leave the case out if the image is lost."
-        yield Problem("constant", str(path), f"every voxel of channel {name} is {low:g}", "an image", fix)
+        yield Problem("constant", str(path), f"every voxel of channel {name} is {values.low:g}", "an image", fix)
 
 
 def _has_two_values(channel: np.ndarray) -> bool:

@@ -34,7 +34,25 @@ _VOID = (255, 65535, -1)  # values that mean "not annotated" in many datasets
 _MOST_CLASSES = 256  # in the plain layout
 _MAPS_SAMPLED = 10
 _PIECES_SAMPLED = 200  # values of one label map
+_PADDING, _AIR, _BONE = -5000, -900, 300  # HU: lowest value outside of the field of view; air; bone
 _MOST_NESTED = 5  # values of an organ with its lesions, which look like numbered ones
+
+
+@dataclass(frozen=True)
+class ChannelRange:
+    """The values of one channel of an image.
+
+    Parameters
+    ----------
+    low, high : float
+        The extremes.
+    two_values : bool
+        Whether there is nothing between them.
+    """
+
+    low: float
+    high: float
+    two_values: bool
 
 
 @dataclass
@@ -51,8 +69,8 @@ class CaseFindings(Generic[T]):
         Values in the file of its label map besides the background; None if it cannot be read.
     digest : bytes
         Hash of the voxels of its image.
-    two_values : list of bool
-        Whether each channel of its image holds only two values.
+    ranges : list of ChannelRange
+        The values of each channel of its image.
     visited : T or None
         The result of the visitor.
     """
@@ -61,7 +79,7 @@ class CaseFindings(Generic[T]):
     geometry: Geometry | None = None
     values: set[int] | None = None
     digest: bytes = b""
-    two_values: list[bool] = field(default_factory=list)
+    ranges: list[ChannelRange] = field(default_factory=list)
     visited: T | None = None
 
 
@@ -161,16 +179,14 @@ def check_consistency(dataset: Dataset, findings: Sequence[CaseFindings[Any]]) -
     Yields
     ------
     Problem
-        Mixed dimensions, orientations and spacings, masks for images, equal images, and too few cases.
+        Mixed dimensions, orientations and spacings, masks for images, CT without its name, equal images, and too few
+        cases.
     """
     known = [(case, found.geometry) for case, found in zip(dataset.cases, findings, strict=True) if found.geometry]
     yield from _unlike_most(known, dataset.orientation)
-    values_checked = [found.two_values for found in findings if found.two_values]
+    ranges = [found.ranges for found in findings if found.ranges]
     for number, name in enumerate(dataset.channels):
-        if values_checked and all(two_values[number] for two_values in values_checked):
-            text = f"channel {name} holds two values in every case, as a mask does"
-            fix = "Remove it if it is a label map: a new image has none."
-            yield Problem("two_values", str(dataset.description), text, "an image", fix)
+        yield from _unlikely_channel(dataset, name, [of_case[number] for of_case in ranges])
     first_with: dict[bytes, Case] = {}
     for case, found in zip(dataset.cases, findings, strict=True):
         first = first_with.setdefault(found.digest, case) if found.digest else case
@@ -181,6 +197,25 @@ def check_consistency(dataset: Dataset, findings: Sequence[CaseFindings[Any]]) -
         text, expected = plural(len(dataset.cases), "case"), f"at least {FOLDS} for {FOLDS}-fold cross-validation"
         fix = "Train on all of them (fold `all`), or add cases."
         yield Problem("few_cases", str(dataset.root), text, expected, fix)
+
+
+def _unlikely_channel(dataset: Dataset, name: str, ranges: Sequence[ChannelRange]) -> Iterator[Problem]:
+    """Report a channel that holds masks, one that holds CT under another name, and one called CT that holds none."""
+    if not ranges:
+        return
+    low, high = min(r.low for r in ranges), max(r.high for r in ranges)
+    text, table = f"channel {name} holds values from {low:g} to {high:g}", str(dataset.description)
+    like_ct = sum(_PADDING <= r.low <= _AIR and r.high >= _BONE for r in ranges)
+    if all(r.two_values for r in ranges):
+        text = f"channel {name} holds two values in every case, as a mask does"
+        yield Problem("two_values", table, text, "an image", "Remove it if it is a label map: a new image has none.")
+    elif name.lower() != "ct" and 2 * like_ct > len(ranges):
+        where = "in a dataset.json (`nnlite init` writes one)" if dataset.layout == "plain" else "in dataset.json"
+        fix = f"If it is CT, call the channel CT {where}, so that it is normalised as CT."
+        yield Problem("looks_like_ct", table, f"{text}, as CT in Hounsfield units does", "", fix)
+    elif name.lower() == "ct" and 2 * sum(r.low >= 0 for r in ranges) > len(ranges):
+        fix = "Give the channel another name if it is no CT, or was normalised before; else rescale it to HU."
+        yield Problem("not_ct", table, text, "Hounsfield units, where air is -1000", fix)
 
 
 def _unlike_most(known: Sequence[tuple[Case, Geometry]], required: str | None) -> Iterator[Problem]:

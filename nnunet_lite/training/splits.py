@@ -41,6 +41,7 @@ _VOLUME_PARTS = 4  # strata by volume, at most
 _BY_LABELS = "labels"  # the recorded name of the strata of `--stratify`
 CASES = "cases.json"
 _TABLES = (".csv", ".tsv")
+_PATIENT = re.compile(r"(?i)(?:^|[^a-z])(?:p|pt|pat|patient|sub|subj|subject)[-_]?\d+$")
 _FIX = "Correct or remove it, or give --folds, --group-by, --stratify or --splits."
 
 
@@ -256,6 +257,10 @@ def make_splits(
         return load_splits(Path(rule.splits), dataset), SplitsRecord(splits=str(rule.splits))
     group_by = None if rule.group_by is None else str(rule.group_by)
     groups = None if group_by is None else read_groups(ids, group_by)
+    if groups is None and (pattern := find_patients(ids)):
+        n_patients = plural(len(set(read_groups(ids, pattern).values())), "patient")
+        log.warn(f"names look as if the {plural(len(ids), 'case')} were of {n_patients}; if so, scores are too good "
+                 f"unless you plan with --group-by '{pattern}'")  # fmt: skip
     n, what = (len(ids), "case") if groups is None else (len(set(groups.values())), "group")
     if not 2 <= n_folds <= n:
         other = f", or take --folds 2{f' to {n}' * (n > 2)}" if n > 1 else ""
@@ -363,6 +368,29 @@ def read_groups(case_ids: Sequence[str], group_by: str) -> dict[str, str]:
         fix = r"Every case needs a group; `|.+` at the end makes the other cases groups of one."
         raise UserError(f"--group-by {group_by!r} matches nothing in {name_cases(missing)}", fix=fix)
     return groups
+
+
+def find_patients(case_ids: Sequence[str]) -> str | None:
+    """Return a regular expression for `--group-by` where names look as if cases share patients; otherwise None.
+
+    A name is cut after its first, second or third number. What is before the cut is a patient if several names share it
+    and what follows repeats from one to the next (pat01_a, pat01_b, pat02_a), which running numbers do not (site1_001,
+    site1_002, site2_003), or if a word such as "sub" says so.
+
+    Parameters
+    ----------
+    case_ids : sequence of str
+        Ids of the cases.
+    """
+    for pattern in (rf"^(?:\D*\d+){{{numbers}}}" for numbers in (1, 2, 3)):
+        pairs = [(match[0], match.string[match.end() :]) for i in case_ids if (match := re.match(pattern, i))]
+        names = Counter(name for name, _ in pairs)
+        shared = [name for name, n in names.items() if n > 1]
+        cut = [(name, rest) for name, rest in pairs if rest]
+        repeated = len({rest for _, rest in cut}) <= len({name for name, _ in cut})
+        if shared and len(names) > 1 and (repeated or any(_PATIENT.search(name) for name in shared)):
+            return pattern if len(pairs) == len(case_ids) else f"{pattern}|.+"
+    return None
 
 
 def read_column(file: Path, case_ids: Sequence[str], what: str) -> dict[str, str]:
