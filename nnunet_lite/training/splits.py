@@ -259,8 +259,8 @@ def make_splits(
     groups = None if group_by is None else read_groups(ids, group_by)
     if groups is None and (pattern := find_patients(ids)):
         n_patients = plural(len(set(read_groups(ids, pattern).values())), "patient")
-        log.warn(f"names look as if the {plural(len(ids), 'case')} were of {n_patients}; if so, scores are too good "
-                 f"unless you plan with --group-by '{pattern}'")  # fmt: skip
+        text = f"names look as if the {plural(len(ids), 'case')} were of {n_patients}"
+        log.warn(f"{text}; if so, scores are too good unless you plan with --group-by '{pattern}'")
     n, what = (len(ids), "case") if groups is None else (len(set(groups.values())), "group")
     if not 2 <= n_folds <= n:
         other = f", or take --folds 2{f' to {n}' * (n > 2)}" if n > 1 else ""
