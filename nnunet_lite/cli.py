@@ -312,7 +312,12 @@ def _as_json(result: Any) -> str:
     if isinstance(result, Path):
         return json.dumps({"path": str(result)})
     value = result.to_json() if hasattr(result, "to_json") else asdict(result)
-    return value if isinstance(value, str) else json.dumps(value, indent=1, default=str)
+    return value if isinstance(value, str) else json.dumps(value, indent=1, default=_value_as_json)
+
+
+def _value_as_json(value: Any) -> Any:
+    """Return a value inside a result that JSON has no type for: by its own `to_json`, or a path as text."""
+    return value.to_json() if hasattr(value, "to_json") else str(value)
 
 
 def _fail(message: str, code: int) -> int:

@@ -361,6 +361,7 @@ def test_predict_obeys(paths: Paths, scan: Path, tmp_path: Path, command: Comman
     array, err, result = predicted("--no-postprocess")
     assert np.array_equal(array, raw) and "tiny, fold 0; postprocessing: none\n" in err
     assert result["postprocessing"] == {}
+    assert result["labels"] == {"background": 0, "Anterior": 1, "Posterior": 2}
 
     other = shutil.copytree(paths.models / "tiny", paths.models / "other")
     for options in (["-m", other], ["-c", "other"], ["-m", other, "-m", paths.models / "tiny"]):
