@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from nnunet_lite.training.metrics import (
     Metrics,
     draw_metrics,
     record_metrics,
+    warn_of_absent,
 )
 
 
@@ -75,16 +77,33 @@ def test_any_metrics_become_a_picture(tmp_path: Path, epochs: list[dict[str, Any
     assert [p.name for p in tmp_path.iterdir()] == ["progress.png"]
 
 
-def test_a_label_whose_dice_stays_zero_is_reported_once(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_label_whose_dice_stays_zero_is_reported_once(
+    tiny_cases: list[Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With how rare it is, and how often patches are centred on it."""
+    anterior = {1: tiny_cases[0].foreground[1]}
+    cases = [*tiny_cases[:2], *(replace(case, foreground=anterior) for case in tiny_cases[2:])]
     labels = LabelStatistics()
     for _ in range(20):
-        labels.warn_of_zero_dice({"liver": 0.0}, 0.02)  # early in a long run
+        labels.warn_of_zero_dice({"liver": 0.0}, 0.02, cases, 0.33)  # early in a long run
     labels = LabelStatistics()
     for epoch in range(1, 10):
-        labels.warn_of_zero_dice({"liver": 0.0 if epoch < 9 else 0.1, "tumour": 0.0 if epoch != 4 else None}, 0.5)
-    labels.warn_of_zero_dice({}, 0.5)  # an epoch without a validation does not count
+        dice = {"liver": 0.0 if epoch < 9 else 0.1, "tumour": 0.0 if epoch != 4 else None}
+        labels.warn_of_zero_dice(dice, 0.5, cases, 0.33)
+    labels.warn_of_zero_dice({}, 0.5, cases, 0.33)  # an epoch without a validation does not count
     assert capfd.readouterr().err == ""
     for _ in range(3):
-        labels.warn_of_zero_dice({"liver": 0.0, "tumour": 0.0}, 0.5)
+        labels.warn_of_zero_dice({"liver": 0.0, "tumour": 0.0}, 0.5, cases, 0.33)
     warning = capfd.readouterr().err
     assert warning.count("warning") == 1 and "tumour has had a Dice of 0 in all of 10 epochs" in warning
+    share = sum((case.label[:] == 2).sum() for case in cases[:2]) / sum(case.label[:].size for case in cases)
+    assert f"It is in 2 of 10 training cases, {100 * share:.2g} % of their voxels" in warning
+    assert "3.3 % of the patches are centred on it" in warning, "a third, in two of ten cases, of two labels"
+
+
+def test_a_label_of_no_training_case_is_reported(tiny_cases: list[Any], capfd: pytest.CaptureFixture[str]) -> None:
+    names = ("Anterior", "Posterior")
+    warn_of_absent(names, tiny_cases)
+    assert capfd.readouterr().err == ""
+    warn_of_absent(names, [replace(case, foreground={1: case.foreground[1]}) for case in tiny_cases])
+    assert "warning: no training case of this fold has Posterior, which the network" in capfd.readouterr().err

@@ -34,7 +34,7 @@ from nnunet_lite.preprocessing.resampling import label_boxes
 _BLOCK_BYTES = 1 << 16  # is decompressed at once: fits a core's cache
 _CHUNK_BYTES = 1 << 22  # of one channel
 _CHUNK_CHANNELS = 16  # at most
-_SAMPLES, _SHARE = 10_000, 0.01  # foreground voxels kept of each class: the larger of both, as in nnU-Net
+SAMPLES, _SHARE = 10_000, 0.01  # foreground voxels kept of each class: the larger of both, as in nnU-Net
 _ANNOTATED = -1
 _SLAB = 1 << 20  # voxels searched at a time
 
@@ -286,7 +286,7 @@ def _sample(classes: np.ndarray, members: tuple[int, ...], rng: np.random.Genera
 
     counts = [int(np.count_nonzero(is_member(start))) for start in starts]
     total = sum(counts)
-    kept = min(total, max(_SAMPLES, math.ceil(total * _SHARE)))
+    kept = min(total, max(SAMPLES, math.ceil(total * _SHARE)))
     ranks = np.arange(kept)
     if total > kept:
         ranks = np.sort(rng.choice(total, kept, replace=False, shuffle=False))

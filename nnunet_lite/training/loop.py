@@ -46,7 +46,7 @@ from nnunet_lite.training.finetune import freeze, start_from
 from nnunet_lite.training.job import Job
 from nnunet_lite.training.learner import Learner
 from nnunet_lite.training.loss import pseudo_dice_counts
-from nnunet_lite.training.metrics import LabelStatistics, Metrics, record_metrics
+from nnunet_lite.training.metrics import LabelStatistics, Metrics, record_metrics, warn_of_absent
 from nnunet_lite.training.optim import Plateau, learning_rate
 
 _TIMED, _LONG = 5.0, 3600.0  # seconds of steps from which the length of a run follows; a run that is long for a CPU
@@ -109,6 +109,7 @@ def train_fold(job: Job, seconds: float = 0.0) -> None:
             torch.cuda.reset_peak_memory_stats(job.device)
         state.seconds += from_first(time.monotonic() - begin, job.ranks)
         compute, stop.starting = state.compute, False
+        warn_of_absent(job.plan.labels.region_names, job.training)
         log.info(f"computing on {job.device} in {compute}" + f" ({compute.reason})" * bool(compute.reason))
         # Where other programs run too, threads that share short operations (data, loss, optimizer) wait for each other
         # longer than these take.
@@ -189,7 +190,9 @@ def _run_epochs(job: Job, learner: Learner, batches: Iterator[Batch], state: Sta
             state.seconds = before + from_first(time.monotonic() - begin, job.ranks)
             state.pseudo_seconds = max(0.0, state.seconds - before - metrics["seconds"])
             state.early_stopping = state.early_stopping.update(metrics.get("mean_dice"))
-            state.labels.warn_of_zero_dice(metrics.get("dice", {}), _progress(job, state))
+            state.labels.warn_of_zero_dice(
+                metrics.get("dice", {}), _progress(job, state), job.training, training.foreground
+            )
             if recorder is not None:
                 recorder.add(metrics)
                 log.info(_describe_epoch(job, metrics, state))

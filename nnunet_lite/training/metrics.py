@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from matplotlib.figure import Figure
 from nnunet_lite import log
 from nnunet_lite.errors import describe
 from nnunet_lite.files import append, atomic, table_of, to_csv, write_text
+from nnunet_lite.preprocessing.stored_case import SAMPLES, CaseArrays
 
 METRICS, TABLE, PICTURE = "metrics.jsonl", "metrics.csv", "progress.png"
 _SECONDS_BETWEEN_PICTURES = 20.0
@@ -160,7 +162,9 @@ class LabelStatistics:
     stuck: list[int] = field(default_factory=list)
     reported: list[str] = field(default_factory=list)
 
-    def warn_of_zero_dice(self, dice: Mapping[str, float | None], progress: float) -> None:
+    def warn_of_zero_dice(
+        self, dice: Mapping[str, float | None], progress: float, cases: Sequence[CaseArrays], foreground: float
+    ) -> None:
         """Warn of a label whose Dice has always been 0.
 
         Parameters
@@ -169,6 +173,10 @@ class LabelStatistics:
             Of each label in the last epoch; empty if it had no pseudo-validation.
         progress : float
             Share of the run that is done, from 0 to 1.
+        cases : sequence of CaseArrays
+            Training cases.
+        foreground : float
+            Share of the patches that are centred on a voxel of a label.
         """
         if not dice:
             return
@@ -176,10 +184,34 @@ class LabelStatistics:
         self.stuck = [
             n if n < 0 or d is None else (n + 1 if d == 0 else -1) for n, d in zip(before, dice.values(), strict=True)
         ]
-        for name, epochs in zip(dice, self.stuck, strict=True):
+        for number, (name, epochs) in enumerate(zip(dice, self.stuck, strict=True), 1):
             if epochs >= _ZERO_EPOCHS and progress >= _ZERO_SHARE and name not in self.reported:
                 self.reported.append(name)
                 log.warn(
-                    f"{name} has had a Dice of 0 in all of {epochs} epochs. Are there training cases with it? Raise "
-                    "training.foreground, the patch size or loss.class_weights, or check its labels"
+                    f"{name} has had a Dice of 0 in all of {epochs} epochs. It is in "
+                    f"{describe_sampling(cases, number, foreground)}. Raise training.foreground, the patch size or "
+                    "loss.class_weights, or check its labels"
                 )
+
+
+def warn_of_absent(names: Sequence[str], cases: Sequence[CaseArrays]) -> None:
+    """Warn of labels (or regions, in their order) that no training case has."""
+    absent = [n for i, n in enumerate(names, 1) if not any(len(case.foreground.get(i, ())) for case in cases)]
+    if absent:
+        log.warn(
+            f"no training case of this fold has {', '.join(absent)}, which the network cannot learn. Check the labels, "
+            "or choose other folds: --stratify spreads rare labels"
+        )
+
+
+def describe_sampling(cases: Sequence[CaseArrays], number: int, foreground: float) -> str:
+    """Return how rare a class (or region, counted from 1) is in cases, and how often a patch is centred on it."""
+    having = [case for case in cases if len(case.foreground.get(number, ()))]
+    counts = [len(case.foreground[number]) for case in having]
+    share = sum(counts) / sum(math.prod(case.label.shape) for case in cases)
+    least = "at least " * (max(counts, default=0) >= SAMPLES)  # more voxels are not kept
+    chosen = sum(1 / sum(len(voxels) > 0 for voxels in case.foreground.values()) for case in having) / len(cases)
+    return (
+        f"{len(having)} of {len(cases)} training cases, {least}{100 * share:.2g} % of their voxels, and "
+        f"{100 * foreground * chosen:.2g} % of the patches are centred on it"
+    )
