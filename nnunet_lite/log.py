@@ -241,7 +241,7 @@ class _Work:
             return f"{self.what}: {self.text}"
         seconds = time.monotonic() - self.start
         count = f"{self.done}/{self.total}, " if self.total else ""
-        if self.total is None or self.done == self.first:
+        if self.total is None or self.done in (self.first, self.total):  # when all is done, the last part is written
             return f"{self.what}: {count}{duration(seconds)} so far"
         left = seconds / (self.done - self.first) * (self.total - self.done)
         return f"{self.what}: {count}{duration(left)} left"

@@ -45,6 +45,7 @@ with log.working('fold', 3) as advance:
     advance(1)
     log.info('message')
     list(log.progress((time.sleep(0.5) for _ in range(1)), 2, 'windows'))
+with log.working('predict', 1) as advance: advance(1); time.sleep(0.5)
 try:
     with log.working('formats'): time.sleep(0.5); raise ValueError
 except ValueError: log.info('an error'); time.sleep(0.5)
@@ -130,6 +131,7 @@ def test_a_line_appears_when_nothing_was_printed_for_a_while_also_within_a_part(
         "fold: 0/3, T so far",
         "message",
         "fold: 1/3, T left; windows: 0/2, T so far",
+        "predict: 1/1, T so far",
         "formats: T so far",
         "an error",
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -20,8 +21,9 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.cross_validation import validate_fold
 from nnunet_lite.models.checkpoint import save_weights
 from nnunet_lite.models.folder import read_weights_header
-from nnunet_lite.models.lookup import first_common_fold, read_model
+from nnunet_lite.models.lookup import choose_model, first_common_fold, read_model
 from nnunet_lite.training.finetune import open_source
+from nnunet_lite.workspace import planned_paths
 
 
 @pytest.fixture
@@ -53,6 +55,13 @@ def test_first_fold(tiny_model: Path, other: Path) -> None:
     assert first_common_fold([tiny_model]) == ["0"]
     assert first_common_fold([other]) == ["2"]
     assert first_common_fold([tiny_model, other]) is None
+
+
+def test_a_configuration_without_a_model_is_the_one_to_train(tiny_model: Path) -> None:
+    paths = planned_paths(tiny_model.parents[2])
+    for configuration, fix in (("2d", "Run `nnlite train 2d 0"), ("3d_lowres", "Trained: tiny (3d_fullres).")):
+        with pytest.raises(UserError, match=re.escape(f"is trained. {fix}")):
+            choose_model(paths, configuration)
 
 
 OWN = """

@@ -384,10 +384,11 @@ def model_folder(paths: Paths, name: str) -> Path:
     return paths.models / name
 
 
-def first_training(paths: Paths) -> str:
-    """Return the command that trains a first model of a planned dataset on this machine."""
+def first_training(paths: Paths, configuration: str | None = None) -> str:
+    """Return the command that trains a first model (of a configuration) of a planned dataset on this machine."""
     plan = Plan.read(paths.plans)
-    configuration = "3d_fullres" if "3d_fullres" in plan.configurations else next(iter(plan.configurations))
+    wanted = (name for name in (configuration, "3d_fullres") if name in plan.configurations)
+    configuration = next(wanted, next(iter(plan.configurations)))
     recipe = " --recipe cpu" if has_no_gpu() else ""
     return f"nnlite train {configuration} {0 if plan.n_cases >= _N_FOLDS else 'all'}{recipe}{paths.option}"
 

@@ -126,7 +126,9 @@ def choose_model(paths: Paths, configuration: str | None = None) -> Path:
     if not found:
         of = f" {configuration}" if configuration else ""
         have = [f"{folder.name} ({run['configuration']})" for folder, run in runs.items()]
-        fix = f"Run `{first_training(paths)}`." if paths.plans.is_file() else f"Trained: {', '.join(have)}."
+        fix = f"Trained: {', '.join(have)}."
+        if paths.plans.is_file() and (not have or configuration in Plan.read(paths.plans).configurations):
+            fix = f"Run `{first_training(paths, configuration)}`."
         raise UserError(f"no{of} model of {paths.name} is trained", paths.models, fix)
     n_folds, dice, best = max(found)
     if len(found) > 1:
