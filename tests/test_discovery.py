@@ -201,8 +201,9 @@ def test_a_table(tmp_path: Path, separator: str) -> None:
     ("text", "says"),
     [
         ("", "no row with existing files"),
-        ("case,image\np1,scans/p1.nii", r"Columns: case, image\. The first line names the columns: case, label"),
-        ("name,image,label\np1,scans/p1.nii,masks/p1.nii", "Columns: name, image, label"),
+        ("case,image\np1,scans/p1.nii", r"has no column label\. Columns: case, image\. The first line names"),
+        ("name,image,label\np1,scans/p1.nii,masks/p1.nii", r"has no column case\. Columns: name, image, label"),
+        ("image,mask\nscans/p1.nii,masks/p1.nii", r"has no column case, label\. Columns: image, mask"),
         ("case,image,label\np1,p1.nii,masks/p1.nii", "no row with existing files"),
         ("case,image,label\np1,scans/p1.nii,m.nii", "no row with existing files"),
         ("case,image,label\np1,scans/p1.nii,masks/p1.nii\np1,scans/p2.nii,masks/p2.nii", "has several rows of p1"),

@@ -210,6 +210,8 @@ def cases_in_table(file: Path) -> Discovery:
     head, *lines = [cells for cells in read_table(file) if cells] or [[]]
     rows = [dict(zip_longest(head, cells, fillvalue="")) for cells in lines]
     columns = {key.lower(): key for key in head}
+    if lacking := [name for name in ("case", "label") if name not in columns and head]:
+        raise UserError(f"has no column {few(lacking)}. Columns: {few(head, 9)}", file, _COLUMNS)
     case, label = columns.pop("case", ""), columns.pop("label", "")
     files = [
         {key: file.parent / cell for key, cell in row.items() if cell and (file.parent / cell).exists()} for row in rows
