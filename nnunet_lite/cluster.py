@@ -54,6 +54,7 @@ _FIRST_WORKER = 600  # seconds to wait for one: a queue may be long
 _FILE_DELAY = 20.0  # seconds until all machines see a new file in the workspace
 _IN_FLIGHT = 1000  # tasks that the scheduler knows at a time, however many cases there are
 _MOST_IN_A_TASK, _TASKS_PER_SLOT = 16, 4
+_POLL, _LOOK = 0.02, 30.0  # seconds between looks for results, and for workers
 _TRIES = 3  # of what may fail for a moment, such as a file server that does not answer
 _BUSY = 600.0  # seconds that a fold waits for a worker that was considered dead and still trains it
 _STOPPING = 120.0  # seconds that folds get to write their checkpoints
@@ -172,7 +173,7 @@ class Cluster:
                 )
                 running[future] = batch
                 finished.add(future)
-            future = next(finished)
+            future = self._next_ended(finished)
             batch = running.pop(future)
             results = _result_or_error(future)
             if isinstance(results, WorkersDied) and not alone:
@@ -183,6 +184,23 @@ class Cluster:
                 tasks.extend([item] for item in batch)
             else:
                 yield from zip(batch, [results] if isinstance(results, Exception) else results, strict=True)
+
+    def _next_ended(self, finished: as_completed) -> Future:
+        """Return the next future that ends."""
+        looked = time.monotonic()
+        while not finished.has_ready():
+            time.sleep(_POLL)
+            if time.monotonic() - looked > _LOOK:
+                self.warn_without_workers()
+                looked = time.monotonic()
+        return next(finished)
+
+    def warn_without_workers(self) -> None:
+        """Warn if no worker is left, since nothing ends until one joins."""
+        with suppress(TimeoutError, OSError):  # of a scheduler that ends: the futures report it
+            if not self.client.nthreads():
+                why = "their logs say why they ended"
+                log.warn(f"no worker is left, waiting for one to join ({why}); after Ctrl-C, the same command resumes")
 
     def submit(self, function: Callable[[], Any], name: str) -> Future:
         """Call a function that takes a whole worker, such as the training of a fold, when one is free."""

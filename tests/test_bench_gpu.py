@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from samples import ENVIRONMENT
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "bench_gpu.py"
@@ -22,6 +23,7 @@ def run(tmp_path: Path, *options: str) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in rows}
 
 
+@pytest.mark.slow
 def test_every_part_runs(tmp_path: Path) -> None:
     rows = run(tmp_path, "--skip-tests", "--budget", "400")
     assert not [row for row in rows.values() if "failed" in row[-1] or "stopped" in row[-1]]

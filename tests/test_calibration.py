@@ -52,7 +52,7 @@ SHORT = {**TINY, **FAST, "training.epochs": 1, "training.iterations": 50, "train
 
 @pytest.fixture(scope="module")
 def selected(tmp_path_factory: pytest.TempPathFactory) -> Paths:
-    """A workspace whose only model holds out 12 of 24 cases, selected and calibrated. Not to be written to."""
+    """A workspace whose only model holds out 12 of 24 cases, calibrated in one round. Not to be written to."""
     raw, workspace = tmp_path_factory.mktemp("raw") / "Task04_Hippocampus", tmp_path_factory.mktemp("workspace")
     first_cases(raw, 24)
     nnunet_lite.plan(raw, workspace=workspace, workers=0)
@@ -60,7 +60,9 @@ def selected(tmp_path_factory: pytest.TempPathFactory) -> Paths:
     cases = sorted(file.name.removesuffix(".nii.gz") for file in (raw / "imagesTr").iterdir())
     write_json(paths.splits, [{"train": cases[12:], "val": cases[:12]}])
     nnunet_lite.train("3d_fullres", 0, settings=SHORT, workspace=workspace, name="short", device="cpu")
-    nnunet_lite.select(workspace=workspace, device="cpu", workers=1)
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setattr(calibration_rows, "_MINUTES", 0)
+        nnunet_lite.select(workspace=workspace, device="cpu", workers=1)
     return paths
 
 
@@ -228,7 +230,8 @@ def test_an_output_with_another_quality_file_is_refused(
     assert (tmp_path / "out" / "quality.json").read_text() == "[]"
 
 
-def test_a_calibration_is_resumed(selected: Paths, tmp_path: Path) -> None:
+def test_a_calibration_is_resumed(selected: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration_rows, "_MINUTES", 0)
     workspace = Path(shutil.copytree(selected.root.parent, tmp_path / "workspace"))
     paths = Paths(workspace / selected.name)
     quality, text = (paths.models / "short" / "quality.json").read_text(), paths.calibration.read_text()
@@ -251,20 +254,13 @@ def test_each_round_has_all_kinds_equally_often(n: int) -> None:
         assert set(numbers) == set(DEGRADATIONS) and max(numbers.values()) - min(numbers.values()) <= 2
 
 
-def test_a_slow_calibration_ends_after_a_round_and_is_kept(
-    selected: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    workspace = Path(shutil.copytree(selected.root.parent, tmp_path / "workspace"))
-    paths = Paths(workspace / selected.name)
-    paths.calibration.unlink()
-    monkeypatch.setattr(calibration_rows, "_MINUTES", 0)
-    nnunet_lite.select(workspace=workspace, device="cpu", workers=1)
-    rows = read_rows(paths.calibration)
+def test_a_slow_calibration_ends_after_a_round_and_is_kept(selected: Paths, tmp_path: Path) -> None:
+    rows = read_rows(selected.calibration)
     numbers = Counter(row.kind for row in rows)
     assert numbers.pop("clean") == 12 and set(numbers.values()) <= {4, 5} and len(numbers) == len(DEGRADATIONS)
-    monkeypatch.undo()
+    workspace = Path(shutil.copytree(selected.root.parent, tmp_path / "workspace"))
     nnunet_lite.select(workspace=workspace, device="cpu", workers=1)
-    assert read_rows(paths.calibration) == rows
+    assert read_rows(Paths(workspace / selected.name).calibration) == rows
 
 
 def test_ignored_voxels_hide_how_large_a_label_is(copy_nnunet: Copy, tmp_path: Path) -> None:

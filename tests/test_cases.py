@@ -235,17 +235,16 @@ def test_a_label_map_beside_the_channels_that_would_be_one_of_them(tmp_path: Pat
 
 def test_killed_while_it_writes_maps_it_leaves_nothing_temporary(command: Command, place: Path, counts: Counts) -> None:
     """By SIGKILL in the middle of predictions with maps; the same command with --continue does the rest."""
-    counts("faults survived", 3)
+    counts("faults survived", 1)
     names = [f"in/{letter}_0000.nii.gz" for letter in "abcdefgh"]
     copies_of_scan(*names)(place)
     arguments = ["predict", "-m", "model", "-i", "in", "-o", "out", "--continue", "--no-mirroring", "--device", "cpu"]
     maps = ["--save-probabilities", "--save-uncertainty"]
-    for n in (1, 2, 3):
-        process = start_nnlite(*arguments, *maps, cwd=place)
-        wait_until(lambda n=n: len(list(place.glob("out/*.nii.gz"))) >= n, process)
-        process.kill()
-        process.communicate()
-        assert not [path for path in (place / "out").glob(".tmp*") if path.is_dir()]
+    process = start_nnlite(*arguments, *maps, cwd=place)
+    wait_until(lambda: len(list(place.glob("out/*.nii.gz"))) >= 2, process)
+    process.kill()
+    process.communicate()
+    assert not [path for path in (place / "out").glob(".tmp*") if path.is_dir()]
     (place / "out/uncertainty/.tmp-01234567-a_entropy.nii.gz").touch()
     assert command(*arguments, cwd=place)[0] == 0
     assert not list(place.rglob(".tmp*"))

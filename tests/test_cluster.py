@@ -218,6 +218,26 @@ def test_an_item_that_kills_workers_is_found_out(scheduler: str, tmp_path: Path)
     assert "several workers died of it" in str(found[5])
 
 
+def test_waiting_without_a_worker_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It continues when a worker joins."""
+    monkeypatch.setattr(c, "_LOOK", 0.3)
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=":0") as local,
+        c.connect(local.scheduler_address, tmp_path) as cluster,
+    ):
+        local.scale(0)
+        while cluster.client.nthreads():
+            time.sleep(0.05)
+        joining = threading.Timer(1.5, local.scale, (1,))
+        joining.start()
+        found = dict(cluster.spread(abs, [-1, -2], "abs"))
+        joining.join()
+    assert found == {-1: 1, -2: 2}
+    assert "warning: no worker is left, waiting for one to join" in capsys.readouterr().err
+
+
 def test_tasks_grow_smaller_towards_the_end() -> None:
     batches = list(c._batches(range(200), 2))
     assert [item for batch in batches for item in batch] == list(range(200))

@@ -150,7 +150,7 @@ def plan(
             parser=str, metavar="SIZE", help="Patch in voxels, such as 40x56x40, instead of the planned one."
         ),
     ] = None,
-    batch_size: Annotated[int | None, options.setting(help="Patches per step, instead of the planned.")] = None,
+    batch_size: Annotated[int | None, options.setting(min=1, help="Patches per step, instead of the planned.")] = None,
     configuration: Annotated[
         str | Sequence[str] | None,
         options.setting(

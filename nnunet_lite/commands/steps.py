@@ -278,6 +278,7 @@ def _collect(
     """Wait a while for running steps, and move those that ended to `results` or `errors`."""
     ended = cluster.wait(list(running), _BETWEEN_LINES)
     if not ended:
+        cluster.warn_without_workers()
         log.info(f"running: {', '.join(f'{b.step.name} {b.step.progress():.0%}' for b in running.values())}")
     for future in ended:
         begun = running.pop(future)
