@@ -35,6 +35,7 @@ except ImportError:  # Windows
 
 _BEGIN = time.monotonic()  # this module is imported first
 INTERRUPTED = 130  # the exit code that shells give a process that SIGINT ended
+_CLEAN_UP = 5  # seconds
 
 temporary_paths: set[Path] = set()  # files and folders to delete when a signal ends this process, see files.py
 is_command = False  # see start_as_command
@@ -84,9 +85,24 @@ def raise_on_interrupt() -> None:
 
 
 def _interrupt(number: int, frame: object) -> None:
+    """Raise KeyboardInterrupt; a second Ctrl-C, or a clean-up that takes too long, ends the process at once.
+
+    The clean-up waits for threads, and one of these may wait for a file server.
+    """
     global interrupted
+    if interrupted:
+        stop_at_once(number)
     interrupted = True
+    if hasattr(signal, "alarm"):  # not on Windows
+        signal.signal(signal.SIGALRM, lambda *_: stop_at_once(number))
+        signal.alarm(_CLEAN_UP)
     raise KeyboardInterrupt
+
+
+def stop_slowly() -> None:
+    """Let the clean-up after Ctrl-C take its time; a second Ctrl-C ends it."""
+    if hasattr(signal, "alarm"):
+        signal.alarm(0)
 
 
 def _unraisable(problem: sys.UnraisableHookArgs) -> None:
@@ -135,6 +151,7 @@ def calling_on_signal(react: Callable[[int], object]) -> Iterator[None]:
         yield
     finally:
         signal.set_wakeup_fd(before)
+        sender.shutdown(socket.SHUT_WR)  # `close` would not end it in a process that was forked meanwhile
         sender.close()
         thread.join()
         receiver.close()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -138,3 +140,35 @@ def test_a_gpu_is_looked_for_without_torch() -> None:
         here = os.environ if hidden is None else {**os.environ, "CUDA_VISIBLE_DEVICES": hidden}
         found = subprocess.run([sys.executable, "-c", code], env=here, check=True, capture_output=True, text=True)
         assert found.stdout == f"{expected} False\n"
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_does_not_wait_long_for_threads(times: int) -> None:
+    """As for one that waits for a file server: it has five seconds, or until Ctrl-C comes again."""
+    code = (
+        "import sys, time; sys.argv = ['nnlite']\nimport nnunet_lite\n"
+        "from nnunet_lite import log, system\nsystem.raise_on_interrupt()\nprint('begins', flush=True)\n"
+        "log.map_in_threads(time.sleep, [60], 1, 'reading')"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "begins\n"
+    for _ in range(times):
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+    begin = time.monotonic()
+    assert process.communicate(timeout=30)[1] == "stopped by SIGINT; the same command resumes from here\n"
+    assert process.returncode == 130
+    assert time.monotonic() - begin < (10 if times == 1 else 3)
+
+
+def test_a_process_that_was_forked_keeps_nobody_waiting() -> None:
+    code = """
+import os
+from nnunet_lite.system import calling_on_signal
+with calling_on_signal(print):
+    child = os.fork()
+    if child == 0:
+        os.read(os.pipe()[0], 1)
+os.kill(child, 9)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=20)

@@ -21,6 +21,7 @@ from nnunet_lite import log
 from nnunet_lite.data.problems import few
 from nnunet_lite.errors import Stopped, UserError, WorkersDied, describe
 from nnunet_lite.files import append
+from nnunet_lite.system import stop_slowly
 from nnunet_lite.training.limits import stop_threads
 
 if TYPE_CHECKING:
@@ -250,6 +251,7 @@ def run_steps(steps: Sequence[Step], journal: Journal, cluster: Cluster | None =
         if cluster is None or not running:
             raise
         log.info(f"asking {len(running)} folds to write a checkpoint and stop")
+        stop_slowly()
         cluster.stop(list(running), stop_threads)
         raise Stopped("stopped by SIGINT; the same command resumes from here", signal.SIGINT) from None
     if errors:
