@@ -171,15 +171,19 @@ def test_batch_norm_over_processes_is_refused_on_cpus(
 Nodes = Callable[..., list[subprocess.Popen[str]]]
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 @pytest.fixture
 def start_nodes(tmp_path: Path) -> Iterator[Nodes]:
     """Starts two nodes: a torchrun for each, in a session of its own, with one process."""
     started: list[subprocess.Popen[str]] = []
 
     def start(arguments: list[str], backend: str = "static") -> list[subprocess.Popen[str]]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         meet = ["--rdzv-backend", backend, "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test"]
         if backend == "static":
             meet = ["--master-addr", "127.0.0.1", "--master-port", str(port)]
@@ -252,6 +256,63 @@ def test_others_wait_longer_for_a_validation_than_for_an_answer(
     nodes = start_nodes([str(script), *train_three[:2], *folds, *train_three[3:]])
     assert [node.wait(timeout=120) for node in nodes] == [0, 0], node_logs(tmp_path)
     assert all((fold_of(tmp_path, "two").with_name(f"fold_{fold}") / MODEL).is_file() for fold in range(2))
+
+
+FAILING = """
+from nnunet_lite import cli
+from nnunet_lite.commands import train
+from nnunet_lite.errors import UserError
+
+def validate(*arguments, **options):
+    raise UserError("an image is gone")
+
+train.validate_fold = validate
+cli.main()
+"""
+
+
+@pytest.mark.slow
+def test_others_end_when_the_validation_of_the_first_one_fails(
+    tmp_path: Path, train_three: list[str], start_nodes: Nodes
+) -> None:
+    script = tmp_path / "nnlite.py"
+    script.write_text(FAILING)
+    nodes = start_nodes([str(script), *train_three, "--name", "failing"])
+    assert [node.wait(timeout=60) for node in nodes] == [1, 1]
+    assert "error: an image is gone" in (tmp_path / "node_0.log").read_text()
+    assert "error: another process of this training ended" in (tmp_path / "node_1.log").read_text()
+
+
+def start_rank(rank: int, port: int, code: str, *arguments: str) -> subprocess.Popen[str]:
+    """Start one of two processes, as torchrun would on a machine of its own."""
+    position = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    environment = {**ENVIRONMENT, **position, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, "-c", f"import sys; sys.argv[0] = 'nnlite'\n{code}", *arguments]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def test_nobody_waits_for_a_first_process_that_ended() -> None:
+    code = """
+from nnunet_lite.training import distributed
+ranks, _ = distributed.join_group("cpu")
+if ranks.rank:
+    distributed.wait_for_first(lambda: False)
+"""
+    port = free_port()
+    processes = [start_rank(rank, port, code) for rank in range(2)]
+    first, second = (process.communicate(timeout=60)[1] for process in processes)
+    assert [process.returncode for process in processes] == [0, 1], first + second
+    assert "Lost: another process of this training ended" in second
+
+
+def test_waiting_for_other_processes_is_shown_and_ends_by_ctrl_c(train_three: list[str]) -> None:
+    code = "from nnunet_lite import cli, log\nlog._SECONDS_BETWEEN_LINES = 0.2\ncli.main()"
+    process = start_rank(0, free_port(), code, *train_three, "--name", "alone")
+    assert process.stderr is not None
+    assert any(line.startswith("connecting 2 processes: ") for line in process.stderr)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=20)[1].endswith("stopped by SIGINT; the same command resumes from here\n")
+    assert process.returncode == 130
 
 
 @pytest.mark.parametrize(

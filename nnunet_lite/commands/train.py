@@ -47,7 +47,15 @@ from nnunet_lite.preprocessing.stored_case import open_array
 from nnunet_lite.settings import Settings, load_settings, time_text
 from nnunet_lite.system import process_age
 from nnunet_lite.training.cache import load_cases
-from nnunet_lite.training.distributed import Ranks, from_first, join_group, launch, leave_group, report_lost_peer
+from nnunet_lite.training.distributed import (
+    Ranks,
+    from_first,
+    join_group,
+    launch,
+    leave_group,
+    report_lost_peer,
+    wait_for_first,
+)
 from nnunet_lite.training.job import Job
 from nnunet_lite.training.limits import ValidationPlan, announce_validation, limit_seconds, validation_step_sizes
 from nnunet_lite.training.loop import train_fold
@@ -409,8 +417,8 @@ def train_and_validate(
                 log.info(f"only one epoch was trained, for a first look: {_longer(run.settings)} trains longer")
     release_memory(device)  # of the training; the validation plans with what is free
     scores = None if run.split.name == ALL or ranks.rank else _score_held_out(run, device)
-    while ranks.rank and not run.is_done():  # a collective operation would end after its timeout
-        time.sleep(1)
+    if ranks.rank:
+        wait_for_first(run.is_done)
     release_memory(device)
     return scores
 

@@ -13,8 +13,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -100,6 +100,11 @@ def join_group(device_name: str | None) -> tuple[Ranks, torch.device]:
         The position of this process.
     torch.device
         Its device.
+
+    Raises
+    ------
+    Lost
+        Another process has not come.
     """
     ranks = current_ranks()
     device = rank_device(ranks, pick_device(device_name))
@@ -107,13 +112,16 @@ def join_group(device_name: str | None) -> tuple[Ranks, torch.device]:
         return ranks, device
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    torch.distributed.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        init_method=os.environ.get(_RENDEZVOUS, "env://"),
-        timeout=_TIMEOUT,
-        rank=ranks.rank,
-        world_size=ranks.world,
-    )
+    # torch waits for the others in C++, where Python's signals do not arrive
+    signals = system.calling_on_signal(system.stop_at_once) if system.is_command else nullcontext()
+    with log.working(f"connecting {ranks.world} processes"), report_lost_peer(), signals:
+        torch.distributed.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            init_method=os.environ.get(_RENDEZVOUS, "env://"),
+            timeout=_TIMEOUT,
+            rank=ranks.rank,
+            world_size=ranks.world,
+        )
     atexit.register(torch.distributed.destroy_process_group)
     if ranks.rank:
         log.set_verbosity(log.SILENT)
@@ -152,6 +160,20 @@ def report_lost_peer() -> Iterator[None]:
             "another process of this training ended, or its machine or the network is down; look at its output. The "
             "same nnlite command resumes from the last checkpoint, also with another number of processes or machines"
         ) from error
+
+
+def wait_for_first(is_done: Callable[[], bool]) -> None:
+    """Wait until the first process has done what it does alone; a collective operation would end after its timeout.
+
+    Raises
+    ------
+    Lost
+        It ended before: the addresses of all, which it or its torchrun keeps, cannot be read any more.
+    """
+    with report_lost_peer():
+        while not is_done():
+            torch.distributed.distributed_c10d._get_default_store().check([""])
+            time.sleep(1)
 
 
 def rank_share(batch_size: int, ranks: Ranks) -> slice:
@@ -309,4 +331,4 @@ def _wait(processes: Sequence[subprocess.Popen[str]], errors: Sequence[Path]) ->
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     log.error(f"error: process {rank} of {len(processes)} {how}; the others are stopped. "
              "The same command resumes from the last checkpoint.")  # fmt: skip
-    return 1 if code < 0 else code
+    return code if code > 0 else 128 - code if -code in _FORWARDED else 1  # a signal while it started
