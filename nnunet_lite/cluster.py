@@ -196,10 +196,10 @@ class Cluster:
         return next(finished)
 
     def warn_without_workers(self) -> None:
-        """Warn if no worker is left, since nothing ends until one joins."""
-        with suppress(TimeoutError, OSError):  # of a scheduler that ends: the futures report it
-            if not self.client.nthreads():
-                why = "their logs say why they ended"
+        """Warn if no worker works, since nothing ends until one does: all are gone, lack a GPU, or lack memory."""
+        with suppress(TimeoutError, OSError), log.working("asking the scheduler"):  # which reports its end by futures
+            if not any(self.client.processing().values()):
+                why = "their logs say why the others ended or pause"
                 log.warn(f"no worker is left, waiting for one to join ({why}); after Ctrl-C, the same command resumes")
 
     def submit(self, function: Callable[[], Any], name: str) -> Future:
@@ -227,7 +227,7 @@ class Cluster:
 
     def stop(self, futures: Sequence[Future], stop_worker: Callable[[], None]) -> None:
         """Call a function on all workers that makes them stop, wait until they have, and cancel the futures."""
-        with suppress(TimeoutError, OSError):
+        with suppress(TimeoutError, OSError), log.working("waiting for the workers"):
             pending = [future for future in futures if future.status == "pending"]
             self.client.run(stop_worker)
             distributed.wait(pending, timeout=_STOPPING)
@@ -347,12 +347,13 @@ def connect(address: str, workspace: Path) -> Iterator[Cluster]:
     with client, scratch(workspace) as token:
         if not client.nthreads():
             log.info(f"{address}: waiting for the first worker")
-        try:
-            client.wait_for_workers(1, timeout=_FIRST_WORKER)
-        except TimeoutError:
-            raise UserError(f"no worker has joined in {log.duration(_FIRST_WORKER)}", address) from None
         setup = SharedSetup.of_this_process(token)
-        answers = _retry(partial(client.run, find_difference, setup, on_error="return"))  # one may die meanwhile
+        with log.working("waiting for the answers of the workers"):
+            try:
+                client.wait_for_workers(1, timeout=_FIRST_WORKER)
+            except TimeoutError:
+                raise UserError(f"no worker has joined in {log.duration(_FIRST_WORKER)}", address) from None
+            answers = _retry(partial(client.run, find_difference, setup, on_error="return"))  # one may die meanwhile
         for worker, answer in answers.items():
             _check_answer(worker, answer)
         cluster = Cluster(client, setup)
@@ -415,6 +416,7 @@ def start_cluster(config: ClusterConfig) -> Any:
             raise UserError(f"a {config.kind} cluster needs dask-jobqueue ({error})", fix=_INSTALL) from None
         kind = getattr(dask_jobqueue, f"{config.kind.upper()}Cluster")
     try:
-        return kind(**{"n_workers": config.workers, **config.options})
+        with log.working("starting the cluster"):
+            return kind(**{"n_workers": config.workers, **config.options})
     except (TypeError, ValueError, RuntimeError, OSError) as error:
         raise UserError(f"a {config.kind} cluster cannot be started: {error}") from None

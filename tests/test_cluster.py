@@ -238,6 +238,27 @@ def test_waiting_without_a_worker_is_reported(
     assert "warning: no worker is left, waiting for one to join" in capsys.readouterr().err
 
 
+def test_a_task_that_no_worker_can_take_is_reported(scheduler: str, tmp_path: Path, capsys: Any) -> None:
+    """The workers with a GPU are gone, and others are left."""
+    with c.connect(scheduler, tmp_path) as cluster:
+        future = cluster.client.submit(abs, -1, resources={"GPU": 1}, pure=False)
+        assert cluster.wait([future], 0.5) == []
+        cluster.warn_without_workers()
+    assert "warning: no worker is left, waiting for one to join" in capsys.readouterr().err
+
+
+def test_a_worker_that_does_not_answer_shows_signs(
+    scheduler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(c.log, "_SECONDS_BETWEEN_LINES", 0.2)
+    with Client(scheduler, set_as_default=False) as client:
+        worker = next(iter(client.run(os.getpid).values()))
+    os.kill(worker, signal.SIGSTOP)
+    threading.Timer(1.5, os.kill, (worker, signal.SIGCONT)).start()
+    with c.connect(scheduler, tmp_path):
+        assert "waiting for the answers of the workers: " in capfd.readouterr().err
+
+
 def test_tasks_grow_smaller_towards_the_end() -> None:
     batches = list(c._batches(range(200), 2))
     assert [item for batch in batches for item in batch] == list(range(200))
