@@ -223,7 +223,8 @@ def _acquire(file: IO[str], folder: Path, doing: str, wait: bool) -> None:
         if not wait:
             raise Busy(what, folder, "Wait for it, or stop it.")
         log.info(f"{folder}: {what}, waiting for it")
-        lock_descriptor(file.fileno())
+        with log.working("waiting for another process"):
+            lock_descriptor(file.fileno())
 
 
 # ---------------------------------------------------------------------------------------------------- text and JSON

@@ -160,9 +160,11 @@ def test_a_logger_that_fails_or_hangs_ends_no_training(
     release = threading.Event()
     package = callbacks._LOGGERS["tensorboard"][0]
     monkeypatch.setitem(callbacks._LOGGERS, "tensorboard", (package, lambda *_: release.wait()))
-    monkeypatch.setattr(callbacks, "_PATIENCE", 0.1)
+    monkeypatch.setattr(callbacks, "_PATIENCE", 1.2)
+    monkeypatch.setattr(callbacks.log, "_SECONDS_BETWEEN_LINES", 0.2)
     begin = time.monotonic()
     log_epochs("tensorboard", 1, 2)
     assert time.monotonic() - begin < 5
-    assert "tensorboard has not answered for 0.1 s" in capfd.readouterr().err
+    messages = capfd.readouterr().err
+    assert "waiting for tensorboard: " in messages and "tensorboard has not answered for 1.2 s" in messages
     release.set()

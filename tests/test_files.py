@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -272,3 +273,17 @@ def test_files_are_written_without_locks_on_windows(tmp_path: Path, monkeypatch:
     assert (tmp_path / ".tmp-01234567").exists()
     files.sweep(tmp_path, alone=True)
     assert not (tmp_path / ".tmp-01234567").exists()
+
+
+def test_waiting_for_a_lock_shows_signs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(files.log, "_SECONDS_BETWEEN_LINES", 0.2)
+    with files.locked(tmp_path, "preprocessing"):
+        waiting = threading.Thread(target=lambda: files.locked(tmp_path, "preprocessing").__enter__())
+        waiting.start()
+        time.sleep(1.5)
+    waiting.join()
+    message, sign, *_ = capfd.readouterr().err.splitlines()
+    assert f"another process is preprocessing here ({os.getpid()} on " in message
+    assert sign.startswith("waiting for another process: ")

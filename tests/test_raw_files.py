@@ -206,3 +206,13 @@ def test_the_reason_to_plan_again_names_the_cases(planned: Planned, copy_dataset
     copy_dataset(3, "a/data")
     assert "was planned before raw.json was kept" in reason(raw, paths)
     assert planned_paths(paths.root.parent).name == "data"
+
+
+def test_a_pipe_in_the_place_of_an_image_is_refused(planned: Planned) -> None:
+    """Its content would never end, or never come."""
+    raw, paths = planned
+    image = min((raw / "imagesTr").iterdir())
+    image.unlink()
+    os.mkfifo(image)
+    with pytest.raises(UserError, match="1 error must be corrected"):
+        nnunet_lite.plan(raw, workspace=paths.root.parent, workers=0)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -125,3 +128,17 @@ def test_each_part_has_its_own_threads_and_the_mode_of_the_caller(threads: None)
         assert map_samples(4, lambda samples: torch.is_inference_mode_enabled()) == [True] * 4
     with pytest.raises(ZeroDivisionError):
         map_samples(6, lambda samples: 1 // (samples.start - 2))
+
+
+def test_a_process_without_room_for_threads_ends() -> None:
+    code = """
+import resource, threading
+import psutil, torch
+from nnunet_lite.networks.winograd import map_samples
+torch.set_num_threads(4)
+threading.stack_size(64 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + (150 << 20), -1))
+map_samples(4, list)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.endswith("RuntimeError: can't start new thread\n")

@@ -306,6 +306,8 @@ def _stamp(path: Path, known: RawFile | None) -> RawFile:
     except FileNotFoundError:
         fix = "Restore it, or plan the dataset without this case."
         raise UserError("does not exist any more", path, fix) from None
+    if not path.is_file():  # reading a pipe or a device would not end
+        raise UserError("is no file", path)
     if known and (stat.st_size, stat.st_mtime_ns) == (known.size, known.changed):
         return known
     with path.open("rb") as file:

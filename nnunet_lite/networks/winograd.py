@@ -221,7 +221,11 @@ def thread_pool(workers: int, threads: int) -> ThreadPoolExecutor:
         _thread.in_pool = workers > 1
 
     pool = ThreadPoolExecutor(workers, initializer=start)
-    list(pool.map(lambda _: started.wait(), range(workers)))
+    try:
+        list(pool.map(lambda _: started.wait(), range(workers)))
+    except RuntimeError:  # the system starts no more threads; those that wait would not let this process end
+        started.abort()
+        raise
     torch.set_num_threads(previous)
     return pool
 

@@ -79,7 +79,8 @@ def follow_epochs(job: Job) -> Iterator[Callback]:
     finally:
         if logger.is_alive():
             epochs.put(None)
-            logger.join(_PATIENCE)
+            with log.working(f"waiting for {name}"):
+                logger.join(_PATIENCE)
         if logger.is_alive():
             log.warn(f"{name} has not answered for {_PATIENCE} s; its log lacks the last epochs")
 

@@ -216,7 +216,8 @@ def _save_checkpoints(job: Job, learner: Learner, state: State) -> Iterator[Call
 
     def wait() -> None:
         while written:
-            written.pop().result()
+            with nullcontext() if written[-1].done() else log.working("writing the checkpoint"):
+                written.pop().result()
 
     def save(wait_for_file: bool) -> None:
         wait()
