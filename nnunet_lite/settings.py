@@ -140,7 +140,11 @@ class TrainingSettings(_Section):
     )
     accumulate: int = Field(1, ge=1, description="batches whose gradients make one step, as one larger batch would")
     foreground: float = Field(
-        0.33, ge=0, le=1, description="share of the patches that are centred on a voxel of a label (oversampling)"
+        0.33,
+        ge=0,
+        le=1,
+        description="share of the patches that are centred on a voxel of a label (oversampling); 0.33 is 1 of a batch "
+        "of 2, as nnU-Net rounds it",
     )
     gradient_clip: float | None = Field(
         12.0, gt=0, description="largest norm of a gradient, to which larger ones are scaled down; none: no limit"

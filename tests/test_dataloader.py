@@ -88,6 +88,15 @@ def test_a_share_that_rounds_to_none_is_kept_over_many_batches(n: int, share: fl
     assert not drawn[:, :-1].any()
 
 
+@pytest.mark.parametrize(("n", "share"), [(2, 0.67), (2, 0.9), (7, 0.4), (4, 0.5), (3, 1.0)])
+def test_a_share_above_that_of_nnunet_is_kept_over_many_batches(n: int, share: float) -> None:
+    """Of two patches, 0.67 is more than 0.33, which nnU-Net rounds to one of them."""
+    rng = rng_for(0)
+    drawn = np.array([oversample_foreground(n, share, rng) for _ in range(2000)])
+    assert drawn.mean() == pytest.approx(share, abs=0.03)
+    assert (np.diff(drawn.astype(int), axis=1) >= 0).all(), "the last ones"
+
+
 def test_forced_patches_show_their_class_of_all_classes_alike() -> None:
     case, patch, rng = make_case((20, 24, 28)), (8, 10, 12), rng_for(1, 0, 0)
     seen = [set(np.unique(box(case.label, draw_corner(case, patch, True, rng), patch))) - {0} for _ in range(200)]

@@ -41,6 +41,7 @@ Batch = tuple[Tensor, Tensor, tuple[str, ...]]
 Item = TypeVar("Item", bound=tuple[Any, ...])
 
 _AUGMENTING = Lock()
+_NNUNET_SHARE = 0.33  # of the samples that nnU-Net centres on a foreground voxel
 _TEACHER_STEPS = 255  # of a stored probability, which is uint8
 _GPU_WORKERS = 2  # one thread reads while the other waits for the disk or for the interpreter
 
@@ -339,15 +340,39 @@ def draw_locations(
 
 
 def oversample_foreground(batch_size: int, share: float, rng: np.random.Generator) -> list[bool]:
-    """Return which samples of a batch are centred on a foreground voxel: the last ones, rounded as in nnU-Net (1 of 2).
+    """Return which samples of a batch are centred on a foreground voxel: the last ones.
 
-    Where no sample of any batch would be, as with a batch size of 1, the last one is with a probability that keeps the
-    share over many batches.
+    Parameters
+    ----------
+    batch_size : int
+        Number of samples.
+    share : float
+        As for `draw_locations`.
+    rng : numpy.random.Generator
+        Generator of the batch; decides on a part of a sample.
     """
-    forced = [i >= round(batch_size * (1 - share)) for i in range(batch_size)]
-    if share > 0 and not forced[-1]:
-        forced[-1] = rng.random() < batch_size * share
-    return forced
+    number = count_oversampled(batch_size, share)
+    n = int(number)
+    if n < number:
+        n += rng.random() < number - n
+    return [i >= batch_size - n for i in range(batch_size)]
+
+
+def count_oversampled(batch_size: int, share: float) -> float:
+    """Return how many samples of a batch are centred on a foreground voxel, a mean over batches.
+
+    nnU-Net's share of 0.33 is rounded as there (1 of 2). A larger share is kept over many batches, but gives no fewer
+    than 0.33 does; and so is one that rounds to none, as with a batch of one sample.
+
+    Parameters
+    ----------
+    batch_size : int
+        Number of samples.
+    share : float
+        Their share to be centred on a foreground voxel.
+    """
+    rounded = batch_size - round(batch_size * (1 - min(share, _NNUNET_SHARE)))
+    return max(rounded, batch_size * share) if share > _NNUNET_SHARE or rounded == 0 else rounded
 
 
 def draw_corner(case: CaseArrays, patch: Shape, foreground: bool, rng: np.random.Generator) -> Shape:

@@ -40,7 +40,7 @@ from nnunet_lite.system import GB, in_units
 from nnunet_lite.training import learner as learning
 from nnunet_lite.training import limits
 from nnunet_lite.training.callbacks import follow_epochs
-from nnunet_lite.training.dataloader import Batch, make_batch, prefetch, training_batches
+from nnunet_lite.training.dataloader import Batch, count_oversampled, make_batch, prefetch, training_batches
 from nnunet_lite.training.distributed import ALONE, SYNC_EVERY, Clock, from_first, max_over_ranks, sum_over_ranks
 from nnunet_lite.training.finetune import freeze, start_from
 from nnunet_lite.training.job import Job
@@ -190,9 +190,8 @@ def _run_epochs(job: Job, learner: Learner, batches: Iterator[Batch], state: Sta
             state.seconds = before + from_first(time.monotonic() - begin, job.ranks)
             state.pseudo_seconds = max(0.0, state.seconds - before - metrics["seconds"])
             state.early_stopping = state.early_stopping.update(metrics.get("mean_dice"))
-            state.labels.warn_of_zero_dice(
-                metrics.get("dice", {}), _progress(job, state), job.training, training.foreground
-            )
+            share = count_oversampled(job.planned.batch_size, training.foreground) / job.planned.batch_size
+            state.labels.warn_of_zero_dice(metrics.get("dice", {}), _progress(job, state), job.training, share)
             if recorder is not None:
                 recorder.add(metrics)
                 log.info(_describe_epoch(job, metrics, state))

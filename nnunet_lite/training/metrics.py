@@ -163,7 +163,7 @@ class LabelStatistics:
     reported: list[str] = field(default_factory=list)
 
     def warn_of_zero_dice(
-        self, dice: Mapping[str, float | None], progress: float, cases: Sequence[CaseArrays], foreground: float
+        self, dice: Mapping[str, float | None], progress: float, cases: Sequence[CaseArrays], share: float
     ) -> None:
         """Warn of a label whose Dice has always been 0.
 
@@ -175,8 +175,8 @@ class LabelStatistics:
             Share of the run that is done, from 0 to 1.
         cases : sequence of CaseArrays
             Training cases.
-        foreground : float
-            Share of the patches that are centred on a voxel of a label.
+        share : float
+            Of the patches that are centred on a voxel of a label.
         """
         if not dice:
             return
@@ -189,7 +189,7 @@ class LabelStatistics:
                 self.reported.append(name)
                 log.warn(
                     f"{name} has had a Dice of 0 in all of {epochs} epochs. It is in "
-                    f"{describe_sampling(cases, number, foreground)}. Raise training.foreground, the patch size or "
+                    f"{describe_sampling(cases, number, share)}. Raise training.foreground, the patch size or "
                     "loss.class_weights, or check its labels"
                 )
 
@@ -204,14 +204,17 @@ def warn_of_absent(names: Sequence[str], cases: Sequence[CaseArrays]) -> None:
         )
 
 
-def describe_sampling(cases: Sequence[CaseArrays], number: int, foreground: float) -> str:
-    """Return how rare a class (or region, counted from 1) is in cases, and how often a patch is centred on it."""
+def describe_sampling(cases: Sequence[CaseArrays], number: int, share: float) -> str:
+    """Return how rare a class (or region, counted from 1) is in cases, and how often a patch is centred on it.
+
+    `share` : of the patches that are centred on a voxel of any class.
+    """
     having = [case for case in cases if len(case.foreground.get(number, ()))]
     counts = [len(case.foreground[number]) for case in having]
-    share = sum(counts) / sum(math.prod(case.label.shape) for case in cases)
+    volume = sum(counts) / sum(math.prod(case.label.shape) for case in cases)
     least = "at least " * (max(counts, default=0) >= SAMPLES)  # more voxels are not kept
     chosen = sum(1 / sum(len(voxels) > 0 for voxels in case.foreground.values()) for case in having) / len(cases)
     return (
-        f"{len(having)} of {len(cases)} training cases, {least}{100 * share:.2g} % of their voxels, and "
-        f"{100 * foreground * chosen:.2g} % of the patches are centred on it"
+        f"{len(having)} of {len(cases)} training cases, {least}{100 * volume:.2g} % of their voxels, and "
+        f"{100 * share * chosen:.2g} % of the patches are centred on it"
     )
