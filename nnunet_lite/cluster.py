@@ -196,10 +196,10 @@ class Cluster:
         return next(finished)
 
     def warn_without_workers(self) -> None:
-        """Warn if no worker works, since nothing ends until one does: all are gone, lack a GPU, or lack memory."""
-        with suppress(TimeoutError, OSError), log.working("asking the scheduler"):  # which reports its end by futures
+        """Warn if no worker has a task, since nothing ends until one has: all ended, or have no GPU or no memory."""
+        with suppress(TimeoutError, OSError), log.working("asking the scheduler"):  # if it ends, the futures report it
             if not any(self.client.processing().values()):
-                why = "their logs say why the others ended or pause"
+                why = "the logs of the workers say why they ended or paused"
                 log.warn(f"no worker is left, waiting for one to join ({why}); after Ctrl-C, the same command resumes")
 
     def submit(self, function: Callable[[], Any], name: str) -> Future:

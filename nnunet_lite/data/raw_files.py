@@ -307,7 +307,7 @@ def _stamp(path: Path, known: RawFile | None) -> RawFile:
         fix = "Restore it, or plan the dataset without this case."
         raise UserError("does not exist any more", path, fix) from None
     if not path.is_file():  # reading a pipe or a device would not end
-        raise UserError("is no file", path)
+        raise UserError("is a pipe or a device, not a file", path)
     if known and (stat.st_size, stat.st_mtime_ns) == (known.size, known.changed):
         return known
     with path.open("rb") as file:

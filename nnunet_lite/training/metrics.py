@@ -205,9 +205,16 @@ def warn_of_absent(names: Sequence[str], cases: Sequence[CaseArrays]) -> None:
 
 
 def describe_sampling(cases: Sequence[CaseArrays], number: int, share: float) -> str:
-    """Return how rare a class (or region, counted from 1) is in cases, and how often a patch is centred on it.
+    """Return in words how rare a class is, and how often a patch is centred on it.
 
-    `share` : of the patches that are centred on a voxel of any class.
+    Parameters
+    ----------
+    cases : sequence of CaseArrays
+        Training cases.
+    number : int
+        The class, or the region counted from 1.
+    share : float
+        Of the patches that are centred on a voxel of any class.
     """
     having = [case for case in cases if len(case.foreground.get(number, ()))]
     counts = [len(case.foreground[number]) for case in having]
