@@ -293,4 +293,4 @@ def test_the_site_is_built_and_read_without_a_network(browser: Any, tmp_path: Pa
     page.fill("input.md-search__input", "oversampling")
     page.click("a.md-search-result__link")
     page.wait_for_url("**/*.html*")
-    assert "oversampling" in page.inner_text("article") and not errors
+    assert "oversampling" in page.inner_text("article").lower() and not errors
