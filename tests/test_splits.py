@@ -376,16 +376,16 @@ def test_names_that_look_grouped(ids: list[str], n_groups: int) -> None:
     assert pattern is not None and len(set(read_groups(ids, pattern).values())) == n_groups
 
 
-def test_images_of_one_patient_are_pointed_out(capsys: pytest.CaptureFixture[str]) -> None:
-    """Only where no option says which cases belong together."""
-    ids = list(patients([2, 1, 3, 1, 2, 1]))
-    make_splits(dataset_of(ids))
+def test_images_of_one_patient_are_pointed_out(splits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before the folds are made, and only where no option says which cases belong together."""
+    dataset = dataset_of(list(patients([2, 1, 3, 1, 2, 1])))
+    check_folds(splits, dataset, FoldRule())
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(
         "warning: names look as if the 10 cases were of 6 patients; if so, scores are too good unless"
     )
     expression = line.split("--group-by ")[1].strip("'")
-    make_splits(dataset_of(ids), FoldRule(group_by=expression))
+    assert check_folds(splits, dataset, FoldRule(group_by=expression))
     assert capsys.readouterr().err == ""
 
 

@@ -107,7 +107,8 @@ class SplitsRecord(BaseModel):
 def check_folds(file: Path, dataset: Dataset, rule: FoldRule) -> bool:
     """Report wrong options before any image or label map is read.
 
-    Logs a warning where an existing splits.json has other folds than the splits_final.json of the dataset.
+    Logs a warning where an existing splits.json has other folds than the splits_final.json of the dataset, or where new
+    folds may have a patient on both sides.
 
     Parameters
     ----------
@@ -131,6 +132,8 @@ def check_folds(file: Path, dataset: Dataset, rule: FoldRule) -> bool:
     """
     asked = rule if rule != DEFAULT_RULE else _default_rule(dataset)
     if not file.is_file():
+        if asked.group_by is None and asked.splits is None:
+            _warn_of_patients(_ids(dataset.cases))
         if asked != DEFAULT_RULE:
             leave_out(make_splits(dataset, asked, strata={})[0], dataset)  # label maps are read later
         return asked != DEFAULT_RULE
@@ -257,10 +260,6 @@ def make_splits(
         return load_splits(Path(rule.splits), dataset), SplitsRecord(splits=str(rule.splits))
     group_by = None if rule.group_by is None else str(rule.group_by)
     groups = None if group_by is None else read_groups(ids, group_by)
-    if groups is None and (pattern := find_patients(ids)):
-        n_patients = plural(len(set(read_groups(ids, pattern).values())), "patient")
-        text = f"names look as if the {plural(len(ids), 'case')} were of {n_patients}"
-        log.warn(f"{text}; if so, scores are too good unless you plan with --group-by '{pattern}'")
     n, what = (len(ids), "case") if groups is None else (len(set(groups.values())), "group")
     if not 2 <= n_folds <= n:
         other = f", or take --folds 2{f' to {n}' * (n > 2)}" if n > 1 else ""
@@ -391,6 +390,14 @@ def find_patients(case_ids: Sequence[str]) -> str | None:
         if shared and len(names) > 1 and (repeated or any(_PATIENT.search(name) for name in shared)):
             return pattern if len(pairs) == len(case_ids) else f"{pattern}|.+"
     return None
+
+
+def _warn_of_patients(case_ids: Sequence[str]) -> None:
+    """Warn where names look as if several cases were of one patient."""
+    if (pattern := find_patients(case_ids)) is not None:
+        n_patients = plural(len(set(read_groups(case_ids, pattern).values())), "patient")
+        text = f"names look as if the {plural(len(case_ids), 'case')} were of {n_patients}"
+        log.warn_once(f"{text}; if so, scores are too good unless you plan with --group-by '{pattern}'")
 
 
 def read_column(file: Path, case_ids: Sequence[str], what: str) -> dict[str, str]:
