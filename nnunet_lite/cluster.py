@@ -186,7 +186,7 @@ class Cluster:
                 yield from zip(batch, [results] if isinstance(results, Exception) else results, strict=True)
 
     def _next_ended(self, finished: as_completed) -> Future:
-        """Return the next future that ends."""
+        """Return the next future that ends; warn meanwhile if no worker is left."""
         looked = time.monotonic()
         while not finished.has_ready():
             time.sleep(_POLL)

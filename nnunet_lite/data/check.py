@@ -232,7 +232,7 @@ def _check_images(
     files = [path for path, image in zip(case.images, images, strict=True) for _ in image.array]
     for channel, path, name in zip(channels, files, dataset.channels, strict=True):
         digest.update(np.ascontiguousarray(channel).data)
-        values = ChannelRange(float(channel.min()), float(channel.max()), _has_two_values(channel))
+        values = _range_of(channel)
         found.problems += _check_values(channel, values, path, name)
         found.ranges.append(values)
     found.digest = digest.digest()
@@ -250,14 +250,12 @@ def _check_values(channel: np.ndarray, values: ChannelRange, path: Path, name: s
         yield Problem("constant", str(path), f"every voxel of channel {name} is {values.low:g}", "an image", fix)
 
 
-def _has_two_values(channel: np.ndarray) -> bool:
+def _range_of(channel: np.ndarray) -> ChannelRange:
+    low, high = float(channel.min()), float(channel.max())
     step = max(1, channel.size // _VALUES_SAMPLED)
     sample = channel.reshape(-1)[::step]  # most images have more values already here
-    return _at_most_two_values(sample) and _at_most_two_values(channel) and bool(channel.min() < channel.max())
-
-
-def _at_most_two_values(array: np.ndarray) -> bool:
-    return bool(((array == array.min()) | (array == array.max())).all())
+    two_values = low < high and all(((x == low) | (x == high)).all() for x in (sample, channel))
+    return ChannelRange(low, high, two_values)
 
 
 def _check_label(case: Case, dataset: Dataset, like: Geometry | None, found: CaseFindings[Any]) -> Image | None:

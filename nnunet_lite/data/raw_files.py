@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from stat import S_ISREG
 
 from pydantic import TypeAdapter
 
@@ -306,7 +307,7 @@ def _stamp(path: Path, known: RawFile | None) -> RawFile:
     except FileNotFoundError:
         fix = "Restore it, or plan the dataset without this case."
         raise UserError("does not exist any more", path, fix) from None
-    if not path.is_file():  # reading a pipe or a device would not end
+    if not S_ISREG(stat.st_mode):  # reading a pipe or a device would not end
         raise UserError("is a pipe or a device, not a file", path)
     if known and (stat.st_size, stat.st_mtime_ns) == (known.size, known.changed):
         return known
