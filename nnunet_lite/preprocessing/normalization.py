@@ -30,7 +30,7 @@ def normalize(image: np.ndarray, channels: tuple[Channel, ...], inside: np.ndarr
     channels : tuple of Channel
         The plan's channels.
     inside : ndarray of bool or None, shape (z, y, x)
-        The voxels that z-score counts in channels with `use_mask`; the others stay as they are.
+        The voxels that clipping and z-score count and change in channels with `use_mask`; the others stay as they are.
 
     Raises
     ------
@@ -44,7 +44,8 @@ def normalize(image: np.ndarray, channels: tuple[Channel, ...], inside: np.ndarr
         if channel.clip_percentiles is not None:
             voxels = array if counted is None else array[counted]
             if voxels.size:  # an image of zeros alone has none inside its mask
-                np.clip(array, *np.percentile(voxels, channel.clip_percentiles).astype(np.float32), out=array)
+                limits = np.percentile(voxels, channel.clip_percentiles).astype(np.float32)
+                np.clip(array, *limits, out=array, where=True if counted is None else counted)
         SCHEMES[channel.normalization](array, channel.statistics, counted)
 
 
