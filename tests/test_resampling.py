@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import gaussian_filter, zoom
 from skimage.transform import resize
 from threadpoolctl import threadpool_info
 
@@ -165,6 +166,22 @@ def test_operator_keeps_a_constant_and_holds_no_denormals() -> None:
     smallest = np.abs(matrix[matrix != 0]).min()
     assert smallest > 1e-9 and np.count_nonzero(matrix, axis=1).max() < 40
     assert np.array_equal(operator(7, 3, 0).argmax(axis=1), nearest(7, 3))
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize(("old", "new"), [(1, 3), (5, 1), (2, 5), (20, 7), (300, 211), (130, 400)])
+def test_operator_is_what_zoom_makes_of_the_identity(old: int, new: int, order: int) -> None:
+    expected = zoom(np.eye(old), (new / old, 1), order=order, mode="nearest", grid_mode=True).astype(np.float32)
+    expected[np.abs(expected) < 1e-8] = 0
+    assert np.array_equal(operator(old, new, order), expected)
+
+
+def test_operator_of_a_large_picture_takes_no_memory_besides_the_matrix() -> None:
+    tracemalloc.start()
+    matrix = operator(2100, 1700, 3)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.5 * matrix.nbytes
 
 
 def test_the_threads_of_blas_are_given_back_by_callers_in_several_threads() -> None:

@@ -1,7 +1,7 @@
 """Resample images, label maps and logits as matrix products.
 
-Spline interpolation with edge mode and half-pixel centres is linear and separable: along one axis it is a matrix, which
-is what scipy's zoom makes of the identity. Three products in float32 equal the float64 spline interpolation of
+Spline interpolation with edge mode and half-pixel centres is linear and separable: along one axis it is a matrix, what
+scipy's zoom would make of the identity. Three products in float32 equal the float64 spline interpolation of
 scikit-image's resize, which nnU-Net uses, to about 1e-6 of the range (M. Unser, "Splines: a perfect fit for signal and
 image processing", 1999, for the interpolation). The matrices are banded, so each block of output reads only the input
 that it needs: results are made slab by slab, and only input and output are ever held at full size.
@@ -29,6 +29,9 @@ from nnunet_lite.system import cpus
 
 ANISOTROPY = 3  # spacing ratio from which slices are resampled one by one
 _NEGLIGIBLE = 1e-8  # weights below it are left out: a cubic spline's reach 14 voxels far
+_COLUMNS = 128  # of an operator, that are made together
+_REACH = 64  # voxels from them, where a spline of any order has fallen far below that
+_EDGE = 12  # copies of the outermost voxel beyond it, as scipy's zoom takes them
 _TIE = np.float32(1e-5)  # shares this close are a tie: far above what float32 rounds, far below what a share means
 _FEW = 4  # labels whose boxes numpy finds as fast as scipy, which takes a fifth of a second to load
 _SLAB, _BLOCK = 16, 32  # output slices, and output rows or columns, per product: small enough for the cache
@@ -167,13 +170,14 @@ def resample_labels(
         shape, order, axis = flat, order_z, None
     orders = tuple(order_z if a == axis else order for a in range(3))
     out = np.zeros(target, labels.dtype)
-    boxes = [(value, box, _reached(box[1:], shape[1:], target[1:], orders[1:])) for value, box in label_boxes(labels)]
+    along_z, *in_plane = (operator(n, m, order) for n, m, order in zip(shape, target, orders, strict=True))
+    boxes = [(value, box, _reached(box[1:], in_plane)) for value, box in label_boxes(labels)]
 
     z, y, x = (nearest(n, m) for n, m in zip(shape, target, strict=True))
 
     def work(start: int) -> None:
         slab = out[start : start + _SLAB]
-        rows = operator(shape[0], target[0], orders[0])[start : start + _SLAB]
+        rows = along_z[start : start + _SLAB]
         closest = labels[z[start : start + _SLAB]].take(y, axis=1).take(x, axis=2)
         best = np.zeros(slab.shape, np.float32)
         background = 1 + _TIE * (closest == 0)
@@ -290,23 +294,52 @@ def resampled_rows(
             yield slice(part.start + start, part.start + start + size), rows, piece.swapaxes(0, 1)
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=32)  # of a large picture each may take hundreds of megabytes
 def operator(old: int, new: int, order: int) -> np.ndarray:
-    """Return the matrix (new, old), float32, that resamples one axis by a spline of an order; 0 takes the nearest."""
-    from scipy.ndimage import zoom  # a fifth of a second, which equal spacings do not need
+    """Return the matrix (new, old), float32, that resamples one axis by a spline of an order; 0 takes the nearest.
 
+    A few columns at a time are the spline through pulses at their voxels, of which only the surroundings are computed:
+    what is far from the diagonal is 0, and takes neither time nor memory.
+    """
+    matrix = np.zeros((new, old), np.float32)
     if order == 0 or old == new:
-        return np.eye(old, dtype=np.float32)[nearest(old, new)]
-    matrix = zoom(np.eye(old), (new / old, 1), order=order, mode="nearest", grid_mode=True).astype(np.float32)
-    matrix[np.abs(matrix) < _NEGLIGIBLE] = 0  # the tails reach denormal numbers, which cost ten times the time
+        matrix[np.arange(new), nearest(old, new)] = 1
+        return matrix
+    from scipy.ndimage import spline_filter1d  # a fifth of a second, which equal spacings do not need
+
+    positions = _positions(old, new)
+    for start in range(0, old, _COLUMNS):
+        stop = min(start + _COLUMNS, old)
+        low, high = max(0, start - _REACH), min(old, stop + _REACH)
+        pulses = np.pad(np.eye(high - low, stop - start, low - start), ((_EDGE, _EDGE), (0, 0)), "edge")
+        coefficients = spline_filter1d(pulses, order, axis=0, mode="nearest") if order > 1 else pulses
+        rows = slice(*np.searchsorted(positions, (low - 0.5, high - 0.5)))
+        first = np.floor(positions[rows] - (order - 1) / 2).astype(np.intp)
+        part = np.zeros((len(first), stop - start))
+        for knot in (first + n for n in range(order + 1)):
+            part += _b_spline(positions[rows] - knot, order)[:, None] * coefficients[knot - low + _EDGE]
+        part[np.abs(part) < _NEGLIGIBLE] = 0  # the tails reach denormal numbers, which cost ten times the time
+        matrix[rows, start:stop] = part
     return matrix
+
+
+def _b_spline(x: np.ndarray, order: int) -> np.ndarray:
+    """The B-spline of an order around 0, by the recursion of Cox and de Boor."""
+    if order == 0:
+        return ((x >= -0.5) & (x < 0.5)).astype(float)
+    half = (order + 1) / 2
+    return ((half + x) * _b_spline(x + 0.5, order - 1) + (half - x) * _b_spline(x - 0.5, order - 1)) / order
+
+
+def _positions(old: int, new: int) -> np.ndarray:
+    """Where the centres of `new` voxels along an axis are among those of `old`."""
+    return old / new * (np.arange(new) + 0.5) - 0.5
 
 
 @lru_cache(maxsize=128)
 def nearest(old: int, new: int) -> np.ndarray:
     """Return for each of `new` voxels along an axis the nearest of `old`."""
-    positions = old / new * (np.arange(new) + 0.5) - 0.5
-    return np.clip(np.floor(positions + 0.5), 0, old - 1).astype(np.intp)
+    return np.clip(np.floor(_positions(old, new) + 0.5), 0, old - 1).astype(np.intp)
 
 
 @lru_cache(maxsize=512)
@@ -384,12 +417,12 @@ def _bounds(channel: np.ndarray, axis: int | None, target: Shape) -> tuple[Any, 
 
 
 def _reached(
-    box: Sequence[slice], shape: Sequence[int], target: Sequence[int], orders: Sequence[int]
+    box: Sequence[slice], matrices: Sequence[np.ndarray]
 ) -> tuple[tuple[slice, ...], tuple[tuple[Block, ...], ...]] | None:
     """The part of the output that a box of the input affects, and its operators, axis by axis; None for no part."""
     where, parts = [], []
-    for span, n, m, order in zip(box, shape, target, orders, strict=True):
-        matrix = operator(n, m, order)[:, span]
+    for span, whole in zip(box, matrices, strict=True):
+        matrix = whole[:, span]
         used = np.flatnonzero(matrix.any(axis=1))
         if not used.size:  # nearest neighbour skips every row that holds this label
             return None
