@@ -134,6 +134,10 @@ def test_licence_and_note_stay_with_a_model(bundle: Path, tmp_path: Path) -> Non
     assert (again.licence, again.training_data) == ("CC-BY-4.0", "and a word more")
     (tmp_path / "LICENCE").write_text("Do what you like.\n")
     assert pack(folder, tmp_path / "file.zip", licence=str(tmp_path / "LICENCE")).licence == "Do what you like.\n"
+    (tmp_path / "LICENCE").write_text("© A. Müller", encoding="latin-1")
+    with pytest.raises(UserError, match=r"LICENCE: is not UTF-8 text \(byte 0\)"):
+        pack(folder, tmp_path / "latin.zip", licence=str(tmp_path / "LICENCE"))
+    assert not (tmp_path / "latin.zip").exists()
 
 
 def test_no_name_of_the_machine_or_of_cases_is_packed(model_copy: Path, tmp_path: Path) -> None:

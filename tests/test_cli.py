@@ -219,6 +219,7 @@ def test_the_summary_of_a_command_is_how_the_docstring_of_its_function_begins() 
         (["predict", "-i", "in", "-o", "out"], "no dataset is planned"),
         (["predict", "-i", "in", "-o", "out", "-m", "."], ".: is no model folder (no plans.json in it)"),
         (["evaluate", "a", "b"], "a: "),
+        (["evaluate", ".", ".", "--output", "scores"], "scores: scores are written as .json or .csv. Use scores.csv."),
         (["info"], "no dataset is planned"),
     ],
 )

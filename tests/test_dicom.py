@@ -19,12 +19,13 @@ from pydicom.filewriter import write_dataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, MRImageStorage, generate_uid
 
 import nnunet_lite
-from nnunet_lite.data.cases import find_cases
+from nnunet_lite.data.cases import Case, find_cases
 from nnunet_lite.data.dicom import is_series, require_dicom, series_geometry, series_slices
 from nnunet_lite.data.dicom_masks import convert_masks
 from nnunet_lite.data.discovery import files_below
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import read_geometry, read_image, read_images, read_label
+from nnunet_lite.data.raw_files import scan_raw_cases
 from nnunet_lite.errors import UserError
 
 CASE = "hippocampus_001.nii.gz"
@@ -119,6 +120,19 @@ def test_each_file_has_its_own_slope_and_class(series: Path, pixels: np.ndarray)
     slopes = np.array([1, *(0.5 * i for i in range(1, 8))])[:, None, None]
     assert array.dtype == np.float32
     np.testing.assert_array_equal(array, pixels * slopes + 3)
+
+
+@pytest.mark.parametrize("given", ["folder of the patient", "folder", "file"])
+def test_a_change_of_any_slice_is_noticed_and_a_hidden_file_is_none(tmp_path: Path, series: Path, given: str) -> None:
+    """Raw files are stamped, so that a planned dataset is planned again where one of them has changed."""
+    inside = shutil.move(series, tmp_path / "patients" / "p1" / "study")
+    first, *_, last = sorted(Path(inside).iterdir())
+    case = Case("p1", ({"folder of the patient": first.parents[1], "folder": first.parent, "file": first}[given],))
+    stamps, _ = scan_raw_cases([case], {}, 0)
+    (first.parent / ".DS_Store").write_bytes(b"of macOS")
+    assert scan_raw_cases([case], stamps, 0) == (stamps, {})
+    last.write_bytes(last.read_bytes()[:-2] + b"\1\1")
+    assert scan_raw_cases([case], stamps, 0)[0] != stamps
 
 
 def test_a_single_slice_is_as_thick_as_it_says(tmp_path: Path, pixels: np.ndarray) -> None:

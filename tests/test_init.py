@@ -213,6 +213,9 @@ def test_the_list_of_cases_is_updated_and_the_names_stay(command: Command, tmp_p
     patients(tmp_path / "elsewhere" / "data")
     code, _, err = command("init", "elsewhere/data", cwd=tmp_path)
     assert code == 2 and "lists other files. Delete it" in err and table.read_bytes() == before
+    table.write_text("[]")
+    code, _, err = command("init", "data", cwd=tmp_path)
+    assert code == 2 and "lists other files. Delete it" in err and table.read_text() == "[]"
 
 
 def test_the_workspace_is_not_searched(command: Command, tmp_path: Path) -> None:

@@ -215,9 +215,15 @@ def test_what_was_selected_is_shown(tiny_workspace: Path, tiny_model: Path, held
     shutil.copytree(root / "models" / "tiny", root / "models" / "other")
     shutil.copytree(tiny_model / "fold_0", root / "ensembles" / "other+tiny" / "fold_0")
     for models in (["other"], ["other", "tiny"]):
-        write_json(root / "inference.json", {"format": "nnlite-inference-1", "models": models, "folds": ["0"]})
+        write_json(root / "inference.json", {
+            "format": "nnlite-inference-1", "models": models, "folds": ["0"], "postprocessing": {},
+            "postprocessing_gain": {}, "candidates": [], "made": "2026-11-26", "version": "0.1.0",
+        })  # fmt: skip
         with nnunet_lite.view(held_out, workspace=workspace, browser=False) as shown:
             assert f"{'+'.join(models)}, fold 0" in layers_of(shown)
+    write_json(root / "inference.json", {})
+    with pytest.raises(UserError, match=r"inference\.json: is no selection .* Run `nnlite select` again\."):
+        nnunet_lite.view(held_out, workspace=workspace, browser=False)
 
 
 def test_files_of_any_format(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from nnunet_lite.data.dataset import stored_dataset
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError, no_such_file
 from nnunet_lite.evaluation.scores import Scores, read_fold_scores, score_files
-from nnunet_lite.files import read_json, scratch, write_json, write_text
+from nnunet_lite.evaluation.selection import read_selection
+from nnunet_lite.files import scratch, write_json, write_text
 from nnunet_lite.inference.cases import output_file
 from nnunet_lite.models.argument import find_models
 from nnunet_lite.models.folder import VALIDATION, model_folders, trained_folds
@@ -82,13 +83,16 @@ def evaluate(
     Raises
     ------
     UserError
-        No names match, a pair has two grids, or a file cannot be read.
+        No names match, a pair has two grids, a file cannot be read, or `output` ends in anything else.
 
     Examples
     --------
     nnlite evaluate labels references
     nnlite evaluate images references -m model.zip --output scores.csv
     """
+    written = None if output is None else Path(output)
+    if written is not None and written.suffix.lower() not in (".json", ".csv"):
+        raise UserError("scores are written as .json or .csv", written, f"Use {written.name}.csv.")
     with ExitStack() as stack:
         predicted, expected, labels, exit_code = Path(prediction), Path(reference), None, 0
         if model is not None:
@@ -114,10 +118,10 @@ def evaluate(
     if model is not None:
         rows = tuple(replace(row, prediction_file=None) for row in scores.rows)
         scores = replace(scores, rows=rows, exit_code=exit_code)
-    if output is not None and Path(output).suffix == ".csv":
-        write_text(Path(output), scores.to_csv())
-    elif output is not None:
-        write_json(Path(output), scores.to_json())
+    if written is not None and written.suffix.lower() == ".csv":
+        write_text(written, scores.to_csv())
+    elif written is not None:
+        write_json(written, scores.to_json())
     return scores
 
 
@@ -275,6 +279,6 @@ def _predictions(paths: Paths, case: Case, names: Sequence[str], required: bool)
 
 def _chosen(paths: Paths) -> list[str]:
     """Return the selected model or ensemble, otherwise the best trained model, if there is one."""
-    if paths.inference.is_file():
-        return ["+".join(read_json(paths.inference)["models"])]
+    if selection := read_selection(paths):
+        return ["+".join(selection.models)]
     return [choose_model(paths).name] if any(map(trained_folds, model_folders(paths))) else []

@@ -139,9 +139,7 @@ def _again(then: str) -> str:
     return f"Delete it to make it again, run `{then}` to use it, or give another --output."
 
 
-def _updated(
-    old: dict[str, Any], new: dict[str, Any], table: Path, then: str
-) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+def _updated(old: Any, new: dict[str, Any], table: Path, then: str) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """Return the dataset.json that exists with the cases that there are now, and what changed.
 
     Names of channels and labels, which people write into it, stay.
@@ -151,7 +149,7 @@ def _updated(
     UserError
         It is not of these files, or there are other channels or labels now.
     """
-    before, after = old.get("dataset"), new["dataset"]
+    before, after = old.get("dataset") if isinstance(old, dict) else None, new["dataset"]
     if not isinstance(before, dict) or not any(before.get(case) == files for case, files in after.items()):
         raise UserError("exists already, and lists other files", table, _again(then))
     labels = labels_of(old, table)

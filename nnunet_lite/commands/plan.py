@@ -83,7 +83,7 @@ def check(
     except UserError as error:
         return broken_dataset(root, error)
     dataset = choose_cases(dataset, exclude, accept, accept_geometry)
-    return check_dataset(dataset, workers=workers, progress=log.progress)
+    return check_dataset(dataset, workers=workers)
 
 
 def choose_cases(

@@ -353,7 +353,8 @@ def _find_images(sources: Sequence[Path], plan: Plan, model: Path) -> list[Case]
         raise UserError(error.what, error.file, f"This model was trained on {ending}. {error.fix}") from None
     endings = {suffix_of(case.images[0]) for case in cases}
     if ending is not None and not any((ending in PICTURES) == (found in PICTURES) for found in endings):
-        log.warn(f"this model was trained on {ending}, these are {', '.join(sorted(endings))} files")
+        these = ", ".join(sorted(found or "DICOM" for found in endings))
+        log.warn(f"this model was trained on {ending}, these are {these} files")
     return cases
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from nnunet_lite import system
+from nnunet_lite import log, system
 from nnunet_lite.data.cases import Case, split_name, unsupported_files
 from nnunet_lite.data.consistency import CaseFindings, ChannelRange, check_consistency, check_files, check_labels
 from nnunet_lite.data.dataset import MASK_NOTE, Dataset, map_labels
@@ -29,7 +29,6 @@ from nnunet_lite.errors import UserError, suggest
 
 T = TypeVar("T")
 Visit = Callable[[Sequence[np.ndarray], Geometry, np.ndarray], T]
-Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
 
 _BYTES_PER_VOXEL = 12  # while a case is checked: float32 as read, stacked, and masks
 _VALUES_SAMPLED = 10_000  # of a channel
@@ -47,7 +46,6 @@ def check_dataset(
     visit: Visit[T] | None = None,
     keep: Callable[[str, T], None] | None = None,
     workers: int | None = None,
-    progress: Progress | None = None,
 ) -> Report:
     """Read every file once and report all problems.
 
@@ -61,8 +59,6 @@ def check_dataset(
         Called with the id of each such case and the result of `visit`, in the order of the cases.
     workers : int or None
         Threads, and therefore cases in memory. None for one per CPU of this process, 0 for none.
-    progress : callable or None
-        Wraps the loop over the cases, such as `nnunet_lite.log.progress`.
 
     Returns
     -------
@@ -70,8 +66,7 @@ def check_dataset(
         All problems.
     """
     findings: list[CaseFindings[T]] = []
-    results = _check_cases(dataset, visit, workers)
-    for found in progress(results, len(dataset.cases), "check") if progress else results:
+    for found in log.progress(_check_cases(dataset, visit, workers), len(dataset.cases), "check"):
         if keep is not None and found.visited is not None:
             keep(dataset.cases[len(findings)].id, found.visited)
         found.visited = None

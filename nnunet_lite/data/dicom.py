@@ -30,7 +30,6 @@ _TAGS = {
     "number": "0020|0011",
     "description": "0008|103e",
     "image type": "0008|0008",
-    "frames": "0028|0008",
     "colours": "0028|0004",
     "position": "0020|0032",
     "orientation": "0020|0037",

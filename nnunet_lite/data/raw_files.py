@@ -19,7 +19,8 @@ from pydantic import TypeAdapter
 from nnunet_lite import log
 from nnunet_lite.data.cases import Case
 from nnunet_lite.data.dataset import Dataset, dataset_from_json, dataset_to_json, stored_dataset
-from nnunet_lite.data.images import read_geometry
+from nnunet_lite.data.dicom import series_folders
+from nnunet_lite.data.images import is_dicom, read_geometry
 from nnunet_lite.data.names import companions
 from nnunet_lite.data.problems import name_cases
 from nnunet_lite.errors import UserError
@@ -277,10 +278,18 @@ def _has_same_files(dataset: Dataset, stored: Dataset, paths: Paths, moved: bool
 
 
 def _paths(case: Case) -> list[Path]:
-    folders = {path: sorted(filter(Path.is_file, path.iterdir())) for path in case.images if path.is_dir()}  # of DICOM
-    images = [file for path in case.images for file in folders.get(path, [path])]
+    images = [file for path in case.images for file in _files_of(path)]
     others = [other for path in images for other in companions(path)]
     return [*images, *([case.label] if case.label else []), *dict.fromkeys(others)]
+
+
+def _files_of(image: Path) -> list[Path]:
+    """Return the file of an image; of a DICOM series all files in its folders."""
+    if not image.is_dir() and not is_dicom(image):
+        return [image]
+    folders = series_folders(image if image.is_dir() else image.parent)
+    files = (file for folder in folders for file in folder.iterdir() if file.is_file() and file.name[0] != ".")
+    return sorted(files)
 
 
 def _size_and_time(path: Path) -> tuple[int, int] | None:

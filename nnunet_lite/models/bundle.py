@@ -32,7 +32,7 @@ from pydantic import BaseModel, Field
 import nnunet_lite
 from nnunet_lite.data.problems import few
 from nnunet_lite.errors import UserError
-from nnunet_lite.files import atomic, must_be_known, read_json, understood, write_json
+from nnunet_lite.files import atomic, must_be_known, read_json, read_text, understood, write_json
 from nnunet_lite.models.folder import EXPECTED, MODEL, QUALITY, new_model_folder, read_run, stage_path, weight_files
 from nnunet_lite.models.lookup import describe_folder, read_model
 from nnunet_lite.settings import Settings
@@ -117,7 +117,8 @@ def pack(folder: Path, out: Path, *, licence: str | None = None, note: str | Non
     Raises
     ------
     UserError
-        There is no model folder, no trained fold or no first stage; the network is code; or `out` exists already.
+        There is no model folder, no trained fold or no first stage; the network is code; `out` exists already; or the
+        file of the licence is not UTF-8.
     """
     if out.exists():
         raise UserError("exists already", out, "Choose another file, or delete it.")
@@ -129,7 +130,7 @@ def pack(folder: Path, out: Path, *, licence: str | None = None, note: str | Non
             raise UserError(f"does not name its first stage, a model of {stage}", folder / "run.json")
         folders.append(first)
     if licence and len(licence) < 256 and "\n" not in licence and Path(licence).is_file():
-        licence = Path(licence).read_text(encoding="utf-8")
+        licence = read_text(Path(licence))
     imported = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
     about = describe_folder(folder)
     with atomic(out) as temporary, ZipFile(temporary, "w") as archive:

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ValidationError, model_validator
 
-from nnunet_lite import log
 from nnunet_lite.data.check import check_dataset
 from nnunet_lite.data.dataset import Dataset
 from nnunet_lite.data.geometry import Geometry, Shape, Spacing, common_orientation, nonzero_box, slices, turn_between
@@ -134,7 +133,7 @@ def check_and_fingerprint(dataset: Dataset, workers: int | None = None) -> tuple
     """
     collector = Collector(len(dataset.channels))
     visit = partial(fingerprint_case, samples=SAMPLES // max(1, len(dataset.cases)), random=RandomBlocks())
-    report = check_dataset(dataset, visit, collector.add, workers, log.progress)
+    report = check_dataset(dataset, visit, collector.add, workers)
     return report, collector.fingerprint(dataset.orientation) if report.can_be_planned else None
 
 
