@@ -222,7 +222,7 @@ def _acquire(file: IO[str], folder: Path, doing: str, wait: bool) -> None:
         what = f"another process is {doing} here {holder}".rstrip()
         if not wait:
             raise Busy(what, folder, "Wait for it, or stop it.")
-        log.info(f"{folder}: {what}, waiting for it")
+        log.warn(f"{folder}: {what}, waiting for it")  # with --quiet too: nothing else explains the silence
         with log.working("waiting for another process"):
             lock_descriptor(file.fileno())
 

@@ -287,3 +287,15 @@ def test_waiting_for_a_lock_shows_signs(
     message, sign, *_ = capfd.readouterr().err.splitlines()
     assert f"another process is preprocessing here ({os.getpid()} on " in message
     assert sign.startswith("waiting for another process: ")
+
+
+def test_waiting_for_a_lock_is_said_with_quiet_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(files.log, "_verbosity", files.log.QUIET)
+    with files.locked(tmp_path, "preprocessing"):
+        waiting = threading.Thread(target=lambda: files.locked(tmp_path, "preprocessing").__enter__())
+        waiting.start()
+        time.sleep(0.5)
+    waiting.join()
+    assert "another process is preprocessing here" in capfd.readouterr().err
