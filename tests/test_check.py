@@ -340,6 +340,7 @@ def test_wrong_paths(command: Command, copy_dataset: Copy, tmp_path: Path) -> No
         (["plan", "broken", "-w", "file/below"], "file"),
         (["plan", "broken", "--output", "file/below"], "file"),
         (["evaluate", "broken/labelsTr", "nowhere"], "nowhere: there is no such file or folder"),
+        (["evaluate", "broken", "broken", "--tolerance", "2", "--no-surface"], "--no-surface leaves out"),
         (["evaluate", file, "broken/labelsTr"], "dataset.json"),
     ):
         code, out, err = command(*arguments, cwd=tmp_path)

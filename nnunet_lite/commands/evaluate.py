@@ -60,8 +60,8 @@ def evaluate(
         Two label maps, or two folders of label maps; with `model`, images and their references.
     model : str or Path, optional
         Predict the images with it, as `predict` does; `predict` keeps the label maps and has all options.
-    tolerance : float
-        How far apart surfaces may be for the surface Dice, in mm, or in pixels if no file has a spacing.
+    tolerance : float, optional
+        How far apart surfaces may be for the surface Dice, in mm, or in pixels if no file has a spacing; default: 1.
     surface : bool
         Whether to measure surface distances.
     accept_geometry : bool
@@ -83,7 +83,8 @@ def evaluate(
     Raises
     ------
     UserError
-        No names match, a pair has two grids, a file cannot be read, or `output` ends in anything else.
+        No names match, a pair has two grids, a file cannot be read, `output` ends in anything else, or `tolerance` is
+        given without `surface`.
 
     Examples
     --------
@@ -93,6 +94,8 @@ def evaluate(
     written = None if output is None else Path(output)
     if written is not None and written.suffix.lower() not in (".json", ".csv"):
         raise UserError("scores are written as .json or .csv", written, f"Use {written.name}.csv.")
+    if tolerance is not None and not surface:
+        raise UserError("--tolerance is of the surface Dice, which --no-surface leaves out", fix="Give one of the two.")
     with ExitStack() as stack:
         predicted, expected, labels, exit_code = Path(prediction), Path(reference), None, 0
         if model is not None:
@@ -109,7 +112,8 @@ def evaluate(
         planned = planned_datasets(place)
         only = Plan.read(Paths(place / planned[0]).plans).labels if len(planned) == 1 else None
         try:
-            scores = score_files(predicted, expected, labels, tolerance, surface, workers, accept_geometry, only)
+            within = 1.0 if tolerance is None else tolerance
+            scores = score_files(predicted, expected, labels, within, surface, workers, accept_geometry, only)
         except UserError as error:  # may name a temporary file
             if model is None or error.file is None or not Path(error.file).is_relative_to(predicted):
                 raise
