@@ -77,7 +77,9 @@ def suggest(name: str, known: Iterable[str], likeness: float = 0.6) -> str:
 
 
 def no_such_file(path: Path) -> UserError:
-    """Return the error for a path that does not exist, with the name in its folder that is most like it."""
+    """Return the error for a path that does not exist, with the name in its folder that is most like it, or a pipe."""
+    if path.exists():
+        return UserError("is a pipe or a device, not a file", path)
     names = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
     near = get_close_matches(path.name, names, 1)
     return UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,9 @@ OUTPUTS = {
     "over the image by a link": bad_output(
         "-i scan.nii.gz -o link.nii.gz", "overwritten", make=lambda place: (place / "link.nii.gz").symlink_to(
             "scan.nii.gz")
+    ),
+    "a pipe as the image": bad_output(
+        "-i pipe.nii.gz -o out", "is a pipe or a device", make=lambda place: os.mkfifo(place / "pipe.nii.gz")
     ),
     "a name that is a file": bad_output(
         "-i scan.nii.gz -o taken", "taken", make=lambda place: (place / "taken").touch()
