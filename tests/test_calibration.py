@@ -32,8 +32,9 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation import calibration_rows
 from nnunet_lite.evaluation.calibration import MIN_CASES, _what_lacks, fit_quality, split_by_case
 from nnunet_lite.evaluation.calibration_rows import Row, TrainingRanges, read_rows, training_ranges
-from nnunet_lite.evaluation.comparison import HeldOut
+from nnunet_lite.evaluation.comparison import HeldOut, load_team
 from nnunet_lite.evaluation.degradation import DEGRADATIONS
+from nnunet_lite.evaluation.members import find_members
 from nnunet_lite.files import read_json, write_json
 from nnunet_lite.inference.features import CaseFeatures, describe_image, describe_prediction
 from nnunet_lite.inference.folder import Outputs
@@ -283,9 +284,16 @@ def test_few_held_out_cases_say_nothing(tiny_workspace: Path, tiny_model: Path, 
     workspace = tmp_path / "workspace"
     shutil.copytree(tiny_workspace, workspace, ignore=shutil.ignore_patterns("models", "preprocessed"))
     folder = Path(shutil.copytree(tiny_model, workspace / "Task04_Hippocampus" / "models" / "tiny"))
-    (folder / "quality.json").write_text("{}")  # of an earlier selection
+    earlier = fit_quality(made_up_rows(12), RANGES, {"tiny": {"0": "0" * 16}}, ("MRI",))
+    write_json(folder / "quality.json", earlier.model_dump(mode="json"))
+    next((folder / "fold_0" / "validation").glob("*.nii.gz")).unlink()
+    paths = Paths(workspace / "Task04_Hippocampus")
+    dataset = stored_dataset(paths.dataset)
+    load_team(HeldOut(paths, dataset, (), "cpu", 1), tuple(find_members(paths, dataset, None)[0]), "0")
     nnunet_lite.select(workspace=workspace, device="cpu", workers=1, postprocess=False)
-    assert f"too few to say how good predictions are ({MIN_CASES} needed)" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert f"too few to say how good predictions are ({MIN_CASES} needed)" in said
+    assert "predicting fold 0 of tiny: 1 case" in said and "of other weights" not in said  # it is replaced
     assert not (folder / "quality.json").exists()
 
 

@@ -304,7 +304,8 @@ def load_team(held_out: HeldOut, team: Team, fold: str) -> Predictor:
     fold : str
         Name of the fold.
     """
-    load_fold = partial(load, folds=[fold], device=held_out.device, workspace=held_out.paths.root.parent)
+    place = held_out.paths.root.parent
+    load_fold = partial(load, folds=[fold], device=held_out.device, judging=False, workspace=place)
     models = [
         load_fold(member.folder)
         if member.first_stage is None

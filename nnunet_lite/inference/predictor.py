@@ -192,6 +192,7 @@ def load(
     trust_code: bool = False,
     workspace: str | Path | None = None,
     first_stage: bool = True,
+    judging: bool = True,
 ) -> Predictor:
     """Load a model, of nnlite or of nnU-Net.
 
@@ -215,6 +216,8 @@ def load(
         By default NNLITE_WORKSPACE, or ./nnlite_workspace.
     first_stage : bool
         Load the first stage of a cascade too; without it, the caller gives its predictions.
+    judging : bool
+        Read what `select` calibrated, from which predictions are judged.
 
     Returns
     -------
@@ -233,7 +236,8 @@ def load(
         raise UserError("no model folder is given")
     folds = [folds] if isinstance(folds, str | int) else folds
     trusted = (lambda _: True) if trust_code else partial(is_model_of, root)
-    predictors = [_load_model(path, folds, device, settings or {}, checkpoint, trusted, first_stage) for path in paths]
+    load_one = partial(_load_model, with_first_stage=first_stage, judging=judging)
+    predictors = [load_one(path, folds, device, settings or {}, checkpoint, trusted) for path in paths]
     for path, other in zip(paths[1:], predictors[1:], strict=True):
         check_vote(predictors[0].plan, other.plan, paths[0], path)
     quality = predictors[0].quality
@@ -273,13 +277,14 @@ def _load_model(
     checkpoint: Checkpoint,
     trusted: Callable[[Path], bool],
     with_first_stage: bool = True,
+    judging: bool = False,
 ) -> Predictor:
     """Load one model, and the first stage of a cascade. `trusted` says whether a model folder may run code."""
     first_stage = None
     with unpacked(path, checkpoint) as folder:
         trained = _read_nnunet(folder, folds, checkpoint) if is_nnunet(folder) else _read(folder, folds, trusted)
         fingerprint = model_fingerprint(folder, trained.networks, checkpoint)
-        quality, name = _find_quality(folder, trained)
+        quality, name = _find_quality(folder, trained) if judging else (None, "")
         if with_first_stage and trained.configuration.previous_stage is not None:
             first = _find_first_stage(folder, trained)
             first_stage = _load_model(first, None, device, changes, checkpoint, trusted)
