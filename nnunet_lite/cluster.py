@@ -118,10 +118,11 @@ def _check_worker(setup: SharedSetup) -> None:
 
 @dataclass(frozen=True)
 class Cluster:
-    """A scheduler and workers with the same setup."""
+    """A scheduler and workers with the same setup, some of which had a GPU when this process connected."""
 
     client: Client
     setup: SharedSetup
+    had_gpus: bool
 
     @property
     def slots(self) -> int:
@@ -130,8 +131,11 @@ class Cluster:
 
     def _resources(self) -> dict[str, int]:
         """The resources of a worker that a fold or a prediction takes."""
-        workers = self.client.scheduler_info(n_workers=-1)["workers"].values()
-        return {_GPU: 1} if any(worker["resources"].get(_GPU) for worker in workers) else {}
+        if _has_gpus(self.client):
+            return {_GPU: 1}
+        if self.had_gpus:
+            log.warn("no worker with a GPU is left: what is submitted now runs on workers without one")
+        return {}
 
     def spread(
         self, function: Callable[[T], R], items: Sequence[T], what: str, *, heavy: bool = False
@@ -232,6 +236,11 @@ class Cluster:
             self.client.run(stop_worker)
             distributed.wait(pending, timeout=_STOPPING)
         self.client.cancel(list(futures), force=True)
+
+
+def _has_gpus(client: Client) -> bool:
+    workers = client.scheduler_info(n_workers=-1)["workers"].values()
+    return any(worker["resources"].get(_GPU) for worker in workers)
 
 
 def _batches(items: Sequence[T], slots: int) -> Iterator[list[T]]:
@@ -356,7 +365,7 @@ def connect(address: str, workspace: Path) -> Iterator[Cluster]:
             answers = _retry(partial(client.run, find_difference, setup, on_error="return"))  # one may die meanwhile
         for worker, answer in answers.items():
             _check_answer(worker, answer)
-        cluster = Cluster(client, setup)
+        cluster = Cluster(client, setup, _has_gpus(client))
         log.info(f"{address}: {len(client.nthreads())} workers with {cluster.slots} threads")
         yield cluster
 

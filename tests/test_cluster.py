@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import dask
+import distributed
 import pytest
 from bad_inputs import contents
 from distributed import Client, LocalCluster
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from samples import TINIEST, Command, Copy
+from samples import TINIEST, Command, Copy, wait_until
 
 import nnunet_lite
 from nnunet_lite import cluster as c
@@ -245,6 +246,22 @@ def test_a_task_that_no_worker_can_take_is_reported(scheduler: str, tmp_path: Pa
         assert cluster.wait([future], 0.5) == []
         cluster.warn_without_workers()
     assert "warning: no worker is left, waiting for one to join" in capsys.readouterr().err
+
+
+def test_that_all_gpus_are_gone_is_said(scheduler: str, tmp_path: Path, capsys: Any) -> None:
+    """A fold is then submitted to workers without one."""
+
+    async def start() -> Any:
+        return await distributed.Worker(scheduler, resources={"GPU": 1}, nthreads=1)
+
+    with Client(scheduler, set_as_default=False) as client:
+        worker = client.sync(start)
+        with c.connect(scheduler, tmp_path) as cluster:
+            assert cluster._resources() == {"GPU": 1}
+            client.sync(worker.close)
+            wait_until(lambda: len(cluster.client.nthreads()) == 2)
+            assert cluster._resources() == {}
+    assert "warning: no worker with a GPU is left" in capsys.readouterr().err
 
 
 def test_a_worker_that_does_not_answer_shows_signs(
