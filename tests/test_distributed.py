@@ -149,6 +149,15 @@ def test_what_ends_one_process_ends_all(
     assert (fold_of(tmp_path, "stopped") / CHECKPOINT).is_file()
 
 
+def test_all_processes_end_if_the_command_is_killed(tmp_path: Path, start_two: Any) -> None:
+    process, ranks = start_two("killed")
+    process.kill()
+    _, left = psutil.wait_procs(ranks, timeout=60)
+    for rank in left:
+        rank.kill()
+    assert not left and (tmp_path / "stderr.log").read_text().count("stopped by SIGTERM") == 1
+
+
 def test_a_mistake_is_one_line_of_one_process(tmp_path: Path, train_three: list[str]) -> None:
     _, errors = run(*train_three, "--set", "training.batch_size=1", "--gpus", "2", "--name", "wrong", code=2)
     assert errors.count("a batch of 1 cannot be split over 2 processes") == 1

@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -34,6 +35,7 @@ T = TypeVar("T")
 SYNC_EVERY = 20  # steps between two points at which all processes compare signals and clocks
 _TIMEOUT = timedelta(minutes=30)  # of a collective operation; another process may read or compile meanwhile
 _RENDEZVOUS = "NNLITE_RENDEZVOUS"  # environment variable: where processes that `launch` started meet
+_LAUNCHER = "NNLITE_LAUNCHER"  # environment variable: the process that started them
 _GRACE = 20.0  # seconds in which the others may end by themselves after one process failed
 _POLL = 0.2
 _FORWARDED = system.signals_of("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
@@ -274,6 +276,8 @@ def launch(number: int) -> None:
         This process is not `nnlite`: its command line cannot be repeated.
     """
     if current_ranks().world > 1:
+        if launcher := os.environ.get(_LAUNCHER):
+            _end_with(int(launcher))
         return
     if not system.is_command:
         fix = f"Start your script with `torchrun --nproc-per-node {number}`, or use `nnlite train --gpus {number}`."
@@ -293,6 +297,7 @@ def launch(number: int) -> None:
                 signal.signal(signal_number, forward)
         threads = os.environ.get("OMP_NUM_THREADS", str(max(1, system.cpus() // number)))
         shared = {"WORLD_SIZE": str(number), "OMP_NUM_THREADS": threads, _RENDEZVOUS: f"file://{folder}/rendezvous"}
+        shared[_LAUNCHER] = str(os.getpid())
         try:
             for rank, error in enumerate(errors):
                 # the first process prints; a process group of its own receives each signal once, from `forward`
@@ -312,6 +317,17 @@ def launch(number: int) -> None:
                 process.kill()
                 process.wait()
     raise SystemExit(code)
+
+
+def _end_with(launcher: int) -> None:
+    """Send this process SIGTERM when the one that launched it is gone, as after SIGKILL."""
+
+    def look() -> None:
+        while os.getppid() == launcher:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=look, daemon=True).start()
 
 
 def _wait(processes: Sequence[subprocess.Popen[str]], errors: Sequence[Path]) -> int:
