@@ -21,7 +21,7 @@ from nnunet_lite.files import read_json, write_json
 from nnunet_lite.models.folder import CHECKPOINT, lock_fold, read_weights_header
 from nnunet_lite.networks.unet import UNet
 from nnunet_lite.planning.schema import Plan
-from nnunet_lite.settings import load_settings
+from nnunet_lite.settings import load_settings, with_changes
 from nnunet_lite.workspace import planned_paths
 
 SETTINGS = TINIEST | {"training.patch_size": [16, 16, 16], "training.epochs": 1, "training.iterations": 1}
@@ -165,6 +165,15 @@ def test_what_the_settings_change_of_the_plan_is_reported(workspace: Path, capfd
         "features [2, 4, 4] instead of [32, 64, 128, 256], norm batch instead of instance\n"
     )
     assert changes in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("size", "warns"), [(8, True), (16, False)])
+def test_patches_that_cannot_grow_warn(tiny_workspace: Path, capfd: Any, size: int, warns: bool) -> None:
+    changes = {"training.patch_size": [size] * 3, "training.patch_growth": 0.5}
+    settings = with_changes(load_settings("default"), changes)
+    (run,) = plan_runs(planned_paths(tiny_workspace), settings, ["3d_fullres"], ["all"])
+    commands._announce(run)
+    assert ("warning: training.patch_growth has no effect" in capfd.readouterr().err) == warns
 
 
 def test_a_spacing_of_the_recipe_plans_again_and_keeps_the_other_options_of_the_plan(workspace: Path) -> None:

@@ -56,7 +56,7 @@ from nnunet_lite.training.distributed import (
     report_lost_peer,
     wait_for_first,
 )
-from nnunet_lite.training.job import Job
+from nnunet_lite.training.job import Job, smaller_patches
 from nnunet_lite.training.limits import ValidationPlan, announce_validation, limit_seconds, validation_step_sizes
 from nnunet_lite.training.loop import train_fold
 from nnunet_lite.training.preview import draw_preview
@@ -504,6 +504,8 @@ def _announce(run: TrainingRun) -> None:
         log.info(f"{name}, {by}: {', '.join(words)}")
     if "distillation" in settings.loss.model_fields_set and not run.teachers:
         log.warn("loss.distillation is set without a model to learn from: `nnlite distill MODEL` gives one")
+    if settings.training.patch_growth and not smaller_patches(run.plan.configuration(name)):
+        log.warn(f"training.patch_growth has no effect: the patch of {name} cannot be smaller")
     for teacher in run.teachers:
         own, theirs = settings.augmentation, Settings.model_validate(teacher.settings).augmentation
         warn_of_lost_swaps(teacher.folder.name, theirs, own, run.plan, run.plan.configuration(name).dimensions)
