@@ -78,6 +78,7 @@ def translated(line: str) -> str:
         ("select 4 -c 2d 3d_fullres --disable_ensembling", "-c 2d -c 3d_fullres --no-ensembles -d 4"),
         ("view -m a case", "case -m a"),
         ("view 4", "4"),
+        ("view a --at 12 30 17 b", "a b --at 12 --at 30 --at 17"),
         ("evaluate a b -o x.json", "a b --output x.json"),
         ("info -- -odd", "-- -odd"),
     ],

@@ -33,7 +33,7 @@ from nnunet_lite.errors import UserError, describe
 from nnunet_lite.files import write_json
 from nnunet_lite.reporting import viewer
 from nnunet_lite.reporting.pictures import planes_of
-from nnunet_lite.reporting.viewer import Scene, SceneLayer, View, read_case_scene, read_file_scene, serve
+from nnunet_lite.reporting.viewer import Scene, SceneLayer, View, open_at, read_case_scene, read_file_scene, serve
 
 ANTERIOR, POSTERIOR = (np.array(colour) for colour in label_colours(2))
 Answer = tuple[int, dict[str, str], bytes]
@@ -233,6 +233,11 @@ def test_files_of_any_format(tmp_path: Path) -> None:
     mask[5:9, 3:20] = 255
     Picture.fromarray(rgb).save(tmp_path / "cell.png")
     Picture.fromarray(mask).save(tmp_path / "mask.png")
+    scene = read_file_scene(tmp_path / "cell.png", [])
+    assert open_at(scene, (7, 9)).at == open_at(scene, (0, 7, 9)).at
+    for voxel in ((9,), (9999, 0), (0, 0, 0, 0)):
+        with pytest.raises(UserError, match=r"cell.png has no voxel .*Give z from 0 to 0, y to"):
+            open_at(scene, voxel)
     with nnunet_lite.view(tmp_path / "cell.png", tmp_path / "mask.png", browser=False) as shown:
         layers = layers_of(shown)
         pixels = volume(shown, layers["colours"])[::-1, ::-1, 0].T

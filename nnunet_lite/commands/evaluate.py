@@ -39,8 +39,9 @@ def evaluate(
         str | Path | None, options.model("-m", "--model", help="Predict the images with this model first.")
     ] = None,
     tolerance: Annotated[
-        float, options.setting(help="Tolerance of the surface Dice, in mm (without a spacing: pixels).")
-    ] = 1.0,
+        float | None,
+        options.setting(help="Tolerance of the surface Dice, in mm (without a spacing: pixels).", show_default="1"),
+    ] = None,
     surface: Annotated[bool, options.setting(help="Compute surface distances too.")] = True,
     accept_geometry: options.AcceptGeometry = False,
     output: Annotated[
@@ -149,8 +150,8 @@ def view(
         ),
     ] = None,
     at: Annotated[
-        tuple[int, int, int] | None,
-        options.output("--at", metavar="Z Y X", help="Voxel of the file to open at; z of a picture is 0."),
+        Sequence[int] | None,
+        options.output("--at", metavar="Z Y X", help="Voxel of the file to open at; of a picture Y X."),
     ] = None,
     browser: Annotated[bool, options.output(help="Open the page; otherwise only its address is printed.")] = True,
     dataset: options.DatasetName = None,
@@ -170,8 +171,9 @@ def view(
     model : str or sequence of str, optional
         Models of the dataset whose cross-validation to show, "a+b" for an ensemble; default: the selected one. Other
         models, and those that are given with a file, predict the image now.
-    at : tuple of int, optional
-        Voxel (z, y, x) of the image as stored, at which the case opens; default: where most is wrong.
+    at : sequence of int, optional
+        Voxel (z, y, x) of the image as stored, of a picture (y, x), at which the case opens; default: where most is
+        wrong.
     browser : bool
         Open the page.
     dataset : str, optional
@@ -216,7 +218,7 @@ def view(
 
 
 def _serve_dataset(
-    paths: Paths, case: str | Path | None, names: list[str], root: Path, at: tuple[int, int, int] | None
+    paths: Paths, case: str | Path | None, names: list[str], root: Path, at: Sequence[int] | None
 ) -> View:
     """Serve all cases of a dataset with their cross-validation, the worst first."""
     dataset, channels = stored_dataset(paths.dataset), Plan.read(paths.plans).channels

@@ -72,7 +72,7 @@ _WORDS = {"-c": "configuration", "-d": "data", "-f": "fold"}
 # the values that an option takes after its first one, where the command has arguments too
 _MORE = {
     "fold": r"\d+|all(-folds)?", "configuration": r"[23]d\w*", "configurations": r"[23]d\w*", "spacing": r"[\d.]+",
-    "settings": r"\w+\.\w+=.*",
+    "settings": r"\w+\.\w+=.*", "at": r"\d+",
 }  # fmt: skip
 _RESENC = re.compile(r"nnUNet(?:Planner)?ResEnc(?:UNet)?(M|L|XL)(?:Plans)?")  # plans and planners of nnU-Net
 _EPOCHS = re.compile(r"nnUNetTrainer_(\d+)epochs?")

@@ -250,15 +250,15 @@ def read_file_scene(
     return _make_scene(file.name, image, layers, maps, labels, segmentations, has_reference=len(maps) > 1)
 
 
-def open_at(scene: Scene, voxel: tuple[int, int, int] | None) -> Scene:
+def open_at(scene: Scene, voxel: Sequence[int] | None) -> Scene:
     """Return a scene that opens at a voxel.
 
     Parameters
     ----------
     scene : Scene
         From `read_case_scene` or `read_file_scene`.
-    voxel : tuple of int or None
-        The voxel (z, y, x) as stored; None for the slices that the scene has.
+    voxel : sequence of int or None
+        The voxel (z, y, x) as stored, of a picture also (y, x); None for the slices that the scene has.
 
     Raises
     ------
@@ -268,7 +268,8 @@ def open_at(scene: Scene, voxel: tuple[int, int, int] | None) -> Scene:
     if voxel is None:
         return scene
     shape, (turn, _) = scene.geometry.shape, planes_of(scene.geometry)
-    if not all(0 <= n < size for n, size in zip(voxel, shape, strict=True)):
+    voxel = (0, *voxel) if len(voxel) == 2 and shape[0] == 1 else voxel
+    if len(voxel) != 3 or not all(0 <= n < size for n, size in zip(voxel, shape, strict=True)):
         fix = f"Give z from 0 to {shape[0] - 1}, y to {shape[1] - 1} and x to {shape[2] - 1}."
         raise UserError(f"{scene.title} has no voxel {' '.join(map(str, voxel))}", fix=fix)
     return replace(scene, at=turn.apply_to_voxel(voxel, shape))
