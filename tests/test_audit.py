@@ -140,14 +140,16 @@ def two_kidneys(seed: int, flat: bool = False) -> np.ndarray:
 
 
 def judge(
-    change: Callable[[np.ndarray], np.ndarray], names: tuple[str, ...], ignore: int | None = None, **more: Any
-) -> Any:
-    """Return the findings of a changed map among twelve correct ones, and the score of the best correct one."""
+    change: Callable[[np.ndarray], np.ndarray], names: tuple[str, ...], ignore: int | None = None,
+    predicted: Callable[[np.ndarray], np.ndarray] = lambda label: label, **more: Any,
+) -> Any:  # fmt: skip
+    """Return the findings of a changed map among twelve correct ones; the models see `predicted` of it."""
     maps = [two_kidneys(seed, **more) for seed in range(13)]
     evidence: list[Evidence] = []
     for seed, label in enumerate(maps):
-        predictions = [predict_from(label, 50 * seed + k) for k in range(3)]
-        evidence.append(collect_evidence(str(seed), change(label) if seed == 0 else label, predictions, names, ignore))
+        seen, own = (predicted(label), change(label)) if seed == 0 else (label, label)
+        predictions = [predict_from(seen, 50 * seed + k) for k in range(3)]
+        evidence.append(collect_evidence(str(seed), own, predictions, names, ignore))
     first, second, *_ = rank_cases(evidence, names)
     assert first.case == "0" and second.score < STRONG
     return first.findings
@@ -200,6 +202,23 @@ def test_many_missing_objects_are_one_finding() -> None:
     assert first.case == "0" and first.score > 3 * second.score
     assert first.findings[0].kind == "missing structure"
     assert re.fullmatch(r"\d+ pixels of nucleus are missing, in 6 regions", first.findings[0].text)
+
+
+def test_a_label_that_is_absent_is_one_finding() -> None:
+    """In the reference, or, of two parts, in the predictions."""
+    names = ("background", "liver", "tumour")
+
+    def change(label: np.ndarray) -> np.ndarray:
+        return np.where(label == 2, 0, label)
+
+    def add(label: np.ndarray) -> np.ndarray:
+        out = change(label)
+        out[4:10, 12:24, 38:50] = out[14:22, 12:24, 38:50] = 2
+        return out
+
+    assert [one.kind for one in judge(change, names) if one.label == "tumour"] == ["missing structure"]
+    found = judge(add, names, predicted=change)
+    assert [(one.kind, one.text[-14:]) for one in found] == [("surplus structure", ", in 2 regions")]
 
 
 @pytest.mark.parametrize("flat", [False, True], ids=["3d", "picture"])

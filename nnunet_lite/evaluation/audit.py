@@ -383,7 +383,7 @@ def _join_regions(one: Evidence, usual: _Usual, names: Sequence[str]) -> list[Co
 def _judge_case(
     one: Evidence, dice: np.ndarray, usual: _Usual, names: Sequence[str], twins: Sequence[str]
 ) -> list[Finding]:
-    """Return all findings of a case, the most likely first."""
+    """Return the findings of a case, the most likely first; one of a kind and label, but each gap."""
     lack = usual.lack(dice)
     total, worst = float(lack.max()), int(lack.argmax())
     findings = []
@@ -419,4 +419,7 @@ def _judge_case(
         else:
             text = f"Dice of {name} with the models is {dice[worst]:.2f}, usual is {usual.dice[worst]:.2f}"
             add("low agreement", worst + 1, text, one.place, _UNEXPLAINED * total)
-    return sorted(findings, key=lambda finding: (finding.kind not in _OF_THE_MAP, -finding.score))
+    first = dict[tuple[Any, ...], Finding]()  # a region is a part of what all regions of its label say
+    for found in sorted(findings, key=lambda finding: (finding.kind not in _OF_THE_MAP, -finding.score)):
+        first.setdefault((found.kind, found.label, found.kind == _GAP and found.place), found)
+    return list(first.values())
