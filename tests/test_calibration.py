@@ -44,6 +44,8 @@ from nnunet_lite.inference.quality import CaseQuality, Quality, Tree, judge
 from nnunet_lite.models.bundle import pack
 from nnunet_lite.models.folder import weights_fingerprint
 from nnunet_lite.planning.schema import Plan
+from nnunet_lite.reporting.material import CasePictures, read_material
+from nnunet_lite.reporting.page import _quality_section
 from nnunet_lite.workspace import Paths
 
 SHORT = {**TINY, **FAST, "training.epochs": 1, "training.iterations": 50, "training.patch_size": [40, 56, 40],
@@ -375,6 +377,18 @@ def test_expected_dice_intervals_and_flags_hold_for_other_cases() -> None:
     assert flagged[clean].mean() < 0.1 and flagged[~clean].mean() > 0.95
     blurred = next(one for row, one in zip(others, judged, strict=True) if row.kind == "blur")
     assert any("blurred" in flag for flag in blurred.flags)
+
+
+def test_the_report_has_other_words_for_copies_of_pictures(tiny_workspace: Path) -> None:
+    rows, kinds = made_up_rows(12), {"noise": "bias field", "blur": "thick slices"}
+    quality = fit_quality(rows, RANGES, {"model": {"0": "f"}}, ("RGB",))
+    renamed = (row.model_copy(update={"kind": kinds.get(row.kind, row.kind)}) for row in rows)
+    material = read_material(Paths(tiny_workspace / "Task04_Hippocampus"))
+    material = replace(material, calibration=tuple(row.judged_by(quality) for row in renamed))
+    for dimensions, names in ((3, ["bias field", "thick slices"]), (2, ["uneven light", "coarse along an axis"])):
+        geometry = Geometry((1, 40, 40), (1.0, 1.0, 1.0), dimensions=dimensions)
+        shown = _quality_section(replace(material, pictures={"a": CasePictures("a", geometry)}))
+        assert shown["by_kind"].columns[0].values == ["clean", *names]
 
 
 def test_more_doubt_never_raises_the_expected_dice() -> None:

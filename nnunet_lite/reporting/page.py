@@ -47,6 +47,7 @@ from nnunet_lite.settings import Settings
 from nnunet_lite.workspace import Paths
 
 PAGE = "report.html"
+_OF_PICTURES = {"bias field": "uneven light", "thick slices": "coarse along an axis"}  # names of their degraded copies
 _PLANE_SIZE, _PICTURE_SIZE = 240, 320  # pixels on the page along the longer side of a plane, and of a flat image
 _INTENSITY_LABELS = 8  # labels whose intensities are drawn
 _VOLUME_LABELS = 12  # labels whose volumes are drawn
@@ -760,13 +761,14 @@ def _quality_section(material: Material) -> dict[str, Any]:
     lacking = {case: expected - real for case, (real, expected) in means.items()}
     worse = [pair for pair in clean if lacking[pair[0].case] > 0]
     first = sorted(worse, key=lambda pair: -lacking[pair[0].case])[:_CASES_TO_LOOK_AT]
+    flat = material.units.dimensions == 2
     flagged = [mean_of_known(bool(judged.flags) for _, judged in of_kind) for of_kind in by_kind.values()]
     return {
         "cases": plural(len(clean), "held-out case"),
         "copies": f"{len(rows) - len(clean)} degraded copies",
         "chart": figures.plot_agreement("Expected against real Dice", means, "Dice", "", ("expected", "real")),
         "by_kind": Table("Held-out cases and degraded copies", [
-            Column("Images", list(by_kind)),
+            Column("Images", [_OF_PICTURES.get(kind, kind) if flat else kind for kind in by_kind]),
             Column("number", [len(of_kind) for of_kind in by_kind.values()], "d"),
             share_column("real Dice", [mean_of_known(dice for _, dice in pairs) for pairs in of_kinds]),
             *_error_columns(of_kinds),
