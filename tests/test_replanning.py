@@ -252,7 +252,7 @@ def test_a_spacing_for_which_labels_are_too_small_or_images_too_coarse_warns(pla
 def test_options_that_no_longer_fit_are_refused_with_the_file_that_records_them(planned: Planned) -> None:
     planned.plan()
     planned.edit(lambda content: content["options"].update(sizes={"3d_lowres": {"batch_size": 4}}))
-    with pytest.raises(UserError, match=r"no configuration '3d_lowres'.*plans\.json records the options it was made"):
+    with pytest.raises(UserError, match=r"no configuration '3d_lowres'.*`nnlite plan` keeps its options here: give"):
         planned.plan()
 
 

@@ -180,7 +180,7 @@ def replan(
     except UserError as error:
         if options == given:
             raise
-        fix = f"{error.fix} {earlier.file} records the options it was made with: give others, or move it away.".strip()
+        fix = f"{error.fix} `nnlite plan` keeps its options here: give it others, or move the file away.".strip()
         raise UserError(error.what, error.file, fix) from None
     orientation = plan.orientation or fingerprint.orientation
     if trained and earlier.plan is not None and earlier.plan.orientation is None and orientation is not None:
