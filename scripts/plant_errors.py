@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 
-from nnunet_lite.data.cases import Case
 from nnunet_lite.data.dataset import read_dataset
 from nnunet_lite.data.images import read_label, write_label
 from nnunet_lite.data.labels import Labels
@@ -102,23 +101,23 @@ def long_axes(label: np.ndarray, least: int) -> list[int]:
     return [axis for axis, n in enumerate(label.shape) if n > least]
 
 
-def damaged_maps(cases: Sequence[Case], labels: Labels, share: float, seed: int) -> dict[str, tuple[str, np.ndarray]]:
+def damaged_maps(files: dict[str, Path], labels: Labels, share: float, seed: int) -> dict[str, tuple[str, np.ndarray]]:
     """Damage a share of the label maps in memory: case id -> kind and map. A kind that changes nothing is skipped.
 
     A case that a kind does not change (such as a map of one label, whose labels cannot be swapped) gets the next kind.
     """
     rng, planted = np.random.default_rng(seed), dict[str, tuple[str, np.ndarray]]()
-    order = [cases[i] for i in rng.permutation(len(cases))]
-    number, turn = round(share * len(cases)), 0
+    order = [[*files][i] for i in rng.permutation(len(files))]
+    number, turn = round(share * len(files)), 0
     for i, case in enumerate(order):
         if len(planted) == number:
             break
-        label, geometry, _ = read_label(case.label)
-        other, _, _ = read_label(order[i - 1].label, geometry)
+        label, geometry, _ = read_label(files[case])
+        other, _, _ = read_label(files[order[i - 1]], geometry)
         for kind in [*KINDS][turn % len(KINDS) :] + [*KINDS][: turn % len(KINDS)]:
             damaged = KINDS[kind](label, other, labels, rng)
             if not np.array_equal(damaged, label):
-                planted[case.id] = kind, damaged
+                planted[case] = kind, damaged
                 turn = [*KINDS].index(kind) + 1
                 break
     return planted
@@ -143,13 +142,12 @@ def plant_errors(
         Damage a share of these cases; empty for all.
     """
     found = read_dataset(dataset)
-    cases = [case for case in found.cases if case.label is not None and (not only or case.id in only)]
-    planted = damaged_maps(cases, found.labels, share, seed)
+    files = {case.id: case.label for case in found.cases if case.label is not None and (not only or case.id in only)}
+    planted = damaged_maps(files, found.labels, share, seed)
     shutil.copytree(found.root, out, copy_function=link_or_copy)
-    for case in cases:
-        if case.id in planted:
-            _, geometry, _ = read_label(case.label)
-            write_label(out / case.label.relative_to(found.root), planted[case.id][1], geometry, like=case.label)
+    for case, (_, damaged) in planted.items():
+        _, geometry, _ = read_label(files[case])
+        write_label(out / files[case].relative_to(found.root), damaged, geometry, like=files[case])
     kinds = {name: planted[name][0] for name in sorted(planted)}
     write_json(out / "planted.json", kinds)
     return kinds
