@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 from samples import Copy
@@ -100,6 +101,17 @@ def test_no_fingerprint_of_broken_data(copy_dataset: Copy) -> None:
     next((root / "labelsTr").iterdir()).unlink()
     report, fingerprint = check_and_fingerprint(read_dataset(root), 2)
     assert not report.ok and fingerprint is None
+
+
+def test_labels_only_where_images_are_zero_are_refused(copy_dataset: Copy) -> None:
+    root = copy_dataset(2)
+    for file in sorted((root / "imagesTr").iterdir()):
+        scan = nibabel.load(file)
+        array = scan.get_fdata()
+        array[2:] = 0  # the hippocampus is further inside
+        nibabel.save(nibabel.Nifti1Image(array, scan.affine), file)
+    with pytest.raises(UserError, match=f"{root}: every label is outside of the box"):
+        check_and_fingerprint(read_dataset(root), 0)
 
 
 DRAWN = (100_000, 3, 700_000, BLOCK)  # one after the other from the same numbers

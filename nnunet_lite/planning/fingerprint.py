@@ -25,7 +25,7 @@ from nnunet_lite.data.check import check_dataset
 from nnunet_lite.data.dataset import Dataset
 from nnunet_lite.data.geometry import Geometry, Shape, Spacing, common_orientation, nonzero_box, slices, turn_between
 from nnunet_lite.data.problems import Report
-from nnunet_lite.errors import UserError
+from nnunet_lite.errors import UserError, naming
 from nnunet_lite.files import first_problem, read_json
 from nnunet_lite.planning.schema import Statistics
 
@@ -130,11 +130,17 @@ def check_and_fingerprint(dataset: Dataset, workers: int | None = None) -> tuple
     -------
     tuple of Report and Fingerprint
         The fingerprint is None where the report has errors or a geometry that is not accepted.
+
+    Raises
+    ------
+    UserError
+        No image shows anything where it is labelled.
     """
     collector = Collector(len(dataset.channels))
     visit = partial(fingerprint_case, samples=SAMPLES // max(1, len(dataset.cases)), random=RandomBlocks())
     report = check_dataset(dataset, visit, collector.add, workers)
-    return report, collector.fingerprint(dataset.orientation) if report.can_be_planned else None
+    with naming(dataset.root):
+        return report, collector.fingerprint(dataset.orientation) if report.can_be_planned else None
 
 
 def fingerprint_case(
@@ -195,6 +201,9 @@ class Collector:
     def fingerprint(self, orientation: str | None = None) -> Fingerprint:
         """Return the fingerprint of all cases, turned to an orientation (default: the one that most cases have)."""
         self._merge()
+        if not self._merged[0].values.size:
+            fix = "Open an image with its label map: do they show the same place?"
+            raise UserError("every label is outside of the box in which its image is not zero", fix=fix)
         cases = list(self._cases.values())
         orientation = orientation or common_orientation(case.orientation for case in cases)
         turned = [(case, turn_between(case.orientation, orientation).order) for case in cases]

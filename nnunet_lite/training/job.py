@@ -115,8 +115,7 @@ def smaller_patches(planned: Configuration) -> list[tuple[int, ...]]:
     The axis that is longest relative to the median image loses as many voxels as the poolings need, until each axis has
     two voxels in the coarsest feature map, or eight in the finest.
     """
-    divisor = [math.prod(axis) for axis in zip(*planned.network.strides, strict=True)]
-    patch, found = list(planned.patch_size), []
+    divisor, patch, found = planned.network.divisor, list(planned.patch_size), []
     while axes := [a for a, (n, d) in enumerate(zip(patch, divisor, strict=True)) if n - d >= max(2 * d, 2 * MIN_EDGE)]:
         longest = max(axes, key=lambda a: (patch[a] / planned.median_shape[a], a))
         patch[longest] -= divisor[longest]
