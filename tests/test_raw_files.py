@@ -140,6 +140,8 @@ def test_commands_name_the_dataset_where_there_are_several(planned: Planned, cop
     assert " -d " not in " ".join(next_commands(paths, None, models)) + first_training(paths)
     nnunet_lite.plan(copy_dataset(2, "other"), workspace=workspace, workers=0)
     assert re.fullmatch("nnlite train 3d_fullres all( --recipe cpu)? -d data", first_training(paths))
+    nnunet_lite.plan(raw, folds=3, workspace=workspace, workers=0)
+    assert re.fullmatch("nnlite train 3d_fullres 0( --recipe cpu)? -d data", first_training(paths))
     assert all(" -d data" in command for command in next_commands(paths, None, models))
     with pytest.raises(UserError, match="has 2 planned datasets: data, other"):
         nnunet_lite.preprocess(["2d"], workspace=workspace, workers=0)

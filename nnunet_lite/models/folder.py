@@ -390,7 +390,8 @@ def first_training(paths: Paths, configuration: str | None = None) -> str:
     wanted = (name for name in (configuration, "3d_fullres") if name in plan.configurations)
     configuration = next(wanted, next(iter(plan.configurations)))
     recipe = " --recipe cpu" if has_no_gpu() else ""
-    return f"nnlite train {configuration} {0 if plan.n_cases >= _N_FOLDS else 'all'}{recipe}{paths.option}"
+    fold = 0 if plan.n_cases >= _N_FOLDS or paths.splits.is_file() else "all"  # --folds 3 makes folds of three cases
+    return f"nnlite train {configuration} {fold}{recipe}{paths.option}"
 
 
 def training_command(folder: Path, fold: str, changes: Mapping[str, Any] | None = None) -> str:
