@@ -390,8 +390,11 @@ for command in sys.argv[1:]:
 
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("setpriv") is None, reason="needs root, to be someone else")
 def test_inputs_that_may_only_be_read(tiny_model: Path, hippocampus: Path, tmp_path: Path, counts: Counts) -> None:
-    """Data set, model and images belong to someone else: planning, preprocessing and predicting write elsewhere."""
-    counts("faults survived", 3)
+    """Data set, model and images belong to someone else: planning, preprocessing and predicting write elsewhere.
+
+    A file that may not be read is a line of the check, beside its other problems.
+    """
+    counts("faults survived", 4)
     first_cases(tmp_path / "raw", 6)
     shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns(".lock"))
     mine = tmp_path / "mine"
@@ -401,10 +404,16 @@ def test_inputs_that_may_only_be_read(tiny_model: Path, hippocampus: Path, tmp_p
         if folder.stat().st_uid == 0 and folder.is_relative_to("/tmp/x".replace("/x", "")):
             folder.chmod(folder.stat().st_mode | 0o055)
     subprocess.run(["chmod", "-R", "a+rX,a-w", tmp_path / "raw", tmp_path / "model"], check=True)
+    shutil.copytree(tmp_path / "raw", tmp_path / "hidden")
+    for file in ("imagesTr/hippocampus_001.nii.gz", "labelsTr/hippocampus_008.nii.gz"):
+        (tmp_path / "hidden" / file).chmod(0)
     as_nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable, "-c", COMMANDS]
     image = tmp_path / "raw" / "imagesTr" / "hippocampus_001.nii.gz"
     commands = ("plan ../raw", "preprocess 3d_fullres", f"predict -i {image} -o out -m ../model --no-mirroring")
+    commands += ("check ../hidden",)
     who = {**ENVIRONMENT, "HOME": str(mine)}
     done = subprocess.run([*as_nobody, *commands], cwd=mine, env=who, capture_output=True, text=True)
     assert (done.returncode, done.stdout.count("exit code 0\n")) == (0, 3) and "Traceback" not in done.stderr, done
     assert (mine / "out" / image.name).is_file()
+    hidden = "imagesTr/hippocampus_001.nii.gz, labelsTr/hippocampus_008.nii.gz: cannot be opened (Permission denied)."
+    assert f"error: {hidden} [unreadable]\n" in done.stdout and done.stdout.endswith("exit code 2\n")

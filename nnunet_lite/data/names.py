@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import os
 import re
 import shutil
 import struct
@@ -247,7 +248,7 @@ def _link(link: Path, target: Path) -> None:
 
 
 def require_readable(path: Path) -> None:
-    """Refuse a file whose format is not supported, or that is missing, empty or truncated. Reads a few bytes.
+    """Refuse a file that is of no supported format, missing, empty, truncated, or of another user. Reads a few bytes.
 
     Parameters
     ----------
@@ -263,9 +264,13 @@ def require_readable(path: Path) -> None:
         raise UserError("is a folder, and one image is expected", path)
     if not suffix_of(path):
         raise UserError("is of no supported format", path, f"{SUPPORTED}. Of header and voxels, give the header.")
-    if suffix_of(path) in PAIRS and path.is_file():
-        _require_pair(path)
-    if problem := _defect(path):
+    try:
+        if suffix_of(path) in PAIRS and path.is_file():
+            _require_pair(path)
+        problem = _defect(path)
+    except OSError as error:
+        raise UserError(f"cannot be opened ({error.strerror})", path) from None
+    if problem:
         raise UserError(problem, path, AGAIN if path.exists() else "")
 
 
@@ -340,7 +345,8 @@ def _defect(path: Path) -> str | None:
         return "there is no such file"
     if not path.is_file():
         return "is no file"
-    size = path.stat().st_size
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
     if size == 0:
         return "is empty (0 bytes)"
     voxels = voxel_file(path)
