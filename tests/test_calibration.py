@@ -420,6 +420,13 @@ def test_flags_say_in_words_what_is_unusual() -> None:
     nothing = judge(quality, CaseFeatures(clean.image, {"liver": {}}))
     assert "no foreground found" in nothing.flags and nothing.mean == 0
     assert not any("less sure" in flag for flag in nothing.flags)
+    features = [CaseFeatures(row.features.image, row.features.labels | {"nodule": {}}) for row in rows]
+    rows = [row.model_copy(update={"features": f}) for row, f in zip(rows, features, strict=True)]
+    ranges = replace(RANGES, presence=RANGES.presence | {"nodule": 1.0})
+    never = fit_quality(rows, ranges, {"model": {"0": "f"}}, ("CT",))
+    assert not any("nodule" in flag for row in rows for flag in judge(never, row.features).flags)
+    found = never.model_copy(update={"labels": never.labels | {"nodule": never.labels["liver"]}})
+    assert "no nodule found" in judge(found, features[0]).flags
     optional = quality.model_copy(update={"presence": {"liver": 0.3}})
     assert judge(optional, CaseFeatures(clean.image, {"liver": {}})).expected["liver"] is None
 

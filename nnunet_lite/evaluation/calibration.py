@@ -19,7 +19,7 @@ from sklearn.model_selection import GroupKFold
 
 from nnunet_lite import log
 from nnunet_lite.data.dataset import Dataset
-from nnunet_lite.data.problems import plural
+from nnunet_lite.data.problems import few, plural
 from nnunet_lite.evaluation.calibration_rows import (
     Row,
     TrainingRanges,
@@ -117,7 +117,10 @@ def _calibrate(held_out: HeldOut, team: Team) -> Quality | None:
         for i in test:
             judged[i] = rows[i].judged_by(of_others)
     write_rows(held_out, team, judged)
-    return fit(rows)
+    quality = fit(rows)
+    if never := [name for name, usual in quality.labels.items() if not usual]:
+        log.warn(f"{few(never, 5)}: found in no held-out case, so predictions are not flagged where it is missing")
+    return quality
 
 
 def _what_lacks(rows: Sequence[Row]) -> str | None:

@@ -412,8 +412,9 @@ def _label_flags(quality: Quality, features: CaseFeatures) -> list[str]:
         return ["no foreground found"]
     flags = []
     for name, found in features.labels.items():
-        if not found:
-            flags += [f"no {name} found"] if quality.presence[name] >= _USUAL_SHARE else []
+        if not found:  # a label that was found in no held-out case would be a flag of every prediction
+            is_missed = quality.presence[name] >= _USUAL_SHARE and quality.labels[name]
+            flags += [f"no {name} found"] if is_missed else []
         elif name in quality.volumes:
             low, high = (float(np.exp(found["volume"] - end)) for end in quality.volumes[name])
             if max(1 / low, high) > _LARGER:
