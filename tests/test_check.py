@@ -129,6 +129,8 @@ PROBLEMS = [
     Bad("no_foreground", without_foreground, "dataset.json", ("no label map holds anything but background",)),
     Bad("n_cases", table(numTraining=10), "dataset.json", ("numTraining is 10, and there are 5 cases",)),
     Bad("label_absent", table(labels=TAIL), "dataset.json", ("label Tail (3) has no voxel in any case",)),
+    Bad("label_outside", voxels(IMAGE, lambda a: a * (np.arange(a.shape[2]) < 17)), LABEL,
+        ("labelled voxels (", "outside of the box in which the image is not zero", "do they show the same place?")),
     Bad("constant", voxels(IMAGE, np.ones_like), IMAGE, ("every voxel of channel MRI is 1",)),
     Bad("looks_like_ct", hounsfield, "dataset.json",
         ("values from -1000 to 1000", "call the channel CT in dataset.json")),

@@ -20,7 +20,7 @@ from nnunet_lite import log, system
 from nnunet_lite.data.cases import Case, split_name, unsupported_files
 from nnunet_lite.data.consistency import CaseFindings, ChannelRange, check_consistency, check_files, check_labels
 from nnunet_lite.data.dataset import MASK_NOTE, Dataset, map_labels
-from nnunet_lite.data.geometry import ACCEPTABLE, Geometry
+from nnunet_lite.data.geometry import ACCEPTABLE, Geometry, nonzero_box, slices
 from nnunet_lite.data.images import Image, read_geometry, read_image, read_label_image
 from nnunet_lite.data.names import TIFF, stem, suffix_of
 from nnunet_lite.data.nifti import form_conflict
@@ -166,6 +166,8 @@ def _check_case(case: Case, dataset: Dataset, visit: Visit[T] | None) -> CaseFin
     if channels is None or label is None:
         return found
     found.problems += _compare(case, images, label)
+    if label.array.shape[1:] == channels[0].shape:
+        found.problems += _labels_outside(case, channels, label.array[0] != dataset.labels.background)
     if visit is not None and not any(p.stops and p.kind not in dataset.accept for p in found.problems):
         found.visited = visit(channels, images[0].geometry, label.array[0] != dataset.labels.background)
     return found
@@ -281,6 +283,15 @@ def _check_label(case: Case, dataset: Dataset, like: Geometry | None, found: Cas
         legal = f"one of {', '.join(map(str, sorted(known)))}"
         found.problems.append(Problem("label_value", path, text, legal, _UNKNOWN_VALUE_FIX))
     return replace(label, array=map_labels(label.array, dataset.value_map))
+
+
+def _labels_outside(case: Case, channels: Sequence[np.ndarray], foreground: np.ndarray) -> Iterator[Problem]:
+    """Report labels that preprocessing cuts off with the zeros around the image: image and label map may not fit."""
+    outside = int(foreground.sum() - foreground[slices(nonzero_box(channels))].sum())
+    if outside:
+        share = f"{plural(outside, 'labelled voxel')} ({outside / foreground.sum():.1%}) outside of the box"
+        fix = "Open both: do they show the same place? What is outside of the box is not trained on."
+        yield Problem("label_outside", str(case.label), f"{share} in which the image is not zero", "", fix)
 
 
 def _compare(case: Case, images: list[Image], label: Image) -> Iterator[Problem]:
