@@ -31,7 +31,6 @@ ANISOTROPY = 3  # spacing ratio from which slices are resampled one by one
 _NEGLIGIBLE = 1e-8  # weights below it are left out: a cubic spline's reach 14 voxels far
 _COLUMNS = 128  # of an operator, that are made together
 _REACH = 64  # voxels from them, where a spline of any order has fallen far below that
-_EDGE = 12  # copies of the outermost voxel beyond it, as scipy's zoom takes them
 _TIE = np.float32(1e-5)  # shares this close are a tie: far above what float32 rounds, far below what a share means
 _FEW = 4  # labels whose boxes numpy finds as fast as scipy, which takes a fifth of a second to load
 _SLAB, _BLOCK = 16, 32  # output slices, and output rows or columns, per product: small enough for the cache
@@ -298,48 +297,34 @@ def resampled_rows(
 def operator(old: int, new: int, order: int) -> np.ndarray:
     """Return the matrix (new, old), float32, that resamples one axis by a spline of an order; 0 takes the nearest.
 
-    A few columns at a time are the spline through pulses at their voxels, of which only the surroundings are computed:
-    what is far from the diagonal is 0, and takes neither time nor memory.
+    It is what scipy's zoom makes of the identity, a few columns and the rows near them at a time: what is far from the
+    diagonal is 0, and takes neither time nor memory.
     """
     matrix = np.zeros((new, old), np.float32)
+    positions = old / new * (np.arange(new) + 0.5) - 0.5  # of the new centres among the old ones
     if order == 0 or old == new:
         matrix[np.arange(new), nearest(old, new)] = 1
         return matrix
-    from scipy.ndimage import spline_filter1d  # a fifth of a second, which equal spacings do not need
+    from scipy.ndimage import affine_transform  # a fifth of a second, which equal spacings do not need
 
-    positions = _positions(old, new)
     for start in range(0, old, _COLUMNS):
         stop = min(start + _COLUMNS, old)
         low, high = max(0, start - _REACH), min(old, stop + _REACH)
-        pulses = np.pad(np.eye(high - low, stop - start, low - start), ((_EDGE, _EDGE), (0, 0)), "edge")
-        coefficients = spline_filter1d(pulses, order, axis=0, mode="nearest") if order > 1 else pulses
-        rows = slice(*np.searchsorted(positions, (low - 0.5, high - 0.5)))
-        first = np.floor(positions[rows] - (order - 1) / 2).astype(np.intp)
-        part = np.zeros((len(first), stop - start))
-        for knot in (first + n for n in range(order + 1)):
-            part += _b_spline(positions[rows] - knot, order)[:, None] * coefficients[knot - low + _EDGE]
-        part[np.abs(part) < _NEGLIGIBLE] = 0  # the tails reach denormal numbers, which cost ten times the time
-        matrix[rows, start:stop] = part
+        pulses = np.eye(high - low, stop - start, low - start)
+        first, end = np.searchsorted(positions, (low - 0.5, high - 0.5))
+        if first < end:
+            shape, shift = (end - first, stop - start), (positions[first] - low, 0)
+            part = affine_transform(pulses, (old / new, 1), shift, shape, order=order, mode="nearest")
+            part[np.abs(part) < _NEGLIGIBLE] = 0  # the tails reach denormal numbers, which cost ten times the time
+            matrix[first:end, start:stop] = part
     return matrix
-
-
-def _b_spline(x: np.ndarray, order: int) -> np.ndarray:
-    """The B-spline of an order around 0, by the recursion of Cox and de Boor."""
-    if order == 0:
-        return ((x >= -0.5) & (x < 0.5)).astype(float)
-    half = (order + 1) / 2
-    return ((half + x) * _b_spline(x + 0.5, order - 1) + (half - x) * _b_spline(x - 0.5, order - 1)) / order
-
-
-def _positions(old: int, new: int) -> np.ndarray:
-    """Where the centres of `new` voxels along an axis are among those of `old`."""
-    return old / new * (np.arange(new) + 0.5) - 0.5
 
 
 @lru_cache(maxsize=128)
 def nearest(old: int, new: int) -> np.ndarray:
     """Return for each of `new` voxels along an axis the nearest of `old`."""
-    return np.clip(np.floor(_positions(old, new) + 0.5), 0, old - 1).astype(np.intp)
+    positions = old / new * (np.arange(new) + 0.5) - 0.5
+    return np.clip(np.floor(positions + 0.5), 0, old - 1).astype(np.intp)
 
 
 @lru_cache(maxsize=512)
