@@ -364,7 +364,10 @@ def judge(quality: Quality, features: CaseFeatures) -> CaseQuality:
         if found:
             vector = label_vector(quality.labels[name], found, case, distance, score)
             dice[name] = float(np.mean([tree.predict(vector) for tree in quality.forest]))
-    known = [value for value in dice.values() if value is not None]
+    # a label that was found in no held-out case is not among the lowest of these
+    known = [
+        value for name, value in dice.items() if value is not None and (features.labels[name] or quality.labels[name])
+    ]
     mean = float(np.mean(known)) if known else quality.lowest
     suspicion = max(score - quality.threshold, (quality.lowest - mean) / _BENDING - 1)
     errors = quality.errors["unusual" if suspicion >= 0 else "usual"]
