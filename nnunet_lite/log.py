@@ -8,13 +8,15 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, TextIO, TypeVar
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 _SECONDS_BETWEEN_LINES = 9.5  # with a look once in half a second, no silence is longer than ten
 _SECONDS_BETWEEN_SIGNS = 0.5
@@ -148,6 +150,24 @@ def progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
         for item in items:
             yield item
             advance(1)
+
+
+def map_in_threads(function: Callable[[T], R], items: Collection[T], threads: int, what: str) -> list[R]:
+    """Call a function for each item, in threads, and show the progress; return the results in the order of the items.
+
+    Parameters
+    ----------
+    function : callable
+        Takes an item.
+    items : collection
+        What it is called for.
+    threads : int
+        Number of calls at once.
+    what : str
+        Name of the work.
+    """
+    with ThreadPoolExecutor(threads, what) as pool:
+        return list(progress(pool.map(function, items), len(items), what))
 
 
 @contextmanager

@@ -19,23 +19,17 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypeVar
 
-from nnunet_lite import log
 from nnunet_lite.errors import UserError
 
 try:
     import resource
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 # -------------------------------------------------------------------------------------------------- streams and signals
 
@@ -264,24 +258,6 @@ def pairs_at_once(n: int, workers: int | None) -> int:
         The most pairs at once; None for the number of CPUs, 0 or 1 for one.
     """
     return max(1, min(cpus() if workers is None else workers, n, _MOST_PAIRS))
-
-
-def map_in_threads(function: Callable[[T], R], items: Collection[T], threads: int, what: str) -> list[R]:
-    """Call a function for each item, in threads, and show the progress; return the results in the order of the items.
-
-    Parameters
-    ----------
-    function : callable
-        Takes an item.
-    items : collection
-        What it is called for.
-    threads : int
-        Number of calls at once.
-    what : str
-        Name of the work.
-    """
-    with ThreadPoolExecutor(threads, what) as pool:
-        return list(log.progress(pool.map(function, items), len(items), what))
 
 
 def require_space(folder: Path, needed: int) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from pydantic import BaseModel, Field
 
 import nnunet_lite
+from nnunet_lite import log
 from nnunet_lite.data.cases import Case
 from nnunet_lite.data.dataset import Dataset, read_annotation
 from nnunet_lite.data.images import read_label
@@ -39,7 +40,7 @@ from nnunet_lite.evaluation.statistics import mean_of_known
 from nnunet_lite.files import hash_of, read_validated, to_csv, write_json, write_text
 from nnunet_lite.inference.cases import output_file
 from nnunet_lite.models.folder import VALIDATION, validation_dice
-from nnunet_lite.system import cases_in_flight, map_in_threads
+from nnunet_lite.system import cases_in_flight
 from nnunet_lite.training.splits import read_split
 from nnunet_lite.workspace import Paths
 
@@ -201,7 +202,7 @@ def audit_labels(paths: Paths, dataset: Dataset, only: Sequence[str] | None, wor
         except (UserError, OSError, MemoryError) as error:
             return f"{case.id} is left out: {describe(error)}"
 
-    compared = map_in_threads(compare, cases, at_once, "audit")
+    compared = log.map_in_threads(compare, cases, at_once, "audit")
     evidence = [one for one in compared if isinstance(one, Evidence)]
     if not evidence:
         raise UserError(f"no case of {paths.name} can be compared; {compared[0]}", paths.models)

@@ -35,7 +35,7 @@ from nnunet_lite.inference.predictor import Predictor, prepare_image, segment
 from nnunet_lite.inference.quality import CaseQuality, Quality, judge
 from nnunet_lite.planning.fingerprint import Fingerprint
 from nnunet_lite.planning.schema import Plan
-from nnunet_lite.system import map_in_threads, pairs_at_once
+from nnunet_lite.system import pairs_at_once
 
 _MOST_CASES = 200  # predicted again
 _COPIES = 240  # degraded copies to predict at least, up to _MOST_COPIES of each case
@@ -300,7 +300,7 @@ def training_ranges(held_out: HeldOut, plan: Plan) -> TrainingRanges:
 
     cases = held_out.dataset.cases
     threads = pairs_at_once(len(cases), held_out.workers)
-    for partly, volumes in map_in_threads(measure, cases, threads, "references"):
+    for partly, volumes in log.map_in_threads(measure, cases, threads, "references"):
         for name, volume in volumes.items():
             present[name] += volume > 0
             known[name] += volume > 0 or not partly

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nnunet_lite import log
 from nnunet_lite.data.cases import Case
 from nnunet_lite.data.dataset import Dataset, read_annotation
 from nnunet_lite.data.geometry import Spacing
@@ -24,7 +25,7 @@ from nnunet_lite.inference.predictor import Predictor, load
 from nnunet_lite.inference.record import PredictionRecord, describe_predictor
 from nnunet_lite.models.folder import SUMMARY, VALIDATION, now_as_text, versions_in_use
 from nnunet_lite.preprocessing.stored_case import open_array
-from nnunet_lite.system import map_in_threads, pairs_at_once
+from nnunet_lite.system import pairs_at_once
 
 
 def validate_fold(
@@ -145,7 +146,7 @@ def score_predictions(
         metrics = score_case(prediction, reference, dataset.labels, spacing if has_spacing else None)
         return CaseScore(case.id, str(output_file(case, out)), str(case.label), metrics, has_spacing)
 
-    rows = map_in_threads(score, cases, pairs_at_once(len(cases), workers), "score")
+    rows = log.map_in_threads(score, cases, pairs_at_once(len(cases), workers), "score")
     scores = Scores(tuple(rows), dataset.labels, notes=tuple(notes))
     write_json(out / SUMMARY, scores.to_json())
     write_text(out / "summary.csv", scores.to_csv())

@@ -32,7 +32,8 @@ from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.problems import plural
 from nnunet_lite.evaluation.masks import disjoint_regions, is_picture, number_masks, pair_masks
 from nnunet_lite.evaluation.statistics import mean_of_labels, p_of_gain
-from nnunet_lite.system import map_in_threads, pairs_at_once
+from nnunet_lite.log import map_in_threads
+from nnunet_lite.system import pairs_at_once
 
 LEAST_CASES = 10
 LEAST_DICE = 0.5

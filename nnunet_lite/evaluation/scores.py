@@ -27,8 +27,9 @@ from nnunet_lite.errors import UserError, no_such_file
 from nnunet_lite.evaluation.metrics import COARSE, METRICS, Metric, MetricValues, is_coarse, score_case
 from nnunet_lite.evaluation.statistics import Statistic, mean_of_known, summarize
 from nnunet_lite.files import read_json, to_csv
+from nnunet_lite.log import map_in_threads
 from nnunet_lite.models.folder import RECORD, SUMMARY, VALIDATION
-from nnunet_lite.system import cpus, map_in_threads, pairs_at_once
+from nnunet_lite.system import cpus, pairs_at_once
 
 _NO_SPACING = "no spacing is known, 1 mm taken for a pixel"
 _CASES_SHOWN, _WORST_SHOWN = 10, 5  # with this number of cases or fewer, each is shown

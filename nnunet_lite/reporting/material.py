@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nnunet_lite import system
+from nnunet_lite import log, system
 from nnunet_lite.data.cases import Case
 from nnunet_lite.data.dataset import Dataset, read_annotation, read_case, stored_dataset
 from nnunet_lite.data.geometry import Geometry
@@ -418,7 +418,7 @@ def draw_cases(material: Material) -> Material:
     draw = partial(draw_case, material.dataset, material.plan, size)
     contents = [(case, case.id in tiles, case.id in volume_cases, predictions[case.id]) for case in cases]
     at_once = system.cases_in_flight(max(voxels.values(), default=0) * _BYTES_PER_VOXEL, None)
-    pictures = system.map_in_threads(lambda content: draw(*content), contents, at_once, "report")
+    pictures = log.map_in_threads(lambda content: draw(*content), contents, at_once, "report")
     by_case = {one.case_id: one for one in pictures}
     overlaid = _fit_page(material, by_case, overlays[:n_overlays])
     counts = (("the montage and the intensities are", len(tiles)), ("volumes are", len(scored | volume_cases)))
