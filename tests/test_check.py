@@ -170,6 +170,16 @@ def test_problem(command: Command, copy_dataset: Copy, copy_nnunet: Copy, tmp_pa
     assert contents(tmp_path) == before, "a check changes nothing"
 
 
+def test_ignored_voxels_may_be_outside_of_the_image(copy_dataset: Copy) -> None:
+    """In sparse annotations they are everywhere; labels outside are reported."""
+    root = copy_dataset(5)
+    voxels(IMAGE, lambda a: a * (np.arange(a.shape[2]) < 17))(root)
+    assert [problem.kind for problem in report_of(root).problems] == ["label_outside"]
+    table(labels={"0": "background", "1": "Anterior", "2": "Posterior", "3": "ignore"})(root)
+    voxels(LABEL, lambda a: np.where(np.arange(a.shape[2]) < 17, a, 3))(root)
+    assert report_of(root).problems == ()
+
+
 def test_valid_data_has_no_problem(hippocampus: Path, copy_dataset: Copy) -> None:
     """Also with an origin that differs within the tolerance."""
     report = report_of(hippocampus)

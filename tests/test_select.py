@@ -383,6 +383,24 @@ def test_predict_obeys(paths: Paths, scan: Path, tmp_path: Path, command: Comman
     assert predicted("-c", "other")[2]["models"] == [str(other)]
 
 
+def test_rules_of_an_older_selection_are_not_applied(
+    paths: Paths, scan: Path, tmp_path: Path, command: Command
+) -> None:
+    """An inference.json of a version whose rules nothing confirmed: its sizes are mm3, its gains have no n."""
+    chosen = selected(paths)
+    value = chosen.to_json()
+    value["postprocessing"] = {"Posterior": {"largest_component": False, "min_size_mm3": 1e6}}
+    value["postprocessing_gain"] = {"Posterior": {"before": 0.5, "after": 0.6}}
+    write_json(paths.inference, value)
+    common = ["predict", "-i", scan, "-o", tmp_path / "out", "--device", "cpu", "-w", paths.root.parent]
+    code, _, err = command(*common, cwd=tmp_path)
+    assert code == 0 and "postprocessing: none\n" in err
+    assert "the postprocessing of Posterior was chosen and measured on the same cases, and is not applied; `nnl" in err
+    assert (read_label(tmp_path / "out" / scan.name)[0] == 2).any()
+    assert "warning" not in command(*common, "--no-postprocess", cwd=tmp_path)[2]
+    assert "Dice 0.5000 -> 0.6000 on the cases that chose it" in read_selection(paths).to_text()
+
+
 def test_a_pair_that_was_selected_predicts(paths: Paths, scan: Path, tmp_path: Path) -> None:
     other = shutil.copytree(paths.models / "tiny", paths.models / "other")
     turn_round(other)
@@ -423,9 +441,7 @@ BAD_RULES: dict[str, tuple[dict[str, Any], str]] = {
     "unknown_unit": ({"unit": "ml"}, "unit: Input should be 'mm3', 'mm2', 'voxels' or 'px'"),
     "unknown_key": ({"hole": 3}, "hole: Extra inputs are not permitted"),
 }
-BAD_GAINS = (  # text, half, null, without n
-    {"before": "0.5", "after": 1.0}, {"before": 0.5}, {"before": 0.5, "after": None}, {"before": 0.5, "after": 0.6},
-)  # fmt: skip
+BAD_GAINS = ({"before": "0.5", "after": 1.0}, {"before": 0.5}, {"before": 0.5, "after": None})  # text, half, null
 KEEP = {"largest_component": True}
 BROKEN: dict[str, tuple[Any, str]] = {
     "no_object": ([], "valid dictionary"),

@@ -166,10 +166,14 @@ def _check_case(case: Case, dataset: Dataset, visit: Visit[T] | None) -> CaseFin
     if channels is None or label is None:
         return found
     found.problems += _compare(case, images, label)
-    if label.array.shape[1:] == channels[0].shape:
-        found.problems += _labels_outside(case, channels, label.array[0] != dataset.labels.background)
+    foreground = label.array[0] != dataset.labels.background
+    if foreground.shape == channels[0].shape:
+        labelled = (
+            foreground if dataset.labels.ignore is None else foreground & (label.array[0] != dataset.labels.ignore)
+        )
+        found.problems += _labels_outside(case, channels, labelled)
     if visit is not None and not any(p.stops and p.kind not in dataset.accept for p in found.problems):
-        found.visited = visit(channels, images[0].geometry, label.array[0] != dataset.labels.background)
+        found.visited = visit(channels, images[0].geometry, foreground)
     return found
 
 
@@ -285,11 +289,11 @@ def _check_label(case: Case, dataset: Dataset, like: Geometry | None, found: Cas
     return replace(label, array=map_labels(label.array, dataset.value_map))
 
 
-def _labels_outside(case: Case, channels: Sequence[np.ndarray], foreground: np.ndarray) -> Iterator[Problem]:
+def _labels_outside(case: Case, channels: Sequence[np.ndarray], labelled: np.ndarray) -> Iterator[Problem]:
     """Report labels that preprocessing cuts off with the zeros around the image: image and label map may not fit."""
-    outside = int(foreground.sum() - foreground[slices(nonzero_box(channels))].sum())
-    if outside:
-        share = f"{plural(outside, 'labelled voxel')} ({outside / foreground.sum():.1%}) outside of the box"
+    total = int(labelled.sum())
+    if outside := total - int(labelled[slices(nonzero_box(channels))].sum()):
+        share = f"{plural(outside, 'labelled voxel')} ({outside / total:.1%}) outside of the box"
         fix = "Open both: do they show the same place? What is outside of the box is not trained on."
         yield Problem("label_outside", str(case.label), f"{share} in which the image is not zero", "", fix)
 

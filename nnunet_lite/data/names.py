@@ -248,7 +248,7 @@ def _link(link: Path, target: Path) -> None:
 
 
 def require_readable(path: Path) -> None:
-    """Refuse a file that is of no supported format, missing, empty, truncated, or of another user. Reads a few bytes.
+    """Refuse a file that is of no supported format, missing, empty, truncated, or may not be opened. Reads a few bytes.
 
     Parameters
     ----------

@@ -301,12 +301,12 @@ def operator(old: int, new: int, order: int) -> np.ndarray:
     diagonal is 0, and takes neither time nor memory.
     """
     matrix = np.zeros((new, old), np.float32)
-    positions = old / new * (np.arange(new) + 0.5) - 0.5  # of the new centres among the old ones
     if order == 0 or old == new:
         matrix[np.arange(new), nearest(old, new)] = 1
         return matrix
     from scipy.ndimage import affine_transform  # a fifth of a second, which equal spacings do not need
 
+    positions = _positions(old, new)
     for start in range(0, old, _COLUMNS):
         stop = min(start + _COLUMNS, old)
         low, high = max(0, start - _REACH), min(old, stop + _REACH)
@@ -323,8 +323,12 @@ def operator(old: int, new: int, order: int) -> np.ndarray:
 @lru_cache(maxsize=128)
 def nearest(old: int, new: int) -> np.ndarray:
     """Return for each of `new` voxels along an axis the nearest of `old`."""
-    positions = old / new * (np.arange(new) + 0.5) - 0.5
-    return np.clip(np.floor(positions + 0.5), 0, old - 1).astype(np.intp)
+    return np.clip(np.floor(_positions(old, new) + 0.5), 0, old - 1).astype(np.intp)
+
+
+def _positions(old: int, new: int) -> np.ndarray:
+    """Return where the centres of `new` voxels along an axis are among those of `old`."""
+    return old / new * (np.arange(new) + 0.5) - 0.5
 
 
 @lru_cache(maxsize=512)
