@@ -87,6 +87,8 @@ def _print(text: str, stream: TextIO | None) -> None:
         return
     global _printed
     text, _printed = _coloured(text, stream), time.monotonic()
+    encoding = stream.encoding or "utf-8"  # which may lack letters of a name, or of our words
+    text = text.encode(encoding, "backslashreplace").decode(encoding)
     try:
         if _bars is None:
             print(text, file=stream, flush=True)

@@ -432,16 +432,14 @@ def load_settings(recipe: str = "default", changes: Mapping[str, Any] | None = N
         Name of a recipe, or a TOML file.
     changes : mapping, optional
         Key to value, such as {"optimizer.lr": 0.001}. Text is read as a TOML value if it is one. A length takes the
-        place of the recipe's: with "training.epochs" alone there is no time limit.
+        place of the recipe's, in a recipe that of its base: with "training.epochs" alone there is no time limit.
 
     Raises
     ------
     UserError
         The recipe or a key is unknown (names the nearest), the TOML is bad (line and column), or a value is illegal.
     """
-    changes = changes or {}
-    length = {"training.time_limit": None} if "training.epochs" in changes else {}
-    return with_changes(_read_recipe(_recipe_path(recipe)), {**length, **changes})
+    return with_changes(_read_recipe(_recipe_path(recipe)), changes or {})
 
 
 def with_changes(settings: Settings, changes: Mapping[str, Any], sections: tuple[str, ...] | None = None) -> Settings:
@@ -548,9 +546,9 @@ def _suggest_keys(key: str) -> str:
 
 def _validated(base: Settings, values: dict[str, Any], file: Path | None) -> Settings:
     """Return `base` with the values of some keys replaced; they come from `file`, or from options if it is None."""
-    known = keys()
+    known, length = keys(), {"training.time_limit": None} if "training.epochs" in values else {}
     tree: dict[str, Any] = base.model_dump(exclude_unset=True)  # `model_fields_set` says later what was given
-    for key, value in values.items():
+    for key, value in {**length, **values}.items():
         if key not in known and key != "training.tensorboard":
             raise UserError(f"unknown setting {key!r}", file, _suggest_keys(key))
         section, name = key.split(".")

@@ -39,6 +39,7 @@ _CLEAN_UP = 5  # seconds
 
 temporary_paths: set[Path] = set()  # files and folders to delete when a signal ends this process, see files.py
 is_command = False  # see start_as_command
+restarted = False  # whether --restart moved a run aside: typed again, it would move the new one aside
 interrupted = False  # whether SIGINT came: a library may turn the KeyboardInterrupt into another exception
 
 
@@ -62,9 +63,10 @@ def _discard_messages() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
-def how_to_resume() -> str:
+def how_to_resume(where: str = "here") -> str:
     """Return how the command that is stopped now resumes."""
-    return f"the same command{' with --continue' * ('predict' in sys.argv[1:])} resumes from here"
+    other = " without --restart" if restarted else " with --continue" * ("predict" in sys.argv[1:])
+    return f"the same command{other} resumes from {where}"
 
 
 def stop_at_once(number: int, frame: object = None) -> None:

@@ -70,7 +70,7 @@ class Paths:
     @property
     def option(self) -> str:
         """The option that selects this dataset on a command line; empty if its workspace has no other."""
-        return f" -d {self.name}" if len(planned_datasets(self.root.parent)) > 1 else ""
+        return f" -d {shlex.quote(self.name)}" if len(planned_datasets(self.root.parent)) > 1 else ""
 
     @property
     def where(self) -> str:

@@ -77,6 +77,23 @@ def test_a_model_in_a_zip_of_nnunet_is_unpacked_alone(exported: Path, results: P
     assert not folder.exists()
 
 
+def test_a_name_with_a_dataset_is_that_of_a_model_of_this_dataset(results: Path, tmp_path: Path) -> None:
+    """Otherwise the model of another dataset would predict."""
+    place, copy = tmp_path / "w", results / "Dataset009_Spleen" / Path(NAMES["2d"]).name
+    shutil.copytree(results / NAMES["2d"], copy)
+    edit(copy / "plans.json", setting(dataset_name="Dataset009_Spleen"))
+    nnunet_lite.import_model(copy, name="spleen", workspace=place)
+    nnunet_lite.import_model(results / NAMES["3d_fullres"], name="mine", workspace=place)
+    assert find_model("mine", place).name == find_model("mine", place, "4").name == "mine"
+    with pytest.raises(UserError, match=r"mine: is no model folder .*The models of Dataset009_Spleen in .* are spleen"):
+        find_model("mine", place, "Dataset009")
+    with pytest.raises(UserError, match="no planned dataset called 'Dataset005'"):
+        find_model("mine", place, "Dataset005")
+    for name in ("a+b", "a,b"):  # these separate names
+        with pytest.raises(UserError, match="is no name for a model folder"):
+            nnunet_lite.import_model(copy, name=name, workspace=place)
+
+
 @pytest.mark.parametrize("folder", ["", "models/", "zenodo/7/weights/best of 3/"])
 def test_a_model_at_any_depth_of_a_zip(results: Path, tmp_path: Path, folder: str) -> None:
     """Of whatever fold, with the nearest licence above it."""

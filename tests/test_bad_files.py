@@ -199,7 +199,7 @@ FILES = {
     "a link to itself": instead(lambda path: path.symlink_to(path.name)),
     "a link to nowhere": instead(lambda path: path.symlink_to("gone.nii.gz")),
     "two links in a circle": instead(lambda p: (p.symlink_to("b.nii.gz"), p.with_name("b.nii.gz").symlink_to(p.name))),
-    "a pipe": instead(os.mkfifo, IMAGE, "is no file"),
+    "a pipe": instead(os.mkfifo, IMAGE, "is a pipe or a device, not a file"),
     # other formats
     "NRRD without voxels": named("a.nrrd", NRRD % (b"10 10 10", b"")),
     "NRRD of 10^12 voxels": named("a.nrrd", NRRD % (b"10000 10000 10000", b"") + bytes(100)),

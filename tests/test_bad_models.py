@@ -169,6 +169,9 @@ REFUSED = {
     "no such fold": given(f"{PREDICT} -f 3", "fold 3", "Trained folds: 0"),
     "a fold of text": given(f"{PREDICT} -f zero", "zero"),
     "no such setting of inference": given(f"{PREDICT} --set inference.steps=1", "inference.step_size"),
+    "windows of an option and of --set": given(
+        f"{PREDICT} --step-size 0.5 --set inference.step_size=1", "--step-size is 0.5, and --set inference.step_size=1"
+    ),
     "a setting of training": given(f"{PREDICT} --set training.epochs=1", "training.epochs"),
     "steps of nothing": given(f"{PREDICT} --step-size 0", "step_size"),
     "negative memory": given(f"{PREDICT} --max-memory -1", "max_memory"),

@@ -263,6 +263,19 @@ SETTINGS = {
     "a patch of two sides": asked(f"{TRAIN} --patch-size 32x32", "32x32"),
     "a rate below nothing": asked(f"{TRAIN} --lr -1", "optimizer.lr = -1.0"),
     "another precision": asked(f"{TRAIN} --precision fp8", "training.precision"),
+    "epochs of an option and of --set": asked(
+        f"{TRAIN} --epochs 400 --set training.epochs=2",
+        "--epochs is 400, and --set training.epochs=2 is another value of the same setting",
+    ),
+    "a time limit of an option and of --set": asked(
+        f"{TRAIN} --time-limit 8h --set training.time_limit=1", "--time-limit is 8h, and --set training.time_limit=1"
+    ),
+    "a patch of an option and of --set": asked(
+        f"{TRAIN} --patch-size 16x16x16 --set training.patch_size=[16,16,24]", "--patch-size", "training.patch_size"
+    ),
+    "a rate of an option and of --set for run": asked(
+        "run raw --seed 1 --set training.seed=2", "--seed is 1, and --set training.seed=2"
+    ),
     "no equals sign": set_to("training.epochs", "key=value"),
     "a section alone": set_to("training=3", "training"),
     "no key": set_to("=3", "unknown setting"),

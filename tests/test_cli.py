@@ -215,6 +215,12 @@ def test_the_summary_of_a_command_is_how_the_docstring_of_its_function_begins() 
         (["preprocess", "-d", "Task04"], "'Task04'"),
         (["plan", "Task99"], "there is no dataset 'Task99'"),
         (["plan", "--from-fingerprint", "f.json", "--dataset-json", "d.json"], "d.json: no such file"),
+        (
+            ["plan", "x", "--from-fingerprint", "f.json", "--dataset-json", "d.json", "--folds", "3"],
+            "DATA, --folds would",
+        ),
+        (["plan", "x", "--dataset-json", "d.json"], "--from-fingerprint and --dataset-json need each other"),
+        (["plan", "x", "--output", "scan.nii.gz"], "scan.nii.gz: a plan is written as .json"),
         (["predict", "-i", "in"], "--output"),
         (["predict", "-i", "in", "-o", "out"], "no dataset is planned"),
         (["predict", "-i", "in", "-o", "out", "-m", "."], ".: is no model folder (no plans.json in it)"),

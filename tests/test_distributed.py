@@ -33,7 +33,7 @@ from nnunet_lite.training.distributed import (
     rank_share,
 )
 
-LONG = ["--set", "training.epochs=400"]  # `--set` decides over `--epochs`, and `train_three` has one
+LONG = ["--set", "training.epochs=400"]  # the last `--set` of a key decides, and `train_three` has one
 EPOCHS = 12
 # as the command, but a collective operation gives up early
 IMPATIENT = """

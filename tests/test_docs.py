@@ -52,6 +52,7 @@ SHORTER = (
     (r"nnlite predict .*", "--no-mirroring"),
     (r"nnlite import .*\.zip", "--replace"),
 )
+SAME = re.compile(r" --(epochs|time-limit|precision) \S+")  # options of settings that TINY has
 # These are only parsed: they take minutes, change the environment, or need GPUs, nnU-Net, a cluster or its queue. The
 # small images need no low-resolution stage. So are those of a block below a line `<!-- only parsed: needs a GPU -->`.
 NOT_RUN = re.compile(
@@ -148,6 +149,7 @@ def test_code_of_a_page(page: Path, start: Path, tmp_path: Path, command: Run, m
             else:
                 assert words[0] == "nnlite", f"{page}: {text}: neither run nor excluded"
                 shorter = next((options for pattern, options in SHORTER if re.fullmatch(pattern, text)), "")
+                words = shlex.split(SAME.sub("", text)) if words[1] in ("train", "run") else words
                 code, out, err = command(*words[1:], *shlex.split(shorter), cwd=tmp_path)
                 has_problems = code == 1 and words[1] == "doctor"  # this machine, not the page
                 assert code == 0 or has_problems, f"{page}: {text}\n{out}{err}"

@@ -174,6 +174,14 @@ def test_without_standard_streams_a_program_works_silently(tiny_model: Path, hip
     assert (done.returncode, done.stdout, done.stderr) == (0, "1 {}\n1 {}\n", "")
 
 
+def test_letters_that_a_stream_lacks_are_written_as_numbers() -> None:
+    """As of a name on a terminal of another encoding, or of a name that is not UTF-8 text."""
+    code = "from nnunet_lite import log; log.answer('caf\\u00e9 \\udce9'); log.warn('5 \\u03bcm')"
+    environment = {**ENVIRONMENT, "PYTHONIOENCODING": "ascii:strict"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("caf\\xe9 \\udce9\n", "warning: 5 \\u03bcm\n")
+
+
 def test_errors_are_red_and_warnings_yellow_on_a_terminal_only() -> None:
     code = EVERY_KIND.format(verbosity=0)
     _, lines = run_on_a_terminal(code)

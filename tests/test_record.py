@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -62,6 +63,24 @@ def test_a_record_is_extended(predict: Any, tiny_model: Path, scans: list[Path],
     predict(scans[0], out / "one.seg.nrrd")
     assert record_of(out)["predictions"]["one.seg.nrrd"]["case"] == scans[0].name[:-7]
     assert not (out / ".lock").exists()
+
+
+def test_the_label_map_of_another_image_of_the_same_name_stays(predict: Any, scans: list[Path], tmp_path: Path) -> None:
+    """As of the folders P1/CT and P2/CT of two patients; an image that was moved is the same one."""
+    first, second, out = tmp_path / "P1" / "CT.nii.gz", tmp_path / "P2" / "CT.nii.gz", tmp_path / "out"
+    for file, scan in zip((first, second), scans, strict=False):
+        file.parent.mkdir()
+        shutil.copy(scan, file)
+    predict(first, out)
+    before = (out / first.name).read_bytes()
+    for keep in (False, True):
+        with pytest.raises(UserError, match=rf"is the label map of {first}, and that of {second} has the same name"):
+            predict(second, out, skip_existing=keep)
+    assert (out / first.name).read_bytes() == before
+    (tmp_path / "link").symlink_to(first.parent)
+    predict(tmp_path / "link" / first.name, out, skip_existing=True)
+    first.rename(tmp_path / first.name)
+    assert predict(tmp_path / first.name, out, skip_existing=True).files == (out / first.name,)
 
 
 def test_a_file_among_those_of_others_begins_no_record(predict: Any, scans: list[Path], tmp_path: Path) -> None:

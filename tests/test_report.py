@@ -220,6 +220,10 @@ def test_a_planned_dataset(copy_dataset: Callable[..., Path], command: Callable[
         assert missing in page.text
     code, out, _ = command("report", "-o", tmp_path, cwd=tmp_path)
     assert code == 0 and out.strip() == str(tmp_path / "report.html")
+    (tmp_path / "scan.nii.gz").write_text("an image")
+    code, _, err = command("report", "-o", "scan.nii.gz", cwd=tmp_path)
+    assert code == 2 and "scan.nii.gz: a page is written as .html" in err
+    assert (tmp_path / "scan.nii.gz").read_text() == "an image"
 
 
 def test_sizes_and_volumes_of_hostile_regions(copy_nnunet: Callable[..., Path], tmp_path: Path) -> None:

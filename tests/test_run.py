@@ -156,7 +156,7 @@ def test_the_commands_it_ends_with_are_commands(
 def test_again_nothing_is_left(raw: Path, finished: tuple[Path, RunResult], capfd: pytest.CaptureFixture[str]) -> None:
     workspace, _ = finished
     before = weights(workspace)
-    again = run(raw, workspace)
+    again = run(raw, workspace, fold="all-folds")  # which are all that there are
     said = capfd.readouterr().err
     assert [(step.step, step.state) for step in again.steps] == [(name, "kept") for name in STEPS]
     assert "8 of 8 steps done; left: nothing" in said

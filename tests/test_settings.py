@@ -113,6 +113,14 @@ def test_a_file_builds_on_a_recipe_and_changes_build_on_the_file(tmp_path: Path)
     assert settings.network == load_settings("cpu").network
 
 
+def test_epochs_of_a_recipe_take_the_place_of_the_time_limit_of_its_base(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    for limit, expected in (("", None), ('time_limit = "1h"', 60.0)):
+        file.write_text(f'base = "cpu"\n[training]\nepochs = 7\n{limit}')
+        training = load_settings(str(file)).training
+        assert (training.epochs, training.time_limit) == (7, expected)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

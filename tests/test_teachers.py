@@ -248,6 +248,7 @@ def test_mistakes_are_told_before_anything_is_made(paths: Paths, tiny_model: Pat
         (("unknown",), {}, "unknown: is no model folder"),
         ((str(tiny_model),), {}, r"tiny: is no model of Task04_Hippocampus in .*See `nnlite import`"),
         (("tiny",), {"augmentation.pipeline": "batchgenerators"}, r"training\.teachers needs augmentation\.pipeline"),
+        (("tiny",), {"training.teachers": ["other"]}, "is what the models are"),
         (("tiny",), {"loss.distillation": 1.5}, r"loss\.distillation = 1\.5"),
     ):
         with pytest.raises(UserError, match=message):

@@ -15,13 +15,14 @@ from nnunet_lite.commands import train as commands
 from nnunet_lite.commands.train import fold_names
 from nnunet_lite.commands.training_run import plan_for_settings, plan_runs
 from nnunet_lite.data.dataset import stored_dataset
-from nnunet_lite.errors import Busy, UserError
+from nnunet_lite.errors import Busy, Stopped, UserError
 from nnunet_lite.evaluation.scores import Scores
 from nnunet_lite.files import read_json, write_json
 from nnunet_lite.models.folder import CHECKPOINT, lock_fold, read_weights_header
 from nnunet_lite.networks.unet import UNet
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import load_settings, with_changes
+from nnunet_lite.training.limits import stop_threads
 from nnunet_lite.workspace import planned_paths
 
 SETTINGS = TINIEST | {"training.patch_size": [16, 16, 16], "training.epochs": 1, "training.iterations": 1}
@@ -83,6 +84,16 @@ def test_a_fold_that_is_alone_restarts_with_its_model_folder(workspace: Path, mo
     train(workspace, 0, restart=True, settings=other)
     assert (models / "old_3d_fullres-default_1" / "fold_0" / "model.safetensors").read_bytes() == before
     assert (models / "3d_fullres-default" / "fold_0" / "model.safetensors").read_bytes() != before
+
+
+def test_a_restarted_training_that_was_stopped_is_resumed_without_restart(workspace: Path, models: Path) -> None:
+    """Typed again, --restart would move aside what was trained since."""
+    stop: dict[str, Any] = {"callbacks": [lambda _: stop_threads()], "settings": {"training.epochs": 100}}
+    with pytest.raises(Stopped, match="; the same command without --restart resumes from there"):
+        train(workspace, 0, restart=True, **stop)
+    with pytest.raises(Stopped, match="; the same command resumes from there"):
+        train(workspace, 0, **stop)
+    assert (models / "3d_fullres-default" / "old_fold_0_1" / "model.safetensors").is_file()
 
 
 def test_several_folds_are_trained_and_restarted(workspace: Path, models: Path) -> None:

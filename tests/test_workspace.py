@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,9 @@ def test_the_only_planned_dataset_is_selected_and_of_several_one_must_be_named(h
         planned_paths(here)
     assert planned_paths(here, only_reads=True).name == "Task09_Spleen"
     assert planned_paths(here, "Task04").option == " -d Task04_Hippocampus"
+    make_planned(here, "my data")
+    assert planned_paths(here, "my data").option == " -d 'my data'"
+    shutil.rmtree(here / "my data")
     assert planned_paths(here, "some/where/Task04_Hippocampus").plans == here / "Task04_Hippocampus" / "plans.json"
     with pytest.raises(UserError, match=r"'Task05'.*It holds: Task04_Hippocampus, Task09_Spleen"):
         planned_paths(here, "Task05")

@@ -101,6 +101,8 @@ def distill(
     nnlite distill 3d_fullres-default
     nnlite distill 3d_fullres-default 2d-default --time-limit 2h --name small
     """
+    if "training.teachers" in dict(settings or {}):
+        raise UserError("--set training.teachers is what the models are", fix="Give each of them as a MODEL.")
     paths = planned_paths(workspace_folder(workspace), dataset)
     folders = [find_model(model, paths.root.parent, paths.name) for model in options.names_of(models) or ()]
     if not folders:
@@ -108,7 +110,7 @@ def distill(
     for folder in folders:
         if folder.parent.resolve() != paths.models.resolve():
             raise UserError(f"is no model of {paths.name} in {paths.root.parent}", folder, "See `nnlite import`.")
-    changed = {"training.teachers": [folder.name for folder in folders], **dict(settings or {})}
+    changed = {**dict(settings or {}), "training.teachers": [folder.name for folder in folders]}
     trained = train(
         configuration or read_run(folders[0])["configuration"], fold, recipe=recipe, epochs=epochs,
         time_limit=time_limit, seed=seed, device=device, name=name, restart=restart, settings=changed,

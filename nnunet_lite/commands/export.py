@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -93,11 +94,11 @@ def import_model(
         made = _import_from_nnunet(found, place, name, output, replace, checkpoint)
     for path in made:
         log.info(f"imported {path}")
-    option = f" -w {workspace}" if workspace else ""
+    option = f" -w {shlex.quote(str(workspace))}" if workspace else ""
     if output or {model for dataset in place.iterdir() for model in model_folders(Paths(dataset))} - set(made):
-        option = f" -m {made[0]}"
+        option = f" -m {shlex.quote(str(made[0]))}"
     elif len({path.parent for path in made}) > 1:
-        option += f" -d {made[0].parent.parent.name}"
+        option += f" -d {shlex.quote(made[0].parent.parent.name)}"
     log.info(f"predict with: nnlite predict -i IMAGES -o OUT{option}")
     return made[0] if len(found) == 1 else made[0].parent
 
@@ -218,7 +219,8 @@ def export_model(
             export_nnunet(converted, target)
         else:
             pack(converted, target, licence=licence, note=note)
-    log.info(f"use it with: {'nnlite import' if format == 'zip' else 'nnUNetv2_predict_from_modelfolder -m'} {target}")
+    program = ["nnlite", "import"] if format == "zip" else ["nnUNetv2_predict_from_modelfolder", "-m"]
+    log.info(f"use it with: {shlex.join([*program, str(target)])}")
     return target
 
 

@@ -165,7 +165,7 @@ def names_of(value: object) -> list[str] | None:
 
 
 def overrides_of(settings: Mapping[str, Any] | None, **options: Any) -> dict[str, Any]:
-    """Return the settings that a call changes: those of its own options, then those of `--set`.
+    """Return the settings that a call changes: those of its own options, and those of `--set`.
 
     Parameters
     ----------
@@ -173,9 +173,22 @@ def overrides_of(settings: Mapping[str, Any] | None, **options: Any) -> dict[str
         Key of a setting, such as "training.epochs", to its value. The command line gives a list of pairs.
     **options : Any
         Name of a setting with two underscores for its dot, such as training__epochs. None is left out.
+
+    Raises
+    ------
+    UserError
+        An option and `--set` give a setting two values, or one of these is illegal.
     """
     given = {key.replace("__", "."): value for key, value in options.items() if value is not None}
-    return {**given, **dict(settings or {})}
+    changed = dict(settings or {})
+    for key in given.keys() & changed.keys():
+        from nnunet_lite.settings import Settings, with_changes  # pydantic, which `nnlite --help` need not load
+
+        if with_changes(Settings(), {key: given[key]}) != with_changes(Settings(), {key: changed[key]}):
+            option = f"--{key.partition('.')[2].replace('_', '-')}"
+            what = f"{option} is {given[key]}, and --set {key}={changed[key]} is another value of the same setting"
+            raise UserError(what, fix="Give one of the two.")
+    return {**given, **changed}
 
 
 def sets_length(changed: Mapping[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -275,9 +276,19 @@ def plan(
         raise UserError("--plans has a spacing of its own, --spacing plans another", fix="Give one of the two.")
     if output is None and format != "nnlite":
         raise UserError(f"--format {format} is given without a file", fix="Say where to write it: --output FILE.")
+    if (from_fingerprint is None) != (dataset_json is None):
+        raise UserError("--from-fingerprint and --dataset-json need each other")
+    if output is not None and Path(output).suffix.lower() != ".json":
+        raise UserError("a plan is written as .json", Path(output), f"Use {Path(output).name}.json.")
     if from_fingerprint is not None:
-        if dataset_json is None:
-            raise UserError("--from-fingerprint needs --dataset-json")
+        of_data = {
+            "DATA": data, "--plans": plans, "--folds": folds, "--group-by": group_by, "--stratify": stratify or None,
+            "--stratify-by": stratify_by, "--splits": splits, "--exclude": exclude, "--accept": accept,
+            "--accept-geometry": accept_geometry or None,
+        }  # fmt: skip
+        if unused := [name for name, value in of_data.items() if value is not None]:
+            raise UserError(f"--from-fingerprint plans without a dataset: {', '.join(unused)} would have no effect")
+        assert dataset_json is not None
         about = read_json(Path(dataset_json))
         made = _plan_fingerprint(Path(from_fingerprint), Path(dataset_json), about, given)
     elif data is not None:
@@ -300,7 +311,7 @@ def after_plan(plan: Plan, *, data: Any = None, workspace: Any = None, **_: Any)
     if data is None:
         return []
     training = first_training(Paths(workspace_folder(workspace) / plan.dataset))
-    return [[*training.split(), *options.where(None, workspace)]]
+    return [[*shlex.split(training), *options.where(None, workspace)]]
 
 
 def _plan_dataset(dataset: Dataset, paths: Paths, given: Options, rule: FoldRule, workers: int | None) -> Plan:

@@ -312,6 +312,8 @@ def predict(
     cases = _find_images(sources, plan, folders[0])
     check_output(sources, cases, out, plan.labels, format)
     cases = sorted(cases, key=lambda case: case.id)[part_id::num_parts] if num_parts > 1 else cases
+    if not is_file:
+        record.refuse_other_images({output_file(case, out, format): case for case in cases})
     outputs = Outputs(
         maps=_extra_maps(save_probabilities, save_uncertainty, len(folders) * len(used) > 1, plan.labels),
         format=format, per_label=per_label, statistics=statistics, quality=quality, skip_existing=skip_existing,

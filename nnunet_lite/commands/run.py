@@ -160,7 +160,7 @@ def run(
     scheduler : str, optional
         Address of a Dask scheduler, whose workers preprocess and train.
     settings : mapping, optional
-        Key to value, on top of the recipe and the other options.
+        Key to value, on top of the recipe.
     workers : int, optional
         Threads; default: as fits the machine.
     workspace : str or Path, optional
@@ -213,7 +213,7 @@ def run(
     names = options.names_of(fold)
     if names != ["all"]:
         existing = fold_names(paths, rule)  # also writes splits.json
-        names = names or existing
+        names = existing if names in (None, ["all-folds"]) else names
     lengthen = options.sets_length(changed)
     runs = plan_runs(paths, resolved, options.names_of(configurations), names, device=device, lengthen=lengthen)
     check_earlier_runs(runs)
@@ -291,7 +291,7 @@ def next_commands(paths: Paths, workspace: str | Path | None, models: Sequence[P
     models : sequence of Path
         Model folders; the last one predicts if none is selected.
     """
-    where = [*paths.option.split(), *([] if workspace is None else ["-w", str(workspace)])]
+    where = [*shlex.split(paths.option), *([] if workspace is None else ["-w", str(workspace)])]
     chosen = [] if paths.inference.is_file() else ["-m", str(models[-1])]
     commands = [
         ["nnlite", "predict", "-i", "IMAGES", "-o", "SEGMENTATIONS", *chosen, *where],

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from nnunet_lite import log
+from nnunet_lite import log, system
 from nnunet_lite.commands import options
 from nnunet_lite.commands.inventory import describe_training
 from nnunet_lite.commands.steps import JOURNAL, Journal, run_steps
@@ -217,7 +217,7 @@ def train(
     preview : bool
         Draw augmented samples to preview.png first.
     settings : mapping, optional
-        Key to value, on top of the recipe and the other options, such as {"optimizer.momentum": 0.9}.
+        Key to value, on top of the recipe, such as {"optimizer.momentum": 0.9}.
     callbacks : sequence of callable
         Each is called after every epoch, when its checkpoint is being written, with a dict of its own: `configuration`,
         `fold`, and the line of metrics.jsonl. What one raises ends the training, which the same call resumes. Of
@@ -289,6 +289,7 @@ def train(
     if restart:
         _set_aside(own, all_folds, force)  # which checks them where other folds stay
     else:
+        system.restarted = False
         for run in own:
             run.check_resume(force)
     for run in first_stage:
@@ -353,7 +354,7 @@ def _set_aside(own: Sequence[TrainingRun], all_folds: bool, force: bool) -> None
     ranks, _ = join_group(own[0].device)  # from here on no process looks at the old folder
     if ranks.rank == 0:
         for path in [folder] if whole else [run.fold_folder for run in own]:
-            models.set_aside(path)
+            system.restarted |= models.set_aside(path) is not None
 
 
 def fold_names(paths: Paths, rule: FoldRule = DEFAULT_RULE) -> list[str]:

@@ -55,6 +55,12 @@ class Case:
     images: tuple[Path, ...]
     label: Path | None = None
 
+    def __post_init__(self) -> None:
+        try:
+            self.id.encode()
+        except UnicodeEncodeError:  # no file of results could contain it
+            raise UserError("has a name that is not UTF-8 text", self.images[0], "Rename it.") from None
+
 
 def image_files(folder: Path, ending: str | None = None) -> list[Path]:
     """Return the images in a folder, without hidden files.

@@ -271,7 +271,7 @@ def require_readable(path: Path) -> None:
     except OSError as error:
         raise UserError(f"cannot be opened ({error.strerror})", path) from None
     if problem:
-        raise UserError(problem, path, AGAIN if path.exists() else "")
+        raise UserError(problem, path, AGAIN if path.is_file() else "")
 
 
 def require_bytes(path: Path, needed: int, picture: bool = False) -> None:
@@ -344,7 +344,7 @@ def _defect(path: Path) -> str | None:
     if not path.exists():
         return "there is no such file"
     if not path.is_file():
-        return "is no file"
+        return "is a pipe or a device, not a file"
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
     if size == 0:

@@ -18,6 +18,7 @@ from nnunet_lite.data.cases import Case
 from nnunet_lite.data.names import case_of
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import locked, must_be_known, read_json, table_of, to_csv, understood, write_json, write_text
+from nnunet_lite.inference.cases import identify
 from nnunet_lite.inference.predictor import Predictor
 from nnunet_lite.inference.quality import QUALITY_TABLE, CaseQuality, quality_table, worst_first
 from nnunet_lite.models.folder import QUALITY, RECORD
@@ -102,6 +103,27 @@ class PredictionRecord:
             read_statistics(self.folder)
         if self.begins and self.quality:
             read_case_qualities(self.folder)
+
+    def refuse_other_images(self, cases: Mapping[Path, Case]) -> None:
+        """Refuse cases whose label map would be kept or replaced although it is that of another image.
+
+        Parameters
+        ----------
+        cases : mapping
+            The label map that each case is to have -> the case.
+
+        Raises
+        ------
+        UserError
+            There is a label map of an image of the same name, which still exists.
+        """
+        recorded = self._read()["predictions"] if self.begins else {}
+        for file, case in cases.items():
+            with understood(self.folder / RECORD, _FIX):
+                other = Path(recorded[file.name]["images"][0]) if file.name in recorded else case.images[0]
+            if file.is_file() and other.exists() and identify(other) != identify(case.images[0]):
+                what = f"is the label map of {other}, and that of {case.images[0]} has the same name"
+                raise UserError(what, file, "Choose another --output, or delete it.")
 
     def __enter__(self) -> PredictionRecord:
         return self

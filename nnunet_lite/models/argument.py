@@ -37,7 +37,7 @@ def find_model(
     workspace : Path
         Where models are looked up by name.
     dataset : str, optional
-        Look only among the models of this dataset, if several datasets have a model of that name.
+        Take a name as that of a model of this dataset.
     configuration : str, optional
         Take a model of this configuration.
     required : bool
@@ -100,9 +100,10 @@ def find_models(given: str | Path, workspace: Path, dataset: str | None = None, 
     file, in_workspace = _zip_of(path), models_below(workspace)
     if not path.exists() and file is None:
         named = [folder for folder in in_workspace if folder.name == str(path)]
-        if len(named) > 1 and dataset is not None:
+        if named and dataset is not None:
             of_dataset = planned_paths(workspace, dataset, needs_plan=False).models
-            named = [folder for folder in named if folder.parent == of_dataset]
+            in_workspace = [folder for folder in in_workspace if folder.parent == of_dataset]
+            named = [folder for folder in named if folder in in_workspace]
         if named:
             return named
         path = Path(os.environ.get("nnUNet_results", "")) / path  # noqa: SIM112 - the name that nnU-Net gave it
@@ -124,7 +125,8 @@ def find_models(given: str | Path, workspace: Path, dataset: str | None = None, 
     elif not path.exists():
         why = "it does not exist"
         if in_workspace:
-            fix = f"The models in {workspace} are {', '.join(one.name for one in in_workspace)}."
+            of = f" of {in_workspace[0].parents[1].name}" if dataset is not None else ""
+            fix = f"The models{of} in {workspace} are {', '.join(one.name for one in in_workspace)}."
         elif not workspace.is_dir() and len(path.parts) == 1:  # a name
             fix = f"There is no workspace {workspace} either, where its name is looked up."
     raise UserError(f"is no model folder ({why})", Path(given), fix)

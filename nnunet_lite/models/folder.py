@@ -379,7 +379,7 @@ def model_folder(paths: Paths, name: str) -> Path:
     UserError
         The name is not that of a folder inside models/.
     """
-    if Path(name).name != name or name.startswith((".", OLD)):
+    if Path(name).name != name or name.startswith((".", OLD)) or {*"+,"} & {*name}:  # these separate names
         raise UserError(f"{name!r} is no name for a model folder", fix="Use letters, digits, '-' and '_'.")
     return paths.models / name
 

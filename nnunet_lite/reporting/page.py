@@ -88,26 +88,25 @@ def write_report(paths: Paths, output: Path | None) -> Path:
     UserError
         The dataset is not planned, or one of its files is broken.
     """
+    file = page_file(output or paths.root, PAGE)
     material = read_material(paths)
     for note in material.notes:
         log.warn(note)
-    return write_page(output or paths.root, PAGE, render_page(draw_cases(material)))
+    write_text(file, render_page(draw_cases(material)))
+    return file
 
 
-def write_page(output: Path, name: str, page: str) -> Path:
-    """Write a page to a file, or under a name into a folder; returns the file.
+def page_file(output: Path, name: str) -> Path:
+    """Return the file of a page: the output, or in a folder the name.
 
-    Parameters
-    ----------
-    output : Path
-        The file or the folder.
-    name : str
-        Its name in a folder.
-    page : str
-        HTML.
+    Raises
+    ------
+    UserError
+        The output is neither a folder nor the name of a page.
     """
     file = output / name if output.is_dir() else output
-    write_text(file, page)
+    if file.suffix.lower() not in (".html", ".htm"):
+        raise UserError("a page is written as .html, or into a folder that exists", file, f"Use {file.name}.html.")
     return file
 
 

@@ -20,6 +20,7 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.metrics import METRICS
 from nnunet_lite.evaluation.scores import Scores
 from nnunet_lite.evaluation.statistics import compare_paired, p_of_difference, summarize
+from nnunet_lite.files import write_text
 from nnunet_lite.models.folder import is_nnunet
 from nnunet_lite.reporting import figures, page
 from nnunet_lite.reporting.figures import Chart, Column, Table, share_column
@@ -66,7 +67,7 @@ def write_comparison(first: Path, second: Path, output: Path | None) -> Path:
         raise UserError(
             "is in no workspace, nor is the other model", first, "Give at least one that is in a workspace."
         )
-    notes: list[str] = []
+    file, notes = page.page_file(output or paths.root, "comparison.html"), list[str]()
     models = [replace(read_results(folder, notes), name=name) for folder, name in _names_of(folders).items()]
     folds = [(f"{model.label}, fold {fold.name}", i, fold) for i, model in enumerate(models) for fold in model.folds]
     material = _draw_shared(replace(read_material(paths), models=tuple(models), selection=None, notes=tuple(notes)))
@@ -87,7 +88,8 @@ def write_comparison(first: Path, second: Path, output: Path | None) -> Path:
         costs=page.costs_table(material),
         differences=_differences(models),
     )
-    return page.write_page(output or paths.root, "comparison.html", html)
+    write_text(file, html)
+    return file
 
 
 def _names_of(folders: Sequence[Path]) -> dict[Path, str]:

@@ -197,7 +197,7 @@ class StopRequest:
         """
         if self.signal is not None:
             name = signal.Signals(self.signal).name
-            raise Stopped(f"stopped by {name} {where}; the same command resumes from there", self.signal)
+            raise Stopped(f"stopped by {name} {where}; {system.how_to_resume('there')}", self.signal)
 
 
 _requests: list[StopRequest] = []  # of the runs of this process
