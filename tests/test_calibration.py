@@ -40,7 +40,7 @@ from nnunet_lite.inference.features import CaseFeatures, describe_image, describ
 from nnunet_lite.inference.folder import Outputs
 from nnunet_lite.inference.outputs import ExtraMaps
 from nnunet_lite.inference.predictor import load, prepare_image, segment
-from nnunet_lite.inference.quality import CaseQuality, Quality, Tree, judge
+from nnunet_lite.inference.quality import CaseQuality, Expected, Quality, Tree, judge, worst_first
 from nnunet_lite.models.bundle import pack
 from nnunet_lite.models.folder import weights_fingerprint
 from nnunet_lite.planning.schema import Plan
@@ -119,12 +119,19 @@ def test_label_maps_are_the_same_without(selected: Paths, images: Path, tmp_path
     assert not (tmp_path / "with" / "uncertainty").exists()
 
 
-def test_a_removed_label_map_and_its_quality_are_made_again(selected: Paths, images: Path, tmp_path: Path) -> None:
-    files = predict(selected, images, tmp_path / "out").files
+def test_a_removed_label_map_and_its_quality_are_made_again(
+    selected: Paths, images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    first = predict(selected, images, tmp_path / "out")
     before = read_json(tmp_path / "out" / "quality.json")
-    files[0].unlink()
-    predict(selected, images, tmp_path / "out", skip_existing=True)
+    first.files[0].unlink()
+    made = predict(selected, images, tmp_path / "out", skip_existing=True)
     assert read_json(tmp_path / "out" / "quality.json") == before
+    assert made.quality == first.quality, "the terminal shows those that were kept, too"
+    (tmp_path / "out" / "quality.json").unlink()
+    capfd.readouterr()
+    assert not predict(selected, images, tmp_path / "out", skip_existing=True).quality
+    assert "2 label maps were kept, and nothing is known about their quality" in capfd.readouterr().err
 
 
 def test_the_zip_of_a_model_contains_its_quality(selected: Paths, images: Path, tmp_path: Path) -> None:
@@ -268,8 +275,9 @@ def test_a_slow_calibration_ends_after_a_round_and_is_kept(selected: Paths, tmp_
 
 def test_ignored_voxels_hide_how_large_a_label_is(copy_nnunet: Copy, tmp_path: Path) -> None:
     labels = {"background": 0, "Anterior": 1, "Posterior": 2, "ignore": 3}
-    raw = copy_nnunet(5, labels=labels)
+    raw = copy_nnunet(6, labels=labels)
     files = sorted((raw / "labelsTr").iterdir())
+    rewrite_nifti(files[5], np.zeros_like)
     rewrite_nifti(files[0], lambda array: np.where(array == 1, 3, array))  # the label may be there
     rewrite_nifti(files[1], lambda array: np.where(array == 1, 0, array))
     rewrite_nifti(files[2], lambda array: np.where(np.arange(len(array))[:, None, None] > 20, 3, array))
@@ -277,8 +285,8 @@ def test_ignored_voxels_hide_how_large_a_label_is(copy_nnunet: Copy, tmp_path: P
     paths = Paths(tmp_path / "workspace" / raw.name)
     held_out = HeldOut(paths, stored_dataset(paths.dataset), (), None, 1)
     ranges = training_ranges(held_out, Plan.read(paths.plans))
-    sizes = [np.log((nibabel.load(file).get_fdata() == 2).sum()) for file in (files[1], *files[3:])]
-    assert ranges.presence == {"Anterior": 3 / 4, "Posterior": 1}
+    sizes = [np.log((nibabel.load(file).get_fdata() == 2).sum()) for file in (files[1], *files[3:5])]
+    assert ranges.presence == {"Anterior": 3 / 5, "Posterior": 5 / 6} and ranges.empty == 1 / 6
     assert ranges.volumes["Posterior"] == pytest.approx((min(sizes), max(sizes)), abs=1e-3)
 
 
@@ -419,6 +427,7 @@ def test_flags_say_in_words_what_is_unusual() -> None:
     assert "spacing 5 mm along z, y, x, trained on 1 mm" in judge(quality, coarse).flags
     nothing = judge(quality, CaseFeatures(clean.image, {"liver": {}}))
     assert "no foreground found" in nothing.flags and nothing.mean == 0
+    assert nothing.expected["liver"] == Expected(0, 0, 0), "no other Dice is possible"
     assert not any("less sure" in flag for flag in nothing.flags)
     features = [CaseFeatures(row.features.image, row.features.labels | {"nodule": {}}) for row in rows]
     rows = [row.model_copy(update={"features": f}) for row, f in zip(rows, features, strict=True)]
@@ -429,8 +438,27 @@ def test_flags_say_in_words_what_is_unusual() -> None:
     assert sum(one.unusual >= 0.5 for one in judged) <= 3 and all(one.expected["nodule"].dice == 0 for one in judged)
     found = never.model_copy(update={"labels": never.labels | {"nodule": never.labels["liver"]}})
     assert "no nodule found" in judge(found, features[0]).flags
-    optional = quality.model_copy(update={"presence": {"liver": 0.3}})
-    assert judge(optional, CaseFeatures(clean.image, {"liver": {}})).expected["liver"] is None
+
+
+def test_an_image_without_foreground_is_usual_where_many_are() -> None:
+    rows = made_up_rows(30)
+    rows += [
+        Row(
+            case=f"healthy_{i}",
+            kind="clean",
+            features=CaseFeatures(rows[i].features.image, {"liver": {}}),
+            dice={"liver": None},
+        )
+        for i in range(0, 60, 3)
+    ]
+    ranges = replace(RANGES, presence={"liver": 0.6}, empty=0.4)
+    quality = fit_quality(rows, ranges, {"model": {"0": "f"}}, ("CT",))
+    healthy, ill = judge(quality, rows[-1].features), judge(quality, rows[0].features)
+    assert healthy.expected["liver"] is None and not healthy.flags and healthy.unusual < 0.5
+    assert [case for case, _ in worst_first({"healthy": healthy, "ill": ill})] == ["ill", "healthy"]
+    lost = judge(quality.model_copy(update={"empty": 0.0}), rows[-1].features)
+    assert lost.flags == ("no foreground found",)
+    assert [case for case, _ in worst_first({"ill": ill, "lost": lost})] == ["lost", "ill"]
 
 
 def test_flags_of_a_picture_have_no_slices_and_no_z() -> None:

@@ -13,7 +13,7 @@ from nnunet_lite import log
 from nnunet_lite.commands import options
 from nnunet_lite.data.cases import Case, find_cases
 from nnunet_lite.data.labels import Labels
-from nnunet_lite.data.names import PICTURES, Format, stem, suffix_of
+from nnunet_lite.data.names import PICTURES, Format, case_of, stem, suffix_of
 from nnunet_lite.data.problems import align, html_table, plural
 from nnunet_lite.errors import UserError, describe, no_such_file
 from nnunet_lite.evaluation.postprocessing import Rule, apply_rules
@@ -336,11 +336,14 @@ def predict(
         files, failed = predict_all(outputs=outputs, accept_geometry=accept_geometry)
     for case, reason in failed.items():
         log.error(f"failed: {case}: {reason}")
+    judged = {name: record.judged[name] for name in map(case_of, files) if name in record.judged}
+    is_calibrated = scheduler is None and quality and predictor.quality is not None
+    if (judged or is_calibrated) and (n_lacking := len(files) - len(judged)):
+        what = f"{plural(n_lacking, 'label map')} were kept, and nothing is known about their quality"
+        log.info(f"{what}; without --continue they are predicted again")
     _warn_of_black_pictures(files, plan.labels)
     images = {case.id: case.images[0] for case in cases}
-    return Predictions(
-        out, tuple(files), failed, tuple(folders), tuple(used), plan.labels, words, images, record.judged
-    )
+    return Predictions(out, tuple(files), failed, tuple(folders), tuple(used), plan.labels, words, images, judged)
 
 
 def _find_images(sources: Sequence[Path], plan: Plan, model: Path) -> list[Case]:

@@ -210,7 +210,8 @@ def fit_quality(
     of_unusual = unusual if unusual.sum() >= _FEWEST_ERRORS else ~is_clean[of]
     return Quality(
         weights=weights, n_cases=int(is_clean.sum()), n_degraded=int((~is_clean).sum()), channels=channels,
-        image=image, labels=labels, volumes=ranges.volumes, presence=ranges.presence, spacing=ranges.spacing,
+        image=image, labels=labels, volumes=ranges.volumes, presence=ranges.presence, empty=ranges.empty,
+        spacing=ranges.spacing,
         location=tuple(suspicion.location.tolist()), precision=tuple(map(tuple, suspicion.precision.tolist())),
         coefficients=tuple(suspicion.coefficients.tolist()), intercept=suspicion.intercept, threshold=threshold,
         lowest=min(expected[of == i].mean() for i in np.unique(of[is_clean[of]])),

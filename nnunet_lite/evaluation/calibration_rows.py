@@ -103,11 +103,14 @@ class TrainingRanges:
         Label -> share of the cases that have it.
     spacing : tuple
         Smallest and largest spacing (z, y, x), mm.
+    empty : float
+        Share of the cases that have no label.
     """
 
     volumes: dict[str, tuple[float, float]]
     presence: dict[str, float]
     spacing: tuple[tuple[float, float, float], tuple[float, float, float]]
+    empty: float = 0.0
 
 
 def read_rows(file: Path, key: str | None = None) -> list[Row]:
@@ -299,8 +302,9 @@ def training_ranges(held_out: HeldOut, plan: Plan) -> TrainingRanges:
         return partly, {name: float(n * np.prod(spacing)) for name, n in plan.labels.count_voxels(reference).items()}
 
     cases = held_out.dataset.cases
-    threads = pairs_at_once(len(cases), held_out.workers)
+    threads, n_empty = pairs_at_once(len(cases), held_out.workers), 0
     for partly, volumes in log.map_in_threads(measure, cases, threads, "references"):
+        n_empty += not partly and not any(volumes.values())
         for name, volume in volumes.items():
             present[name] += volume > 0
             known[name] += volume > 0 or not partly
@@ -310,4 +314,5 @@ def training_ranges(held_out: HeldOut, plan: Plan) -> TrainingRanges:
         {name: (min(logs), max(logs)) for name, logs in found.items() if logs},
         {name: present[name] / max(1, known[name]) for name in plan.labels.regions},
         (triple(spacings.min(axis=0).tolist()), triple(spacings.max(axis=0).tolist())),
+        n_empty / len(cases),
     )

@@ -139,6 +139,8 @@ class Quality(_Stored):
         Label -> logarithms of the smallest and largest volume (mm3; of pictures mm2 or pixels) in the training.
     presence : dict
         Label -> share of the training cases that have it.
+    empty : float
+        Share of the training cases that have no label.
     spacing : tuple
         Smallest and largest spacing (z, y, x) in the training, mm.
     location, precision : tuple
@@ -163,6 +165,7 @@ class Quality(_Stored):
     labels: dict[str, dict[str, Usual]]
     volumes: dict[str, tuple[float, float]]
     presence: dict[str, float]
+    empty: float = 0.0
     spacing: tuple[tuple[float, float, float], tuple[float, float, float]]
     location: tuple[float, ...]
     precision: tuple[tuple[float, ...], ...]
@@ -251,8 +254,13 @@ def quality_table(cases: Mapping[str, CaseQuality]) -> str:
 
 
 def worst_first(cases: Mapping[str, CaseQuality]) -> list[tuple[str, CaseQuality]]:
-    """Sort cases by their expected mean, the lowest first; cases without a predicted label come before."""
-    return sorted(cases.items(), key=lambda item: -1.0 if item[1].mean is None else item[1].mean)
+    """Sort cases by their expected mean, the lowest first; without one, flagged cases come first and others last."""
+
+    def rank(item: tuple[str, CaseQuality]) -> float:
+        quality = item[1]
+        return quality.mean if quality.mean is not None else -1.0 if quality.flags else 2.0
+
+    return sorted(cases.items(), key=rank)
 
 
 # ------------------------------------------------------------------------------------------------------------- vectors
@@ -371,7 +379,11 @@ def judge(quality: Quality, features: CaseFeatures) -> CaseQuality:
     mean = float(np.mean(known)) if known else quality.lowest
     suspicion = max(score - quality.threshold, (quality.lowest - mean) / _BENDING - 1)
     errors = quality.errors["unusual" if suspicion >= 0 else "usual"]
-    expected = {name: None if value is None else _interval(value, errors) for name, value in dice.items()}
+    surely = (0.0, 0.0)  # of a label that is there and was not found the Dice is 0 for sure
+    expected = {
+        name: None if value is None else _interval(value, errors if features.labels[name] else surely)
+        for name, value in dice.items()
+    }
     flags = _flags(quality, features, suspicion >= 0)
     predicted = [value for name, value in dice.items() if value is not None and features.labels[name]]
     if predicted and np.mean(predicted) < quality.lowest - _BENDING:
@@ -412,7 +424,7 @@ def _spacing_flags(quality: Quality, features: CaseFeatures) -> list[str]:
 
 def _label_flags(quality: Quality, features: CaseFeatures) -> list[str]:
     if not any(features.labels.values()):
-        return ["no foreground found"]
+        return ["no foreground found"] if quality.empty <= 1 - _USUAL_SHARE else []
     flags = []
     for name, found in features.labels.items():
         if not found:  # a label that was found in no held-out case would be a flag of every prediction

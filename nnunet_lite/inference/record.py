@@ -77,7 +77,7 @@ class PredictionRecord:
     quality : bool
         Whether cases may be added with what is expected of them.
     judged : dict
-        Case -> what is expected of it, of those that were added.
+        Case -> what is expected of it, also of those that the folder had before.
 
     Raises
     ------
@@ -102,7 +102,7 @@ class PredictionRecord:
         if self.statistics:
             read_statistics(self.folder)
         if self.begins and self.quality:
-            read_case_qualities(self.folder)
+            self.judged = read_case_qualities(self.folder)
 
     def refuse_other_images(self, cases: Mapping[Path, Case]) -> None:
         """Refuse cases whose label map would be kept or replaced although it is that of another image.
@@ -143,6 +143,8 @@ class PredictionRecord:
         """
         if result.quality is not None:
             self.judged[case_of(result.file)] = result.quality
+        elif result.result != KEPT:
+            self.judged.pop(case_of(result.file), None)
         self._waiting.append((result, run))
         if (began := time.monotonic()) >= self._due:
             self._write()
