@@ -108,13 +108,16 @@ def test_parallel_samples_give_the_gradients_of_the_batch(
 
 
 @pytest.mark.parametrize("threads", [2], indirect=True)
-def test_parallel_samples_compute_in_bf16_where_the_batch_does(tiny_plan: Plan, threads: None) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parallel_samples_compute_in_16_bits_where_the_batch_does(
+    tiny_plan: Plan, dtype: torch.dtype, threads: None
+) -> None:
     network = make_unet(tiny_plan).to(memory_format=memory_format(3, True))  # type: ignore[call-overload]
     set_deep_supervision(network, False)
     x = torch.randn(2, 1, 16, 32, 16).contiguous(memory_format=memory_format(3, True))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", dtype):
         found, expected = parallelize_samples(network)(x), network(x)
-    assert found.dtype == expected.dtype == torch.float32  # of the head; the layers before it compute in bf16
+    assert found.dtype == expected.dtype == torch.float32  # of the head; the layers before it compute in 16 bits
     assert not torch.equal(found, network(x))
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0.02)
 

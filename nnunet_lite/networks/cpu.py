@@ -17,6 +17,7 @@ import ctypes
 import platform
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from math import gcd, prod
 from typing import Any
 
@@ -375,15 +376,11 @@ class ParallelSamples(nn.Module):
 
     def compute_parts(self, x: Tensor) -> list[list[Tensor]]:
         """Return the outputs of each part, computed in the modes of the calling thread."""
-        bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        autocast = partial(torch.autocast, "cpu", torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu"))
         inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
 
         def compute(part: Tensor) -> list[Tensor]:
-            with (
-                torch.inference_mode(inference),
-                torch.set_grad_enabled(gradients),
-                torch.autocast("cpu", torch.bfloat16, enabled=bf16),
-            ):
+            with torch.inference_mode(inference), torch.set_grad_enabled(gradients), autocast():
                 output = self.network(part)
             return output if isinstance(output, list) else [output]
 
