@@ -133,18 +133,18 @@ def test_a_coarser_spacing_by_hand_decides_axes_patch_and_configurations() -> No
     assert turned.configurations["2d"].median_shape == (200, 400) and turned.median_spacing == (1, 1, 1)
 
 
-@pytest.mark.parametrize("axis", [0, 2])
-@pytest.mark.parametrize("distance", [999.0, 1.0])
-@pytest.mark.parametrize("given", [(4,), (2, 4), (4, 4)])
-def test_single_slices_stay_the_first_axis_whatever_their_spacing(
-    axis: int, distance: float, given: tuple[float, ...]
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("distance", [999.0, 1.0, 0.5])
+@pytest.mark.parametrize("given", [None, (4,), (2, 4), (4, 4)])
+def test_single_slices_are_the_first_axis_whatever_their_spacing(
+    axis: int, distance: float, given: tuple[float, ...] | None
 ) -> None:
     shape, spacing = [500, 400], [0.5, 0.5]
     shape.insert(axis, 1)
     spacing.insert(axis, distance)
     plan = simple(tuple(shape), tuple(spacing), spacing=given)  # type: ignore[arg-type]
     assert plan.axis_order[0] == axis and list(plan.configurations) == ["2d"]
-    two = given if len(given) == 2 else given * 2
+    two = (0.5, 0.5) if given is None else given if len(given) == 2 else given * 2
     assert plan.configurations["2d"].spacing == two
     assert plan.configurations["2d"].median_shape == (round(250 / two[0]), round(200 / two[1]))
 

@@ -124,7 +124,7 @@ def make_plan(
     Returns
     -------
     Plan
-        The plan, equal to the one of nnU-Net 2.8.1.
+        The plan, equal to the one of nnU-Net 2.8.1 but for single slices along an axis that is not the coarsest.
 
     Raises
     ------
@@ -143,10 +143,11 @@ def make_plan(
     if median.min() < 1:
         raise UserError(f"a spacing of {join_by_x(target)} mm leaves no voxel along {_AXIS[int(np.argmin(median))]}",
                         fix="Give a smaller one.")  # fmt: skip
-    # Single slices come first; nnU-Net's rule takes the coarsest axis, which theirs may not be.
-    order = axis_order(target if spacing is None else np.where(median == 1, np.inf, target))
+    # nnU-Net takes the coarsest axis. That of single slices may be another one, and a 2d network would see lines.
+    order = axis_order(np.where(median == 1, np.inf, target))
     if order != (0, 1, 2):
-        reasons.append(f"axes are taken in the order {', '.join(_AXIS[a] for a in order)}: the coarsest comes first")
+        first = "the coarsest" if median.min() > 1 else "that of single slices"
+        reasons.append(f"axes are taken in the order {', '.join(_AXIS[a] for a in order)}: {first} comes first")
     return Plan(
         dataset=dataset_name,
         preset=preset,
