@@ -132,6 +132,8 @@ def test_tensors_that_do_not_fit_stay_random_and_are_reported() -> None:
     assert torch.equal(target.state_dict()[name], before[name])
     assert adopt_weights(target, {"extra": torch.zeros(1)}, (("CT",), ("CT",)), (LUNG, LUNG)) == {}
     assert adopt_weights(target, {"heads.0.bias": torch.zeros(3)}, (("CT",), ("CT",)), (LUNG, LUNG)) == {}
+    counted, counter = network(0, norm="batch"), "encoder.0.0.1.num_batches_tracked"
+    assert adopt_weights(counted, {counter: torch.tensor(7)}, (("CT",), ("CT",)), (LUNG, LUNG)) == {}
 
 
 def test_a_first_layer_that_stays_random_warns(capfd: pytest.CaptureFixture[str]) -> None:

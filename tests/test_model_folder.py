@@ -145,8 +145,9 @@ def test_force_accepts_other_settings_but_not_another_network(tmp_path: Path, pl
     assert settings_of(tmp_path) == with_changes(Settings(), other)
     assert Plan.read(tmp_path / "plans.json").configuration(NAME).batch_size == 3
     before = (tmp_path / "run.json").read_bytes()
-    with pytest.raises(UserError, match="another network"):
-        begin(other | {"network.features_base": 8}, force=True)
+    for network in ({"network.features_base": 8}, {"network.factory": "mine.py:make"}):
+        with pytest.raises(UserError, match="another network"):
+            begin(other | network, force=True)
     assert (tmp_path / "run.json").read_bytes() == before
     assert begin(other | {"training.seed": 77}, force=True) == begin(other | {"training.seed": 77}) == 77
 

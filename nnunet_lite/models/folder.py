@@ -212,6 +212,7 @@ def check_resume(
         old_plan.configuration(configuration).network == plan.configuration(configuration).network
         and old_plan.n_inputs(configuration) == plan.n_inputs(configuration)
         and old_plan.labels.n_channels == plan.labels.n_channels
+        and (old.network.factory is None) == (settings.network.factory is None)
     )
     if not same_network:
         what += "; that is another network, which cannot resume from these weights"
