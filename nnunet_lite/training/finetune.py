@@ -283,7 +283,8 @@ def adopt_weights(network: nn.Module, state: Mapping[str, Tensor], inputs: Names
             adapted = _select_outputs(own[name], value, rows)
         if (fitted := fit_tensor(name, adapted, own[name])) is not None:
             new[name] = fitted
-            n_equal += fitted is value and value.ndim > 1 and not name.startswith(_HEADS)  # counters of batch norm fit any
+            # a kernel: the counters of batch norm fit any network
+            n_equal += fitted is value and value.ndim > 1 and not name.startswith(_HEADS)
     network.load_state_dict({**own, **new})
     if not n_equal:
         return {}
