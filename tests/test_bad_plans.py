@@ -307,6 +307,7 @@ SETTINGS = {
     "a hidden name": asked(f"{TRAIN} --name .hidden", ".hidden"),
     "nothing to resume": asked(f"{TRAIN} --resume", "nothing to resume"),
     "resume and restart": asked(f"{TRAIN} --resume --restart", "exclude each other"),
+    "two kinds of strata": asked("plan raw --stratify --stratify-by strata.csv", "--stratify and --stratify-by"),
     "one fold": asked("plan raw --folds 1", "--folds"),
     "more folds than cases": asked("plan raw --folds 99", "5 cases cannot be split into 99 folds"),
     "no memory": asked("plan raw --memory 0", "memory"),

@@ -140,6 +140,14 @@ def test_licence_and_note_stay_with_a_model(bundle: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "latin.zip").exists()
 
 
+def test_what_an_export_or_import_would_ignore_is_refused(bundle: Path, tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--licence and --note are for a zip, and nnunet has no place for them"):
+        nnunet_lite.export_model(tiny_model, output=tmp_path / "out", format="nnunet", licence="CC-BY-4.0")
+    with pytest.raises(UserError, match="is a model of nnlite, which has one checkpoint"):
+        nnunet_lite.import_model(bundle, checkpoint="best", workspace=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_no_name_of_the_machine_or_of_cases_is_packed(model_copy: Path, tmp_path: Path) -> None:
     first, cases = "/home/somebody/models/first", [{"image": "/home/somebody/hippocampus_001.nii.gz"}]
     edit(model_copy / "run.json", lambda run: run["settings"]["training"].update(init=first))

@@ -20,6 +20,7 @@ from samples import Command, Copy, subcommand
 import nnunet_lite
 from nnunet_lite import cli
 from nnunet_lite.commands import options
+from nnunet_lite.commands.machines import doctor
 
 
 def one_line(err: str) -> str:
@@ -248,6 +249,13 @@ def test_doctor(nnlite: Command, tmp_path: Path) -> None:
     assert about["nnunet_lite"] == nnunet_lite.__version__ and about["packages"]["torch"]
     assert about["cpus"] == len(os.sched_getaffinity(0)) and about["memory_gb"] > about["memory_free_gb"] > 0
     assert about["workspace"] == str(tmp_path / "nnlite_workspace") and list(tmp_path.iterdir()) == []
+
+
+def test_the_doctor_of_a_package_that_runs_from_its_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without an installation nothing says which packages it needs."""
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if "site-packages" not in path])
+    about = doctor(workspace=tmp_path)
+    assert about.exit_code == 1 and "nnunet_lite is not installed: pip install nnunet_lite" in about.values["problems"]
 
 
 def test_json_of_check_and_plan(command: Command, tmp_path: Path, hippocampus: Path) -> None:

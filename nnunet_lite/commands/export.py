@@ -86,6 +86,8 @@ def import_model(
         what = f"contains {len(found)} models, and --name and --output are for one"
         raise UserError(what, Path(source), f"Give one of them: {', '.join(map(str, found))}.")
     if is_zip(found[0]):
+        if checkpoint != "final":
+            raise UserError("is a model of nnlite, which has one checkpoint", found[0], "Leave out --checkpoint.")
         manifest = read_manifest(found[0])
         target = Path(output or model_folder(Paths(place / manifest.dataset), name or manifest.models[0]))
         target = unpack(found[0], target, replace=replace)
@@ -206,6 +208,8 @@ def export_model(
     if (format == "zip") != (target.suffix.lower() == ".zip"):
         what = "a zip ends in .zip; a folder is written with --format nnunet or --format onnx"
         raise UserError(f"cannot be written as {format}: {what}", target)
+    if format != "zip" and (licence or note):
+        raise UserError(f"--licence and --note are for a zip, and {format} has no place for them", target)
     if source is not None:
         folder = find_model(source, root, dataset, configuration)
     else:

@@ -97,7 +97,11 @@ def doctor(*, workspace: options.Workspace = None) -> options.About:
 def _package_versions() -> dict[str, str | None]:
     """The packages that nnunet_lite needs and their versions; None for a missing one."""
     versions: dict[str, str | None] = {}
-    for requirement in metadata.requires("nnunet_lite") or ():
+    try:
+        needed = metadata.requires("nnunet_lite") or []
+    except metadata.PackageNotFoundError:  # it runs from its folder
+        needed = ["nnunet_lite"]
+    for requirement in needed:
         name = re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
         if "extra ==" not in requirement:
             try:

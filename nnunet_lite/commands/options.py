@@ -191,6 +191,19 @@ def overrides_of(settings: Mapping[str, Any] | None, **options: Any) -> dict[str
     return {**given, **changed}
 
 
+def strata_of(stratify: bool, stratify_by: str | Path | None) -> bool | str | Path:
+    """Return what `FoldRule` takes of these two options.
+
+    Raises
+    ------
+    UserError
+        Both are given.
+    """
+    if stratify and stratify_by is not None:
+        raise UserError("--stratify and --stratify-by are two ways to divide the cases", fix="Give one of the two.")
+    return stratify_by or stratify
+
+
 def sets_length(changed: Mapping[str, Any]) -> bool:
     """Whether a call changes the length of a run; without that, a finished one stays finished."""
     return not changed.keys().isdisjoint(("training.epochs", "training.time_limit"))

@@ -293,7 +293,7 @@ def plan(
         made = _plan_fingerprint(Path(from_fingerprint), Path(dataset_json), about, given)
     elif data is not None:
         place = workspace_folder(workspace)
-        rule = FoldRule(folds, group_by, stratify_by or stratify, splits)
+        rule = FoldRule(folds, group_by, options.strata_of(stratify, stratify_by), splits)
         dataset = read_dataset(find_raw(str(data), place))
         paths = dataset_paths(place, dataset)
         dataset = choose_cases(dataset, exclude, accept, accept_geometry, paths.dataset)

@@ -196,7 +196,7 @@ def run(
         log.info("on a CPU with the recipe `cpu`, for models in minutes; --recipe default trains as nnU-Net does")
         resolved = load_settings("cpu", changed)
     dataset = choose_cases(dataset, exclude, accept, accept_geometry, paths.dataset)
-    rule = FoldRule(folds, group_by, stratify_by or stratify, splits)
+    rule = FoldRule(folds, group_by, options.strata_of(stratify, stratify_by), splits)
     check_folds(paths.splits, dataset, rule)  # a mistake in these too
     journal = Journal(paths.root / JOURNAL)
     planning = partial(

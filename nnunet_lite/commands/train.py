@@ -269,7 +269,7 @@ def train(
         order = "nnlite train [DATASET] CONFIGURATION FOLD"
         raise UserError(f"{configuration} is no configuration", fix=f"Give `{order}`; several folds are -f 0 1.")
 
-    rule = FoldRule(folds, group_by, stratify_by or stratify, splits)
+    rule = FoldRule(folds, group_by, options.strata_of(stratify, stratify_by), splits)
     paths = select_dataset(workspace, dataset)
     names = fold_names(paths, rule) if all_folds else given
     runs = plan_runs(
