@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,28 @@ def test_patches_that_cannot_grow_warn(tiny_workspace: Path, capfd: Any, size: i
     (run,) = plan_runs(planned_paths(tiny_workspace), settings, ["3d_fullres"], ["all"])
     commands._announce(run)
     assert ("warning: training.patch_growth has no effect" in capfd.readouterr().err) == warns
+
+
+def test_an_early_stop_without_a_held_out_case_warns(tiny_workspace: Path, capfd: Any) -> None:
+    settings = with_changes(load_settings("default"), {"training.early_stop": 3})
+    (run,) = plan_runs(planned_paths(tiny_workspace), settings, ["3d_fullres"], ["0"])
+    for validation, warns in ((run.split.validation, False), ((), True)):
+        commands._announce(replace(run, split=replace(run.split, validation=validation)))
+        assert ("training.early_stop has no effect: fold 0 holds out no case" in capfd.readouterr().err) == warns
+
+
+def test_a_users_network_that_cannot_grow_with_its_patches_is_refused(tiny_workspace: Path, tmp_path: Path) -> None:
+    (tmp_path / "rigid.py").write_text(
+        "from torch import nn, zeros\n\n\nclass Rigid(nn.Conv3d):\n    def forward(self, x):\n"
+        "        return super().forward(x + zeros(16, 16, 16))\n\n\n"
+        "def make(planned, inputs, outputs):\n    return Rigid(inputs, outputs, 1)\n"
+    )
+    changes = {"training.patch_size": [16] * 3, "network.factory": f"{tmp_path / 'rigid.py'}:make"}
+    settings = with_changes(load_settings("default"), changes)
+    plan_runs(planned_paths(tiny_workspace), settings, ["3d_fullres"], ["all"])
+    with pytest.raises(UserError, match=r"fails on a batch of shape \(1, 1, .*8.*\)"):
+        growing = with_changes(settings, {"training.patch_growth": 0.5})
+        plan_runs(planned_paths(tiny_workspace), growing, ["3d_fullres"], ["all"])
 
 
 def test_a_spacing_of_the_recipe_plans_again_and_keeps_the_other_options_of_the_plan(workspace: Path) -> None:

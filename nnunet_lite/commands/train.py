@@ -507,6 +507,8 @@ def _announce(run: TrainingRun) -> None:
         log.warn("loss.distillation is set without a model to learn from: `nnlite distill MODEL` gives one")
     if settings.training.patch_growth and not smaller_patches(run.plan.configuration(name)):
         log.warn(f"training.patch_growth has no effect: the patch of {name} cannot be smaller")
+    if settings.training.early_stop is not None and not run.split.validation:
+        log.warn(f"training.early_stop has no effect: fold {run.split.name} holds out no case")
     for teacher in run.teachers:
         own, theirs = settings.augmentation, Settings.model_validate(teacher.settings).augmentation
         warn_of_lost_swaps(teacher.folder.name, theirs, own, run.plan, run.plan.configuration(name).dimensions)

@@ -228,11 +228,12 @@ def _check_trainable(run: TrainingRun) -> None:
     settings, cpu = run.settings, torch.device("cpu")
     require_logger(settings.training.logger)
     check_weights(settings.loss, run.plan.labels)
-    check_augmentation(Job(run.plan, run.configuration, settings, 0, run.fold_folder, cpu, [], []))
+    job = Job(run.plan, run.configuration, settings, 0, run.fold_folder, cpu, [], [])
+    check_augmentation(job)
     on_cpus = current_ranks().world > 1 and pick_device(run.device).type != "cuda"
     factory = settings.network.factory
-    if factory is not None or on_cpus:
-        network = build_network(run.plan, run.configuration, factory, settings.training.deep_supervision)
+    for stage in job.stages if factory is not None or on_cpus else ():  # a user's network may take one size only
+        network = build_network(stage.plan, run.configuration, factory, settings.training.deep_supervision)
         if on_cpus and mixes_samples(network):
             what = "batch normalisation over several processes needs GPUs"
             raise UserError(what, fix="Train in one process, or with --set network.norm=instance.")
