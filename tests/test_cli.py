@@ -227,6 +227,7 @@ def test_the_summary_of_a_command_is_how_the_docstring_of_its_function_begins() 
         (["predict", "-i", "in", "-o", "out", "-m", "."], ".: is no model folder (no plans.json in it)"),
         (["evaluate", "a", "b"], "a: "),
         (["evaluate", ".", ".", "--output", "scores"], "scores: scores are written as .json or .csv. Use scores.csv."),
+        (["evaluate", ".", ".", "--tolerance", "nan"], "--tolerance nan is no distance"),
         (["info"], "no dataset is planned"),
     ],
 )
@@ -253,6 +254,8 @@ def test_doctor(nnlite: Command, tmp_path: Path) -> None:
 
 def test_the_doctor_of_a_package_that_runs_from_its_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Without an installation nothing says which packages it needs."""
+    (tmp_path / "file").touch()
+    assert any("the workspace is a file" in one for one in doctor(workspace=tmp_path / "file" / "w").values["problems"])
     monkeypatch.setattr(sys, "path", [path for path in sys.path if "site-packages" not in path])
     about = doctor(workspace=tmp_path)
     assert about.exit_code == 1 and "nnunet_lite is not installed: pip install nnunet_lite" in about.values["problems"]

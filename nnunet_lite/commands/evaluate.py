@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -85,7 +86,7 @@ def evaluate(
     ------
     UserError
         No names match, a pair has two grids, a file cannot be read, `output` ends in anything else, or `tolerance` is
-        given without `surface`.
+        negative, infinite, or given without `surface`.
 
     Examples
     --------
@@ -97,6 +98,8 @@ def evaluate(
         raise UserError("scores are written as .json or .csv", written, f"Use {written.name}.csv.")
     if tolerance is not None and not surface:
         raise UserError("--tolerance is of the surface Dice, which --no-surface leaves out", fix="Give one of the two.")
+    if tolerance is not None and not 0 <= tolerance < math.inf:
+        raise UserError(f"--tolerance {tolerance:g} is no distance", fix="Give mm, or pixels without a spacing.")
     with ExitStack() as stack:
         predicted, expected, labels, exit_code = Path(prediction), Path(reference), None, 0
         if model is not None:

@@ -63,7 +63,9 @@ def doctor(*, workspace: options.Workspace = None) -> options.About:
     disk = shutil.disk_usage(existing).free
     if disk < _MIN_DISK:
         problems.append(f"only {in_units(disk)} are free where the workspace is ({existing})")
-    if not os.access(existing, os.W_OK):
+    if not existing.is_dir():
+        problems.append(f"the workspace is a file, or in one ({existing})")
+    elif not os.access(existing, os.W_OK):
         problems.append(f"the workspace cannot be written ({existing})")
     values = {
         "nnunet_lite": __version__,

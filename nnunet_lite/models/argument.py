@@ -125,7 +125,8 @@ def find_models(given: str | Path, workspace: Path, dataset: str | None = None, 
     elif not path.exists():
         why = "it does not exist"
         if in_workspace:
-            of = f" of {in_workspace[0].parents[1].name}" if dataset is not None else ""
+            datasets = {one.parents[1].name for one in in_workspace}
+            of = f" of {datasets.pop()}" if dataset is not None and len(datasets) == 1 else ""
             fix = f"The models{of} in {workspace} are {', '.join(one.name for one in in_workspace)}."
         elif not workspace.is_dir() and len(path.parts) == 1:  # a name
             fix = f"There is no workspace {workspace} either, where its name is looked up."
