@@ -17,6 +17,12 @@ import pytest
 from samples import FAST, HIPPOCAMPUS, TINY, Command, Copy, Counts, as_options, first_cases
 
 
+def pytest_runtest_setup() -> None:
+    """Let trainings, which collect garbage three times, not look at what libraries and earlier tests have made."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def hippocampus() -> Path:
     """40 real cases in MSD layout: 32 in imagesTr and labelsTr, 8 in imagesTs and labelsTs. Not to be written to."""
@@ -114,7 +120,6 @@ def tiny_workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     workspace = tmp_path_factory.mktemp("workspace")
     nnunet_lite.plan(raw, workspace=workspace, workers=0)
     nnunet_lite.preprocess(["2d", "3d_fullres"], workspace=workspace, workers=0)
-    gc.freeze()  # each training collects garbage: half of its time is spent on the objects of the libraries
     return workspace
 
 

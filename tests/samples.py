@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
+from multiprocessing.forkserver import ensure_running
+from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any
 
 import nibabel
 import numpy as np
+import pytest
 import typer
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
-from nnunet_lite import cli
+from nnunet_lite import cli, system
 from nnunet_lite.data.dataset import channels_of, labels_of
 from nnunet_lite.data.formats import sitk
 from nnunet_lite.data.labels import Labels
@@ -128,12 +133,78 @@ def start_nnlite(*arguments: object, cwd: Path | None = None, **options: Any) ->
     return subprocess.Popen(command, cwd=cwd, env=ENVIRONMENT, **options)
 
 
-def wait_until(happens: Callable[[], Any], *processes: subprocess.Popen[str]) -> None:
+FORKS: Any = multiprocessing.get_context("forkserver")
+
+
+def start_fork_server() -> None:
+    """Start the process that processes of `FORKS` are forked from: it has imported all, which takes 10 s of CPU."""
+    FORKS.set_forkserver_preload(["fork_server"])
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), ENVIRONMENT["PYTHONPATH"]]))
+        ensure_running()
+
+
+class Forked(FORKS.Process):  # type: ignore[misc]
+    """`nnlite` in a process of its own, without the imports at its start.
+
+    It gets signals and ends as any other process, and has the methods of `subprocess.Popen` that tests use.
+    """
+
+    def __init__(self, *arguments: object, cwd: Path | None = None) -> None:
+        super().__init__()
+        self.words, self.folder = [str(argument) for argument in arguments], str(cwd or Path.cwd())
+        self.streams: list[Any] = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115
+        start_fork_server()
+        self.start()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "streams": [DupFd(stream.fileno()) for stream in self.streams]}
+
+    def run(self) -> None:
+        for number, stream in enumerate(self.streams, 1):
+            os.dup2(stream.detach(), number)
+        os.environ.clear()
+        os.environ.update(ENVIRONMENT)
+        os.chdir(self.folder)
+        sys.argv = ["nnlite", *self.words]
+        system.start_as_command()
+        cli.main()
+
+    def poll(self) -> int | None:
+        return self.exitcode
+
+    returncode = property(poll)
+
+    def send_signal(self, number: int) -> None:
+        assert self.pid is not None
+        os.kill(self.pid, number)
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        self.join(timeout)
+        if self.exitcode is None:
+            raise subprocess.TimeoutExpired(self.words, timeout or 0)
+        for stream in self.streams:
+            stream.seek(0)
+        out, err = (stream.read() for stream in self.streams)
+        return out, err
+
+
+def in_a_fork(*arguments: object, cwd: Path) -> tuple[int, str, str]:
+    """What the fixture `nnlite` does, in a forked process."""
+    process = Forked(*arguments, cwd=cwd)
+    out, err = process.communicate(timeout=300)
+    assert "Traceback" not in err, err
+    return process.exitcode, out, err
+
+
+def wait_until(happens: Callable[[], Any], *processes: subprocess.Popen[str] | Forked) -> None:
     """Wait for something that running processes bring about."""
     until = time.monotonic() + 200
     while not happens():
         for process in processes:
-            assert process.poll() is None, process.stderr and process.stderr.read()
+            assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < until
         time.sleep(0.01)
 

@@ -20,7 +20,7 @@ from bad_inputs import contents
 from distributed import Client, LocalCluster
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from samples import TINIEST, Command, Copy, wait_until
+from samples import TINIEST, Command, Copy, start_fork_server, wait_until
 
 import nnunet_lite
 from nnunet_lite import cluster as c
@@ -38,8 +38,10 @@ def label_maps(folder: Path) -> dict[str, bytes | str]:
 @pytest.fixture(scope="module")
 def scheduler() -> Iterator[str]:
     """Two workers of one thread; one that dies is started again, a task that killed two is given up."""
+    start_fork_server()
+    as_forks = {"distributed.worker.multiprocessing-method": "forkserver"}
     with (
-        dask.config.set({"distributed.scheduler.allowed-failures": 1}),
+        dask.config.set({"distributed.scheduler.allowed-failures": 1, **as_forks}),
         LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0") as local,
     ):
         yield local.scheduler_address

@@ -1,6 +1,7 @@
 """The main job as a person does it: real commands, real data, and nothing but a folder to work in.
 
-Each command runs in a process of its own once, and then in that of the tests, which spares the imports.
+Each command runs in a process of its own once, `plan` and `predict` in one that imports all itself, and then in that of
+the tests, which spares the imports.
 The networks are tiny and trained for seconds; what they segment is nonsense, but its form must be right.
 """
 
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK
-from samples import Command, first_cases
+from samples import Command, first_cases, in_a_fork
 
 from nnunet_lite.commands.predict import Predictions, after_predict
 from nnunet_lite.data.labels import Labels
@@ -56,11 +57,11 @@ def trained(home: Path, nnlite: Command) -> Path:
     """plan -> preprocess -> train 3d_fullres 0 -> train 2d 0, in the default workspace."""
     code, out, err = nnlite("plan", "Task04", cwd=home)
     assert code == 0 and "3d_fullres" in out and "8 cases, 0 errors" in err
-    code, out, err = nnlite("preprocess", cwd=home)
+    code, out, err = in_a_fork("preprocess", cwd=home)
     assert code == 0 and "8 arrays made, 0 kept" in out, "2d and 3d_fullres share their arrays"
     assert "dataset Task04_Hippocampus (workspace " in err
     for arguments in (TRAIN_3D, TRAIN_2D):
-        code, out, err = nnlite(*arguments, cwd=home)
+        code, out, err = in_a_fork(*arguments, cwd=home)
         assert code == 0, err
         assert "epoch    2" in err and "fold 0, whole images:" in out and "foreground mean" in out
     return home
@@ -199,10 +200,10 @@ def test_the_next_commands_name_the_image_of_the_label_map(tmp_path: Path, monke
     assert following("seg.nii.gz", file, {"a": images["a"]}) == [["nnlite", "view", "in/a.nrrd", file]]
 
 
-def test_evaluate(trained: Path, nnlite: Command, command: Command) -> None:
+def test_evaluate(trained: Path, command: Command) -> None:
     """A dataset's own labels against themselves are perfect; the table, the JSON and the CSV say so."""
     labels = trained / "data" / "Task04_Hippocampus" / "labelsTr"
-    code, out, err = nnlite("evaluate", labels, labels, "--output", "scores.csv", cwd=trained)
+    code, out, err = in_a_fork("evaluate", labels, labels, "--output", "scores.csv", cwd=trained)
     assert code == 0, err
     mean = next(line for line in out.splitlines() if line.startswith("foreground mean")).split()
     assert mean[2:4] == ["8", "1.0000"]
@@ -218,8 +219,8 @@ def test_evaluate(trained: Path, nnlite: Command, command: Command) -> None:
     assert code == 0 and printed["foreground_mean"]["Dice"] == own["foreground_mean"]["Dice"]
 
 
-def test_info(trained: Path, nnlite: Command, command: Command) -> None:
-    code, out, _ = nnlite("info", cwd=trained)
+def test_info(trained: Path, command: Command) -> None:
+    code, out, _ = in_a_fork("info", cwd=trained)
     assert code == 0 and "3d_fullres-cpu" in out and "2d-default" in out and "no model" not in out
     code, out, err = command("info", models(trained) / "2d-default", "--json", cwd=trained)
     about = json.loads(out)

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 from bad_inputs import copy_workspace
 from safetensors.numpy import load_file
-from samples import ENVIRONMENT, HIPPOCAMPUS, Command, Counts, first_cases, rewrite_nifti, start_nnlite, wait_until
+from samples import ENVIRONMENT, HIPPOCAMPUS, Command, Counts, Forked, first_cases, rewrite_nifti, wait_until
 
 TINY = [
     f"--set={assignment}"
@@ -38,7 +38,7 @@ WORK = ["run", "raw", "--recipe=default", "-c3d_fullres", "-f0,1", "--epochs=3",
 TRAIN = ["train", "3d_fullres", "0", "--name", "new", "--epochs", "2", "--seed", "1", "--device", "cpu", *TINY]
 
 
-def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+def ended(process: Forked) -> tuple[int, str, str]:
     out, err = process.communicate(timeout=600)
     assert "Traceback" not in err, err
     return process.returncode, out, err
@@ -73,7 +73,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
     place = tmp_path_factory.mktemp("undisturbed")
     first_cases(place / "raw", 6)
     begin = time.monotonic()
-    code, _, err = ended(start_nnlite(*WORK, cwd=place))
+    code, _, err = ended(Forked(*WORK, cwd=place))
     assert code == 0, err
     return place, time.monotonic() - begin
 
@@ -84,10 +84,10 @@ def survive(place: Path, undisturbed: tuple[Path, float], kills: int, seed: int)
     expected, seconds = undisturbed
     moments, killed = random.Random(seed), 0
     while True:
-        process = start_nnlite(*WORK, cwd=place)
+        process = Forked(*WORK, cwd=place)
         try:
             if killed < kills:
-                process.wait(moments.uniform(0.05, 1.0) * seconds * 0.8)
+                process.communicate(moments.uniform(0.05, 1.0) * seconds * 0.8)
             code, _, err = ended(process)
             assert code == 0, err
             if killed >= kills:
@@ -330,7 +330,7 @@ def test_two_preprocess_one_data_set(tiny_workspace: Path, tmp_path: Path, count
     counts("faults survived")
     root = copy_workspace(tiny_workspace, tmp_path)
     shutil.rmtree(root / "preprocessed")
-    both = [start_nnlite("preprocess", "3d_fullres", "--json", cwd=tmp_path) for _ in range(2)]
+    both = [Forked("preprocess", "3d_fullres", "--json", cwd=tmp_path) for _ in range(2)]
     codes, made = zip(*[(code, json.loads(out)["made"]) for code, out, _ in map(ended, both)], strict=True)
     assert codes == (0, 0) and sorted(made) == [0, 10]
     assert len(list((root / "preprocessed" / "cases").iterdir())) == 10
@@ -343,7 +343,7 @@ def test_two_train_one_fold(
     counts("faults survived", 2)
     root = copy_workspace(tiny_workspace, tmp_path)
     fold = root / "models" / "new" / "fold_0"
-    process = start_nnlite(*TRAIN, cwd=tmp_path)
+    process = Forked(*TRAIN, cwd=tmp_path)
     wait_until((fold / ".lock").is_file, process)
     second, beside = (command(*TRAIN[:2], number, *TRAIN[3:], cwd=tmp_path) for number in "01")
     both = [ended(process), second]
@@ -366,7 +366,7 @@ def test_two_predict_into_one_folder(
         (tmp_path / "in").mkdir(exist_ok=True)
         shutil.copy(hippocampus / "imagesTr" / f"hippocampus_{name}.nii.gz", tmp_path / "in")
     arguments = ["predict", "-i", "in", "-m", "model", "--no-mirroring", "--device", "cpu", "-o"]
-    process = start_nnlite(*arguments, "out", cwd=tmp_path)
+    process = Forked(*arguments, "out", cwd=tmp_path)
     wait_until((tmp_path / "out").is_dir, process)
     assert [command(*arguments, out, cwd=tmp_path)[0] for out in ("out", "alone")] == [0, 0]
     assert ended(process)[0] == 0

@@ -15,7 +15,7 @@ import pytest
 import torch
 from random_models import Function, predict_preprocessed
 from safetensors.torch import load_file, save_file
-from samples import Command, Counts, start_nnlite, wait_until
+from samples import Command, Counts, Forked, wait_until
 from scipy.ndimage import zoom
 
 import nnunet_lite
@@ -248,7 +248,7 @@ def test_a_killed_cascade_resumes(trained: Path, workspace: Path, changes: dict[
     given = ("train", SECOND, 0, "--name", "killed", "--folds", 3, "--device", "cpu", "-w", workspace, *options)
     first, usual = trained / f"{FIRST}-killed", trained / f"{FIRST}-default"
     assert not usual.exists(), "or it would be used"
-    process = start_nnlite(*given)
+    process = Forked(*given)
     wait_until((first / "fold_1" / "model.safetensors").is_file, process)
     process.kill()
     _, errors = process.communicate()

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from samples import Command, as_options, read_metrics, start_nnlite, wait_until
+from samples import Command, Forked, as_options, read_metrics, wait_until
 
 from nnunet_lite import log
 from nnunet_lite.data.labels import Labels
@@ -436,13 +436,13 @@ def test_a_run_that_was_stopped_resumes_bit_by_bit(
 ) -> None:  # fmt: skip
     """After a kill from the last epoch, after a signal from the last step; for Ctrl-C see test_distributed.py."""
     killed = number == signal.SIGKILL
-    length = {"training.epochs": 6, "training.iterations": 5} if killed else {"training.iterations": 30}
+    length = {"training.epochs": 6, "training.iterations": 3} if killed else {"training.iterations": 20}
     settings = as_options(tiny_settings | SMALL | {"training.epochs": 3} | length | more)
     workspace = shutil.copytree(tiny_workspace, tmp_path / "workspace")
     arguments = ["train", "3d_fullres", "all", "-w", str(workspace), "--device", "cpu", *settings]
     stopped, whole = (workspace / "Task04_Hippocampus" / "models" / name / "fold_all" for name in ("stopped", "whole"))
 
-    process, checkpoint = start_nnlite(*arguments, "--name", "stopped"), stopped / CHECKPOINT
+    process, checkpoint = Forked(*arguments, "--name", "stopped"), stopped / CHECKPOINT
     n_epochs = 2 if killed else 0
     wait_until(lambda: checkpoint.is_file() and read_weights_header(checkpoint)["epoch"] >= n_epochs, process)
     time.sleep(0 if killed else 0.3)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from samples import start_fork_server
 from torch import Tensor, nn
 
 from nnunet_lite.data.labels import Labels
@@ -375,7 +376,8 @@ def one_of_two(rank: int, folder: str) -> None:
 
 
 def test_two_processes_with_two_samples_and_one_have_the_loss_and_gradient_of_three(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(one_of_two, (str(tmp_path),), nprocs=2)
+    start_fork_server()
+    torch.multiprocessing.start_processes(one_of_two, (str(tmp_path),), nprocs=2, start_method="forkserver")
     expected = learned(Ranks())
     for rank in (0, 1):
         for kind, (losses, gradient) in torch.load(tmp_path / f"{rank}.pt").items():

@@ -11,7 +11,7 @@ from nbclient import NotebookClient
 from samples import HIPPOCAMPUS
 
 ROOT = Path(__file__).parents[1]
-SHORT = 'TIME_LIMIT = "5s"'  # instead of minutes
+SHORT = 'TIME_LIMIT = "1s"'  # instead of minutes
 
 
 def outputs_of(notebook: Any) -> str:

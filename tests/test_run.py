@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from samples import TINIEST, Command, as_options, first_cases
+from samples import TINIEST, Command, Forked, as_options, first_cases, wait_until
 
 import nnunet_lite
 from nnunet_lite.commands.run import RunResult, _begun
@@ -199,15 +195,11 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_networks(
     """SIGKILL while the second fold trains; the networks are to the bit those of the run that nothing disturbed."""
     options = as_options(TINY)
     more = ["--folds", "2", "--device", "cpu", "--workers", "0", "-c", "2d,3d_fullres", "-w", str(tmp_path)]
-    command = [sys.executable, "-m", "nnunet_lite", "run", str(raw), "--recipe", "default", *options, *more]
     second = tmp_path / "Task04_Hippocampus" / "models" / "2d-default" / "fold_1"
-    with subprocess.Popen(command, stdout=-3, stderr=subprocess.PIPE, text=True) as process:
-        until = time.monotonic() + 240
-        while not (second / "checkpoint.safetensors").is_file() and time.monotonic() < until:
-            assert process.poll() is None
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        _, said = process.communicate(timeout=60)
+    process = Forked("run", raw, "--recipe", "default", *options, *more)
+    wait_until((second / "checkpoint.safetensors").is_file, process)
+    process.kill()
+    _, said = process.communicate(timeout=60)
     assert "left  train 3d_fullres fold 1  time unknown yet" in said
     assert not (tmp_path / "Task04_Hippocampus" / "inference.json").exists()
     done = run(raw, tmp_path)
