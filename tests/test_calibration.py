@@ -131,7 +131,7 @@ def test_a_removed_label_map_and_its_quality_are_made_again(
     (tmp_path / "out" / "quality.json").unlink()
     capfd.readouterr()
     assert not predict(selected, images, tmp_path / "out", skip_existing=True).quality
-    assert "2 label maps were kept, and nothing is known about their quality" in capfd.readouterr().err
+    assert "nothing is known about the quality of 2 label maps kept by --continue" in capfd.readouterr().err
 
 
 def test_the_zip_of_a_model_contains_its_quality(selected: Paths, images: Path, tmp_path: Path) -> None:
@@ -149,6 +149,9 @@ def test_other_weights_have_no_quality(selected: Paths, tmp_path: Path, capfd: A
         write_json(folder / "quality.json", before | change)
         assert load(folder, device="cpu").quality is None
         assert "is of other weights, labels or features" in capfd.readouterr().err
+    (folder / "fold_0").rename(folder / "fold_all")
+    assert load(folder, device="cpu").quality is None
+    assert "fold all holds out none" in capfd.readouterr().err
 
 
 @pytest.fixture

@@ -339,8 +339,8 @@ def predict(
     judged = {name: record.judged[name] for name in map(case_of, files) if name in record.judged}
     is_calibrated = scheduler is None and quality and predictor.quality is not None
     if (judged or is_calibrated) and (n_lacking := len(files) - len(judged)):
-        what = f"{plural(n_lacking, 'label map')} were kept, and nothing is known about their quality"
-        log.info(f"{what}; without --continue they are predicted again")
+        what = f"nothing is known about the quality of {plural(n_lacking, 'label map')} kept by --continue"
+        log.info(f"{what}; without it they are predicted again")
     _warn_of_black_pictures(files, plan.labels)
     images = {case.id: case.images[0] for case in cases}
     return Predictions(out, tuple(files), failed, tuple(folders), tuple(used), plan.labels, words, images, judged)

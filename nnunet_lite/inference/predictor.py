@@ -56,6 +56,7 @@ from nnunet_lite.planning.swaps import swap_of
 from nnunet_lite.preprocessing.pipeline import Placement, Preprocessed, preprocess_image
 from nnunet_lite.settings import AugmentationSettings, InferenceSettings, Settings, with_changes
 from nnunet_lite.system import GB
+from nnunet_lite.training.splits import ALL
 from nnunet_lite.workspace import is_model_of, workspace_folder
 
 
@@ -333,7 +334,10 @@ def _find_quality(folder: Path, trained: _Trained) -> tuple[Quality | None, str]
         for name, folds in quality.weights.items():
             if weights <= set(folds.values()):
                 return quality, name
-    log.info(f"{folder / QUALITY} is of other weights, labels or features, so unused; `nnlite select` makes it again")
+    what = "of other weights, labels or features, so unused; `nnlite select` makes it again"
+    if ALL in trained.networks:
+        what = "of folds that hold out cases, so unused: fold all holds out none"
+    log.info(f"{folder / QUALITY} is {what}")
     return None, ""
 
 
