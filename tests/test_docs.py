@@ -28,7 +28,6 @@ from samples import subcommand
 
 import nnunet_lite
 from nnunet_lite import cli
-from nnunet_lite.evaluation import calibration_rows
 from nnunet_lite.settings import keys
 
 ROOT = Path(__file__).parent.parent
@@ -51,6 +50,7 @@ SHORTER = (
     (r"nnlite (train|run) .*", " ".join(f"--set {setting}" for setting in TINY)),
     (r"nnlite predict .*", "--no-mirroring"),
     (r"nnlite import .*\.zip", "--replace"),
+    (r"nnlite select", "--no-quality"),  # test_calibration.py has it
 )
 SAME = re.compile(r" --(epochs|time-limit|precision) \S+")  # options of settings that TINY has
 # These are only parsed: they take minutes, change the environment, or need GPUs, nnU-Net, a cluster or its queue. The
@@ -132,7 +132,6 @@ def test_code_of_a_page(page: Path, start: Path, tmp_path: Path, command: Run, m
     shutil.copytree(start, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("NNLITE_WORKSPACE", raising=False)
-    monkeypatch.setattr(calibration_rows, "_MINUTES", 0)  # one round
     image = np.random.default_rng(1).normal(size=(30, 40, 30)).astype(np.float32)
     known = {"array": image, "z": 1.0, "y": 1.0, "x": 1.0}
     for line, language, block, only_parsed in blocks(page):

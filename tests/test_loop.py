@@ -420,11 +420,21 @@ PLATEAU = {
 }  # drops twice
 
 
+def test_adamw_batch_norm_bf16_and_the_plateau_rule_resume_bit_by_bit(job: MakeJob) -> None:
+    changes = {key.replace(".", "__"): value for key, value in (ADAMW | BF16 | PLATEAU).items()}
+    parts, whole = (job(name, **changes | {"training__epochs": 6}) for name in ("parts", "whole"))
+    train(changed(parts, training__epochs=2))
+    for run in (parts, whole):
+        train(run)
+    assert len({row["lr"] for row in read_metrics(whole.folder)}) > 1
+    assert_same_run(parts.folder, whole.folder)
+
+
 @pytest.mark.parametrize(
     ("number", "more"),
     [
         (signal.SIGKILL, {}),
-        (signal.SIGKILL, ADAMW | BF16 | PLATEAU),
+        pytest.param(signal.SIGKILL, ADAMW | BF16 | PLATEAU, marks=pytest.mark.slow),
         pytest.param(signal.SIGKILL, MUON, marks=pytest.mark.slow),
         (signal.SIGTERM, MUON | {"optimizer.ema": 0.9, "training.validation_iterations": 0}),  # as clusters send it
     ],

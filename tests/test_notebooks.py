@@ -23,6 +23,7 @@ def outputs_of(notebook: Any) -> str:
     )  # fmt: skip
 
 
+@pytest.mark.slow  # the pages of test_docs.py call the same functions
 def test_the_notebooks_run_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     (tmp_path / "tests").symlink_to(HIPPOCAMPUS.parents[1])
