@@ -3,8 +3,8 @@
 Read `make_plan` first, then `_plan_configurations` and `_plan_configuration`. `override_sizes` and `limit_sizes` change
 the patch or batch of a planned configuration. Sources: Isensee et al., nnU-Net, Nature Methods 2021
 (doi:10.1038/s41592-020-01008-z), and for the residual-encoder presets Isensee et al., nnU-Net Revisited, MICCAI 2024
-(arXiv:2404.09556). Plans equal those of nnU-Net 2.8.1 in every field, except that single slices are the first axis.
-The presets of MedNeXt (Roy et al. 2023, arXiv:2303.09975) have a budget that its patch of 128x128x128 and batch of 2 fill.
+(arXiv:2404.09556). Plans equal those of nnU-Net 2.8.1 in every field, but for single slices, which are the first axis.
+Presets of MedNeXt (Roy et al. 2023, arXiv:2303.09975) have a budget that a patch of 128x128x128 and batch of 2 fill.
 """
 
 from __future__ import annotations
