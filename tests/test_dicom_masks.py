@@ -137,6 +137,17 @@ def test_the_smaller_of_two_structures_is_taken(tmp_path: Path) -> None:
     assert notes == ["tumour is in 1 of 2 cases", "in larger structures too, and taken from them: 4 voxels of tumour"]
 
 
+def test_structures_of_one_name_are_one_label(tmp_path: Path, truth: np.ndarray) -> None:
+    series, other = patient(tmp_path / "data"), patient(tmp_path / "data", 2)
+    overlapping: Outlines = {"Lesion": [box((2, 6), (2, 6), 1)], "Lesion ": [box((4, 8), (2, 6), 1)]}
+    save_contours(series.parent / "rt.dcm", series, overlapping)
+    write_dicom_seg(other.parent / "seg.dcm", truth, other, Labels(names={"background": 0, "Lesion": 1, "Lesion ": 2}))
+    maps, labels, _, _ = convert(tmp_path / "data")
+    assert labels == {"background": 0, "Lesion": 1}
+    assert maps[0][1, 2:7, 2:9].all() and maps[0].sum() == 5 * 7
+    np.testing.assert_array_equal(maps[1], truth > 0)
+
+
 def test_structures_are_chosen_by_name_or_file(tmp_path: Path) -> None:
     series = patient(tmp_path / "data")
     for rater in (1, 2):

@@ -101,6 +101,9 @@ def test_4d_nifti_is_channels_and_2d_nifti_is_flat(tmp_path: Path) -> None:
     image = read_image(save_nifti(tmp_path / "a.nii.gz", array))
     assert np.array_equal(image.array, array.transpose(3, 2, 1, 0)) and image.geometry.shape == (6, 5, 4)
     assert read_geometry(tmp_path / "a.nii.gz") == (image.geometry, 2)
+    colours = np.zeros((4, 5, 6), [("R", "u1"), ("G", "u1"), ("B", "u1")])
+    save_nifti(tmp_path / "rgb.nii.gz", colours)
+    assert read_geometry(tmp_path / "rgb.nii.gz")[1] == read_image(tmp_path / "rgb.nii.gz").array.shape[0] == 3
     image = read_image(save_nifti(tmp_path / "flat.nii.gz", COUNT[0], np.diag([0.5, 0.7, 1, 1])))
     assert image.array.shape == (1, 1, 5, 4) and image.geometry.dimensions == 2
     assert image.geometry.spacing == pytest.approx((999 * 0.7, 0.7, 0.5))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from math import ceil, floor
@@ -156,7 +156,11 @@ def _label_map(
 
 def _structure_names(header: Any) -> list[str]:
     if header.SOPClassUID == CONTOURS:
-        return list(dict.fromkeys(name for name, _ in _contours(header)))
+        return list(dict.fromkeys(name for _, name, _ in _contours(header)))
+    return list(dict.fromkeys(_segment_names(header)))
+
+
+def _segment_names(header: Any) -> list[str]:
     return [str(segment.SegmentLabel).strip() for segment in header.SegmentSequence]
 
 
@@ -184,13 +188,13 @@ def _read_masks(path: Path, geometry: Geometry) -> dict[str, np.ndarray]:
     volume = (
         segread(path).get_volume().match_geometry(VolumeGeometry(affine, geometry.shape, "PATIENT"), tol=_SAME_GRID)
     )
-    return dict(zip(_structure_names(header), np.moveaxis(volume.array, 3, 0) >= 0.5, strict=True))
+    return _united(zip(_segment_names(header), np.moveaxis(volume.array, 3, 0) >= 0.5, strict=True))
 
 
 def _fill_contours(path: Path, header: Any, geometry: Geometry) -> dict[str, np.ndarray]:
-    masks = defaultdict[str, np.ndarray](lambda: np.zeros(geometry.shape, bool))
+    masks = defaultdict[tuple[str, int], np.ndarray](lambda: np.zeros(geometry.shape, bool))
     (depth, height, width), (sz, sy, sx) = geometry.shape, geometry.spacing
-    for name, points in _contours(header):
+    for number, name, points in _contours(header):
         x, y, z = ((points - geometry.origin) @ np.reshape(geometry.direction, (3, 3)) / (sx, sy, sz)).T  # voxels
         n = round(float(z.mean()))
         if np.abs(z - n).max() > 0.5 + _ON_LINE or not 0 <= n < depth:
@@ -202,14 +206,23 @@ def _fill_contours(path: Path, header: Any, geometry: Geometry) -> dict[str, np.
         centres = np.stack(np.meshgrid(rows, columns, indexing="ij"), -1).reshape(-1, 2)
         turn = np.sign(np.sum(y * np.roll(x, -1) - np.roll(y, -1) * x))  # by which matplotlib widens, not narrows
         inside = Outline(np.stack([y, x], 1)).contains_points(centres, radius=2 * _ON_LINE * turn)
-        masks[name][n][np.ix_(rows, columns)] ^= inside.reshape(len(rows), len(columns))
-    return dict(masks)
+        masks[name, number][n][np.ix_(rows, columns)] ^= inside.reshape(len(rows), len(columns))
+    return _united((name, mask) for (name, _), mask in masks.items())
 
 
-def _contours(header: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the name and the points (n, 3), LPS mm, of each closed contour."""
+def _united(masks: Iterable[tuple[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Return one mask for each name: lesions may be structures of their own that share a name."""
+    found: dict[str, np.ndarray] = {}
+    for name, mask in masks:
+        found[name] = found[name] | mask if name in found else mask
+    return found
+
+
+def _contours(header: Any) -> Iterator[tuple[int, str, np.ndarray]]:
+    """Yield number and name of the structure, and the points (n, 3), LPS mm, of each closed contour."""
     names = {roi.ROINumber: str(roi.ROIName).strip() for roi in header.StructureSetROISequence}
     for roi in header.get("ROIContourSequence") or ():
         for contour in roi.get("ContourSequence") or ():
             if contour.ContourGeometricType in _CLOSED:
-                yield names[roi.ReferencedROINumber], np.reshape(np.asarray(contour.ContourData, float), (-1, 3))
+                number = int(roi.ReferencedROINumber)
+                yield number, names[number], np.reshape(np.asarray(contour.ContourData, float), (-1, 3))

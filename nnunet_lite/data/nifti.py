@@ -34,6 +34,7 @@ _OFFSETS, _FORMATS = zip(*_FIELDS.values(), strict=True)
 _LAYOUT = np.dtype({"names": [*_FIELDS], "formats": _FORMATS, "offsets": _OFFSETS, "itemsize": _BYTES})
 _TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4"}
 _RARE = {32: 8, 128: 3, 1024: 8, 1280: 8, 1536: 16, 1792: 16, 2048: 32, 2304: 4}  # types left to nibabel: their bytes
+_COLOURS = {128: 3, 2304: 4}  # types whose voxels are colours: their channels
 _MILLIMETRES = (0, 2)  # of xyzt_units' low three bits: unknown, mm
 _LPS = np.array([-1.0, -1.0, 1.0])  # the axes of ITK in those of NIfTI, RAS
 _TOLERANCE = 1e-6  # of float32 matrices, relative
@@ -247,7 +248,7 @@ def _geometry(head: bytes) -> tuple[Geometry, int] | None:
     if fields is None:
         return None
     dimensions, x, y, z, channels = (int(n) for n in fields["dim"][:5])
-    channels = channels if dimensions == 4 else 1
+    channels = (channels if dimensions == 4 else 1) * _COLOURS.get(int(fields["datatype"]), 1)
     if dimensions not in (3, 4) or min(x, y, z, channels) < 1:
         return None
     by_sform = _uses_sform(fields)
