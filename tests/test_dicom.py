@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from PIL import Image
 from pydicom import Dataset, dcmread
 from pydicom.dataset import FileMetaDataset
 from pydicom.filebase import DicomBytesIO
@@ -276,6 +277,19 @@ def test_find_cases_in_series_and_case_folders(
     (root / CASE).write_bytes((hippocampus / "imagesTr" / CASE).read_bytes())
     assert [case.id for case in find_cases([root], 1)] == ["hippocampus_001"]
     assert "the DICOM series in b_0000, b_0001, patient are not read" in capsys.readouterr().err
+
+
+def test_pictures_beside_a_series_are_no_images(
+    series: Path, hippocampus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("L", (35, 50)).save(series / "preview.jpg")
+    for source in (series, series.parent):
+        (case,) = find_cases([source], 1)
+        assert (case.id, case.images) == ("patient", (series,))
+        assert "holds DICOM files and other images; left out: preview.jpg" in capsys.readouterr().err
+    shutil.copy(hippocampus / "imagesTr" / CASE, series)
+    assert [case.id for case in find_cases([series], 1)] == ["hippocampus_001", "preview"]
+    assert "holds DICOM files and other images; left out: the DICOM files" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["no preamble", "no meta header, explicit", "no meta header, implicit", "no class"])

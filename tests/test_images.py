@@ -9,6 +9,7 @@ import struct
 from pathlib import Path
 
 import nibabel
+import nrrd
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -123,6 +124,21 @@ def test_nifti2_and_scaled_values(tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert array.dtype == np.float32 and array.min() == -1000
 
 
+def test_headers_that_state_no_spacing(tmp_path: Path) -> None:
+    nrrd.write(str(tmp_path / "a.nrrd"), COUNT)
+    (tmp_path / "a.mha").write_bytes(
+        b"NDims = 3\nDimSize = 3 4 5\nElementType = MET_UCHAR\nElementDataFile = LOCAL\n" + bytes(120)
+    )
+    for name in ("a.nrrd", "a.mha"):
+        image = read_image(tmp_path / name)
+        assert not image.geometry.calibrated and image.notes == ("no spacing known, 1x1x1 mm taken",)
+        assert not read_geometry(tmp_path / name)[0].calibrated
+    nrrd.write(str(tmp_path / "b.nrrd"), COUNT, {"spacings": [1, 1, 1]})
+    sitk.WriteImage(sitk.GetImageFromArray(COUNT), str(tmp_path / "c.nrrd"))
+    sitk.WriteImage(sitk.GetImageFromArray(COUNT), str(tmp_path / "b.mha"))
+    assert all(read_image(tmp_path / name).geometry.calibrated for name in ("b.nrrd", "c.nrrd", "b.mha"))
+
+
 @pytest.mark.parametrize("ending", ["MHD", "Mhd", "NHDR", "Nhdr"])
 def test_headers_whose_endings_are_in_any_case(tmp_path: Path, ending: str) -> None:
     """The voxels are found by the name in the header."""
@@ -198,7 +214,8 @@ def test_rgb_rgba_and_palette_pictures(tmp_path: Path) -> None:
         assert image.notes == ("3 channels in one file",)
         label, _, notes = read_label(tmp_path / f"palette.{suffix}")
         assert np.array_equal(label[0], np.asarray(picture))
-        assert notes == ("palette picture read as the numbers of its colours",)
+        first = "0 is #0a141e, 1 is #fa0000, 2 is #00fa00"
+        assert notes == (f"palette picture read as the numbers of its colours: {first}",)
 
 
 def test_grey_pictures(tmp_path: Path) -> None:
@@ -207,6 +224,10 @@ def test_grey_pictures(tmp_path: Path) -> None:
         array = read_image(save(tmp_path / f"a{suffix}", grey)).array
         assert array.shape == (1, 1, 8, 9) and np.abs(array[0, 0].astype(int) - grey).max() <= tolerance
     assert read_image(save(tmp_path / "deep.png", grey.astype(np.uint16) * 200)).array.max() == 51000
+    for deep in (grey, grey.astype(np.uint16) * 200):
+        Pillow.fromarray(deep).save(tmp_path / "transparent.png", transparency=0)
+        assert np.array_equal(read_image(tmp_path / "transparent.png").array[0, 0], deep)
+        assert read_geometry(tmp_path / "transparent.png")[1] == 1
     white = integers((8, 9), 1).astype(bool)
     for suffix in ("png", "bmp", "tif"):
         label, _, notes = read_label(save(tmp_path / f"bw.{suffix}", white))

@@ -80,6 +80,13 @@ def test_ignore_is_stored_after_the_last_class() -> None:
     assert labels.to_json() == {"background": 0, "a": 1, "ignore": 5}
 
 
+@pytest.mark.parametrize("value", [3, "3", 3.0, [3], ["3"]])
+def test_ignore_is_written_as_any_other_value(value: object) -> None:
+    assert Labels.from_json({"background": "0", "a": "1", "ignore": value}) == Labels(
+        names={"background": 0, "a": 1}, ignore=3
+    )
+
+
 def test_regions_are_channels() -> None:
     labels = Labels.from_json({"background": 0, "whole": [1, 2, 4], "core": [2, 4], "enhancing": 4}, [1, 2, 4])
     assert labels.has_regions and labels.n_channels == 3 and labels.n_classes == 4

@@ -13,6 +13,7 @@ import pytest
 import SimpleITK as sitk
 import tifffile
 from bad_inputs import BadData, refuse_dataset
+from PIL import Image as Pillow
 from samples import Command, described, save_cases
 
 import nnunet_lite
@@ -312,3 +313,19 @@ def test_check_warns_of_an_orientation_tag_of_the_image_alone(tmp_path: Path) ->
         tifffile.imwrite(path, tifffile.imread(path), extratags=[(274, "H", 1, 3, True)])
     found = [problem for problem in nnunet_lite.check(tmp_path).problems if problem.kind == "orientation_tag"]
     assert len(found) == 5 and (found[0].found, found[0].severity) == ("orientation tag 1", "warning")
+
+
+def test_check_warns_of_a_jpeg_that_programs_turn(tmp_path: Path) -> None:
+    """Its pixels are read as stored; the label map was perhaps drawn on the turned picture."""
+    save_cases(tmp_path, ["images/c{}.tif"], ["labels/c{}.tif"])
+    exif = Pillow.Exif()
+    exif[274] = 3
+    for path in (tmp_path / "images").iterdir():
+        Pillow.fromarray(tifffile.imread(path).astype(np.uint8)).save(path.with_suffix(".jpg"), exif=exif)
+        path.unlink()
+    found = nnunet_lite.check(tmp_path).problems
+    assert sum(problem.kind == "orientation_tag" for problem in found) == 5
+    assert any("read as stored: its orientation tag (3)" in problem.found for problem in found)
+    path = path.with_suffix(".jpg")
+    path.write_bytes(path.read_bytes().replace(b"Exif\0\0", b"Exif\0\0\1\2", 1))  # damaged tags are no tags
+    assert read_image(path).orientation_tag == 1

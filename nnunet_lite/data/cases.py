@@ -17,7 +17,7 @@ from pathlib import Path
 from nnunet_lite import log
 from nnunet_lite.data.dicom import ENDINGS, is_series, series_folders
 from nnunet_lite.data.images import is_image, read_geometry
-from nnunet_lite.data.names import SUPPORTED, ending_of, has_label_word, header_of, stem, suffix_of
+from nnunet_lite.data.names import PICTURES, SUPPORTED, ending_of, has_label_word, header_of, stem, suffix_of
 from nnunet_lite.data.problems import few, plural
 from nnunet_lite.errors import UserError, no_such_file
 from nnunet_lite.workspace import IMAGE_FOLDERS
@@ -220,9 +220,17 @@ def _cases_of_file(path: Path, channels: int) -> list[Case]:
 
 
 def _cases_of_folder(folder: Path, channels: int) -> list[Case]:
-    """Return the cases in the files of a folder; all its DICOM files are one case, with the name of the folder."""
+    """Return the cases in the files of a folder; all its DICOM files are one case, with the name of the folder.
+
+    Pictures beside DICOM files are previews and screenshots of the scan.
+    """
     files = image_files(folder)
-    if not files and series_folders(folder) == [folder]:
+    holds_series = any(path.is_file() and not is_image(path) and is_series(path) for path in folder.iterdir())
+    are_pictures = all(suffix_of(path) in PICTURES for path in files)
+    if holds_series and files:
+        left_out = few([path.name for path in files]) if are_pictures else "the DICOM files"
+        log.warn(f"{folder}: holds DICOM files and other images; left out: {left_out}")
+    if holds_series and are_pictures:
         return [Case(folder.resolve().name, (folder,))]
     return group_files(files, channels)
 

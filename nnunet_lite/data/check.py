@@ -22,7 +22,7 @@ from nnunet_lite.data.consistency import CaseFindings, ChannelRange, check_consi
 from nnunet_lite.data.dataset import MASK_NOTE, Dataset, map_labels
 from nnunet_lite.data.geometry import ACCEPTABLE, Geometry, nonzero_box, slices
 from nnunet_lite.data.images import Image, read_geometry, read_image, read_label_image
-from nnunet_lite.data.names import TIFF, stem, suffix_of
+from nnunet_lite.data.names import PICTURES, TIFF, stem, suffix_of
 from nnunet_lite.data.nifti import form_conflict
 from nnunet_lite.data.problems import Problem, Report, few, plural
 from nnunet_lite.errors import UserError, suggest
@@ -306,7 +306,7 @@ def _compare(case: Case, images: list[Image], label: Image) -> Iterator[Problem]
         text, fix = "states no orientation", "Its voxels are taken in the order of the image's."
         yield Problem("orientation", path, text, "that of its image", fix)
     files = [*zip(case.images, images, strict=True), (case.label, label)]
-    tags = [(file, image.orientation_tag) for file, image in files if suffix_of(file) in TIFF]
+    tags = [(file, image.orientation_tag) for file, image in files if suffix_of(file) in PICTURES]
     for file, tag in tags[1:]:
         if tag != tags[0][1]:  # many programs ignore the tag, and draw the label map in another order
             expected = f"{tags[0][1]} as {tags[0][0].name}"

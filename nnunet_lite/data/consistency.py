@@ -97,7 +97,7 @@ def check_files(dataset: Dataset) -> Iterator[Problem]:
     Yields
     ------
     Problem
-        Wrong number of cases, files that no case uses, ids that occur twice.
+        Wrong number of cases, regions that are overwritten, files that no case uses, ids that occur twice.
     """
     table = dataset.root / "dataset.json"
     declared = read_json(table).get("numTraining") if table.is_file() else None
@@ -105,6 +105,7 @@ def check_files(dataset: Dataset) -> Iterator[Problem]:
         fix = "Add the files that are missing, or correct numTraining."
         text = f"numTraining is {declared}, and there are {plural(len(dataset.cases), 'case')}"
         yield Problem("n_cases", str(table), text, "", fix)
+    yield from _lost_region(dataset)
     if dataset.layout != "explicit":  # a dataset that lists its files may leave some out
         images = _unused(dataset, [case.images[0] for case in dataset.cases], IMAGE_FOLDERS)
         ids = {case.id for case in dataset.cases}
@@ -115,6 +116,18 @@ def check_files(dataset: Dataset) -> Iterator[Problem]:
             files = [case.images[0] for case in dataset.cases if case.id == case_id]
             text = f"{n} cases have the id {case_id} ({', '.join(sorted({path.name for path in files}))})"
             yield Problem("duplicate_id", str(files[0]), text, "one", "Rename or remove one.")
+
+
+def _lost_region(dataset: Dataset) -> Iterator[Problem]:
+    """Report the first region that a perfect prediction would lack: others overwrite it, or its value is another's."""
+    regions, order = dataset.labels.regions, dataset.labels.region_order or ()
+    for value in dataset.labels.values[1:] if dataset.labels.has_regions else ():
+        written = [last for members, last in zip(regions.values(), order, strict=True) if value in members][-1]
+        if wrong := [name for name, members in regions.items() if (value in members) != (written in members)]:
+            text = f"regions_class_order writes {written} into predictions where label maps hold {value}"
+            fix = "List large regions before those inside them; the value of each is in it, and in no region inside it."
+            yield Problem("region_order", str(dataset.description), f"{text}: wrong for {few(wrong)}", "", fix)
+            return
 
 
 def _unused(dataset: Dataset, files: Sequence[Path], usual: Sequence[str]) -> list[Path]:
@@ -238,7 +251,8 @@ def _unlike_most(known: Sequence[tuple[Case, Geometry]], required: str | None) -
             yield Problem("orientation", path, text, f"{usual} as {'dataset.json asks' if required else 'most'}", fix)
         if calibrated and not geometry.calibrated:
             text = f"states no spacing, and {calibrated} of {plural(len(known), 'image')} do"
-            fix = 'Write {"spacing": [z, y, x]} in mm into <case>.json beside a TIFF file, or save all without one.'
+            fix = 'State it in the header or, of TIFF files, as {"spacing": [z, y, x]} in mm in <case>.json; or save '
+            fix += "all without one."
             yield Problem("no_spacing", path, text, "", fix)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,13 @@ from PIL import Image as Pillow
 
 from nnunet_lite.data import names, nifti
 from nnunet_lite.data.geometry import PICTURE_SPACING, Geometry, Image
-from nnunet_lite.data.labels import smallest_dtype
+from nnunet_lite.data.labels import palette_note, smallest_dtype
 from nnunet_lite.errors import UserError
 
 _SAYS_NOTHING = re.compile("ImageIO reader|file type|Error while reading|^Reason:|identify image file")
+_SPACING = re.compile(rb"^(?:(?:spacings|space directions):|Element(?:Spacing|Size) *=).*\d", re.MULTILINE)
+_HEADER_BYTES = 1 << 16  # of NRRD and MetaImage that are searched
+_ORIENTATION = 274  # the tag of TIFF and EXIF
 Pillow.MAX_IMAGE_PIXELS = None  # whole slides exceed the limit of Pillow
 
 
@@ -52,7 +56,9 @@ def read_file(path: Path, resolve_palette: bool = True) -> Image:
     plain = nifti.read_nifti(path) if names.suffix_of(path) in names.NIFTI else None
     if plain and plain[1]:
         return Image(plain[0], plain[1])
-    notes: tuple[str, ...] = ()
+    is_picture = names.suffix_of(path) in names.PICTURES
+    notes: list[str] = []
+    orientation = 1
     header = read_file_header(path)
     if plain and header:
         array, geometry = plain[0], header[0]
@@ -62,15 +68,15 @@ def read_file(path: Path, resolve_palette: bool = True) -> Image:
     else:
         geometry, channels = header
         if not names.voxel_file(path):
-            names.require_bytes(path, channels * math.prod(geometry.shape), names.suffix_of(path) in names.PICTURES)
+            names.require_bytes(path, channels * math.prod(geometry.shape), is_picture)
         array = _read_pillow(path, resolve_palette) if _needs_pillow(path) else _read_itk(path, *header)
-        if not resolve_palette and _picture_mode(path) in ("P", "PA"):
-            notes = ("palette picture read as the numbers of its colours",)
+        if is_picture:
+            orientation = _picture_notes(path, resolve_palette, notes)
     if np.iscomplexobj(array):
         raise UserError("holds complex numbers", path, "Store the magnitude.")
     if array.shape[1:] != geometry.shape:
         raise UserError(f"has {array.shape[1:]} voxels where its header says {geometry.shape}", path)
-    return Image(array, geometry, notes, has_alpha=names.suffix_of(path) in names.PICTURES)
+    return Image(array, geometry, tuple(notes), is_picture, orientation)
 
 
 def read_file_header(path: Path) -> tuple[Geometry, int] | None:
@@ -147,6 +153,7 @@ def _itk_geometry(reader: Any, path: Path) -> tuple[Geometry, int]:
         origin=(*reader.GetOrigin()[:axes], 0.0)[:3],
         direction=tuple(cosines),
         dimensions=axes,
+        calibrated=_states_spacing(path),
         oriented=_states_orientation(reader, names.suffix_of(path)),
     )
     numbers = (*geometry.spacing, *geometry.origin, *geometry.direction)
@@ -163,6 +170,14 @@ def _states_orientation(reader: Any, suffix: str) -> bool:
     if suffix in (".nrrd", ".nhdr"):
         return bool(reader.HasMetaDataKey("NRRD_space"))
     return suffix not in names.GIPL
+
+
+def _states_spacing(path: Path) -> bool:
+    """Return whether a header states the size of voxels; ITK assumes 1 mm if an NRRD or MetaImage does not."""
+    if names.suffix_of(path) not in (".nrrd", ".nhdr", ".mha", ".mhd"):
+        return True
+    with path.open("rb") as file:
+        return bool(_SPACING.search(file.read(_HEADER_BYTES)))
 
 
 def _read_itk(path: Path, geometry: Geometry, channels: int) -> np.ndarray:
@@ -245,16 +260,29 @@ def _picture_geometry(columns: int, rows: int) -> Geometry:
     return Geometry((1, rows, columns), PICTURE_SPACING, dimensions=2, calibrated=False)
 
 
-def _picture_mode(path: Path) -> str:
-    """Return how a PNG or BMP file stores its pixels, as Pillow names it: P for palette, LA, and so on."""
-    if names.suffix_of(path) not in (".png", ".bmp"):
-        return ""
+def _picture_notes(path: Path, resolve_palette: bool, notes: list[str]) -> int:
+    """Return the orientation tag of a picture that is no TIFF, and note what may mislead."""
     with _open_pillow(path) as picture:
-        return str(picture.mode)
+        orientation = 1
+        if "exif" in picture.info:
+            with suppress(Exception):  # a parser of damaged bytes raises any exception
+                orientation = int(picture.getexif().get(_ORIENTATION, 1))
+        if not resolve_palette and picture.mode in ("P", "PA"):
+            notes.append(palette_note(np.reshape(picture.getpalette("RGB"), (-1, 3))))
+    if orientation not in range(2, 9):
+        return 1
+    notes.append(f"read as stored: its orientation tag ({orientation}), by which programs turn it, is ignored")
+    return orientation
 
 
 def _needs_pillow(path: Path) -> bool:
-    return names.suffix_of(path) == ".bmp" or _picture_mode(path) in ("1", "P", "PA", "LA")
+    """Return whether ITK would misread a picture, or refuse it, as grey with one transparent value."""
+    if names.suffix_of(path) != ".png":
+        return names.suffix_of(path) == ".bmp"
+    with _open_pillow(path) as picture:
+        return picture.mode in ("1", "P", "PA", "LA") or (
+            "transparency" in picture.info and len(picture.getbands()) == 1
+        )
 
 
 def _open_pillow(path: Path) -> Any:

@@ -301,7 +301,7 @@ class Image:
     has_alpha : bool
         Whether the last channel may be transparency.
     orientation_tag : int
-        Of a TIFF file; 1 if the first pixel is shown at the top left, as in every other format.
+        Of a picture; 1 if the first pixel is shown at the top left. TIFF files are turned by it, others are not.
     """
 
     array: np.ndarray

@@ -99,7 +99,7 @@ def read_image(path: str | Path, channels: int | None = None) -> Image:
         return Image(*read_series(path))
     image, alpha_notes = _without_alpha(_read(path), channels)
     n, notes = image.array.shape[0], [*image.notes, *alpha_notes]
-    if names.suffix_of(path) in names.TIFF and image.geometry.dimensions == 3 and not image.geometry.calibrated:
+    if image.geometry.dimensions == 3 and not image.geometry.calibrated:
         notes.append("no spacing known, 1x1x1 mm taken")
     return replace(image, notes=(*notes, *([f"{n} channels in one file"] if n > 1 else [])))
 

@@ -52,6 +52,18 @@ def smallest_dtype(low: int, high: int) -> type[np.integer]:
     return np.int64
 
 
+def palette_note(colours: np.ndarray) -> str:
+    """Describe a label map that is a palette picture: files whose palettes differ may mean other things by a number.
+
+    Parameters
+    ----------
+    colours : ndarray of int, shape (numbers, 3)
+        Red, green and blue of each number, 0 to 255.
+    """
+    first = ", ".join(f"{i} is #{red:02x}{green:02x}{blue:02x}" for i, (red, green, blue) in enumerate(colours[:3]))
+    return f"palette picture read as the numbers of its colours: {first}"
+
+
 def label_colours(n: int) -> list[Colour]:
     """Return the colours of labels; after the first ones, hues by the golden ratio.
 
@@ -265,10 +277,9 @@ class Labels(BaseModel, frozen=True, extra="forbid"):
         if labels and all(k.lstrip("-").isdigit() for k in labels) and all(isinstance(v, str) for v in labels.values()):
             labels = {name: int(value) for value, name in labels.items()}
         for name, value in labels.items():
-            if name.lower() == IGNORE and isinstance(value, int):
-                ignore = value
-            else:
-                names[name] = tuple(map(_integer, value)) if isinstance(value, list | tuple) else _integer(value)
+            names[name] = tuple(map(_integer, value)) if isinstance(value, list | tuple) else _integer(value)
+            if name.lower() == IGNORE and len(_members(names[name])) == 1:
+                (ignore,) = _members(names.pop(name))
         if all(len(_members(value)) == 1 for value in names.values()):  # [1] for each label: no region, as in nnU-Net
             names = {name: _members(value)[0] for name, value in names.items()}
         return cls(names=names, ignore=ignore, region_order=None if region_order is None else tuple(region_order))

@@ -19,7 +19,7 @@ import numpy as np
 import tifffile
 
 from nnunet_lite.data.geometry import PICTURE_SPACING, Geometry, Image, Spacing, triple
-from nnunet_lite.data.labels import smallest_dtype
+from nnunet_lite.data.labels import palette_note, smallest_dtype
 from nnunet_lite.data.names import AGAIN, companions, require_bytes, require_readable
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json
@@ -79,7 +79,7 @@ def read_tiff(path: Path, resolve_palette: bool = True, pixels: bool = True) -> 
         array = _pixels(series) if pixels else np.broadcast_to(np.uint8(0), series.shape)
         array = _arranged(array, series.axes, path)
         if page.photometric == _PALETTE and not resolve_palette:
-            notes.append("palette picture read as the numbers of its colours")
+            notes.append(palette_note(_bytes(page.colormap).T))
         elif page.photometric == _PALETTE:
             array = _colours(array, page.colormap) if pixels else np.broadcast_to(array, (3, *array.shape[1:]))
         orientation = _orientation(page)
@@ -226,8 +226,11 @@ def _arranged(array: np.ndarray, axes: str, path: Path) -> np.ndarray:
 
 def _colours(numbers: np.ndarray, table: np.ndarray) -> np.ndarray:
     """Return the colours (3, z, y, x) of a palette picture."""
-    table = (table >> 8 if table.max() > 255 else table).astype(np.uint8)
-    return table[:, numbers[0]]
+    return _bytes(table)[:, numbers[0]]
+
+
+def _bytes(table: np.ndarray) -> np.ndarray:
+    return (table >> 8 if table.max() > 255 else table).astype(np.uint8)
 
 
 def _orientation(page: Any) -> int:
