@@ -28,7 +28,7 @@ from nnunet_lite.inference import onnx as exporter
 from nnunet_lite.inference import onnx_runner as runner
 from nnunet_lite.inference import predictor
 from nnunet_lite.inference.onnx import OPSET, export_onnx
-from nnunet_lite.models.checkpoint import save_weights
+from nnunet_lite.models.checkpoint import load_weights, save_weights
 from nnunet_lite.models.folder import FORMAT, MODEL
 from nnunet_lite.networks.build import build_network
 from nnunet_lite.planning.schema import Plan
@@ -230,6 +230,25 @@ def test_2d_residual_regions_and_sides(make_model: MakeModel, tmp_path: Path) ->
     assert np.abs(single - expected).max() > 1e-2
     with pytest.raises(UserError, match="has no fold 7"):
         runner.load_onnx(tmp_path / "out", folds=[7])
+
+
+@torch.no_grad()
+def test_windows_of_zeros_are_background_as_with_torch(make_model: MakeModel, tmp_path: Path) -> None:
+    """With normalisation inside a mask, air between two bodies is not computed."""
+    statistics = dict.fromkeys(("mean", "median", "std", "min", "max", "percentile_00_5", "percentile_99_5"), 1)
+    channel = {"name": "T1", "normalization": "zscore", "use_mask": True, "statistics": statistics}
+    changes = {"channels": [channel], "configurations": {"2d": planned((16, 12)).model_dump(mode="json")}}
+    folder = make_model(tmp_path / "model", "2d", changes, settings={"augmentation.mirror_axes": []})
+    file, network = folder / "fold_0" / MODEL, build_network(Plan.read(folder / "plans.json"), "2d")
+    header = load_weights(file, network)
+    network.heads[-1].get_parameter("bias")[1] += 0.5  # or nothing is found in air
+    save_weights(file, network, header)
+    export_onnx(folder, tmp_path / "out")
+    array = np.random.default_rng(0).normal(size=(4, 70, 12)).astype(np.float32)
+    array[:, 15:55] = 0
+    spacing, exported = (1.0, *changes["configurations"]["2d"]["spacing"]), runner.load_onnx(tmp_path / "out")
+    agree(load_fp32(folder), exported, array, spacing)
+    assert (replace(exported, skip_empty=False)(array, spacing) != exported(array, spacing)).any(), "it counts"
 
 
 def test_a_cascade_takes_its_first_stage_along(make_model: MakeModel, tmp_path: Path) -> None:

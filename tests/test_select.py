@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from samples import Command, Counts
+from samples import Command, Counts, rewrite_nifti
 
 import nnunet_lite
 from nnunet_lite.data.dataset import map_labels, stored_dataset
@@ -237,11 +238,15 @@ def test_what_cannot_be_compared_is_reported(paths: Paths) -> None:
 
 def test_damaged_models_stop_no_other(paths: Paths, scan: Path, tmp_path: Path, capfd: Any) -> None:
     """Neither where they are compared, nor where one is chosen without a selection."""
-    for name in ("no_run", "no_weights", "no_scores"):
+    for name in ("flipped_bit", "no_run", "no_weights", "no_scores"):
         shutil.copytree(paths.models / "tiny", paths.models / name)
     damaged = {"no_run": "run.json", "no_weights": "fold_0/model.safetensors"}
     for name, file in (damaged | {"no_scores": "fold_0/validation/summary.json"}).items():
         (paths.models / name / file).write_text("{")
+    damaged = {"flipped_bit": "fold_0/model.safetensors", **damaged}
+    flipped = paths.models / "flipped_bit" / "fold_0" / "model.safetensors"
+    flipped.write_bytes(flipped.read_bytes()[:-1] + bytes([flipped.read_bytes()[-1] ^ 1]))
+    shutil.rmtree(flipped.parent / "validation")  # it would have to predict
     nnunet_lite.predict(scan, tmp_path, workspace=paths.root.parent, device="cpu", configuration="tiny")
     err = capfd.readouterr().err
     assert "model no_run is left out: " in err and "model no_scores is left out: " in err
@@ -265,6 +270,25 @@ def test_what_is_missing_is_predicted_or_scored(paths: Paths) -> None:
     scan = next(c for c in stored_dataset(paths.dataset).cases if c.id == name).images[0]
     by_model = nnunet_lite.load(paths.models / "tiny", [0], "cpu")(scan)
     assert np.array_equal(read_label(second)[0], by_model) and first.stat().st_mtime_ns == before
+
+
+def test_held_out_cases_that_changed_are_scored_again(paths: Paths, tmp_path: Path, capfd: Any) -> None:
+    """A new label map is compared with what was predicted; a new image is predicted again."""
+    raw = shutil.copytree(stored_dataset(paths.dataset).root, tmp_path / "Task04_Hippocampus")
+    plan = partial(nnunet_lite.plan, raw, workspace=paths.root.parent, workers=0)
+    out = add_model(paths, "right", lambda reference, _: reference, folds=1) / "fold_0" / "validation"
+    assert select(paths, "right").candidates[0].dice == 1
+    plan()
+    assert (out / "summary.json").is_file() and "their scores are deleted" not in capfd.readouterr().err
+    first, second = sorted(out.glob("*.nii.gz"))
+    rewrite_nifti(raw / "labelsTr" / first.name, lambda a: np.where(a > 0, 3 - a, 0).astype(a.dtype))
+    plan()
+    assert "changed since models were scored on them: their scores are deleted" in capfd.readouterr().err
+    assert first.is_file() and not (out / "summary.json").is_file()
+    assert select(paths, "right").candidates[0].dice == 0.5
+    rewrite_nifti(raw / "imagesTr" / second.name, lambda a: a[::-1])
+    plan()
+    assert first.is_file() and not second.is_file()
 
 
 # --------------------------------------------------------------------------------------------------------- ensembles

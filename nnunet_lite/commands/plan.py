@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,12 +16,13 @@ from nnunet_lite.commands import options
 from nnunet_lite.data.check import broken_dataset, check_dataset, exclude_cases
 from nnunet_lite.data.dataset import Dataset, channels_of, dataset_to_json, labels_of, read_dataset, stored_dataset
 from nnunet_lite.data.geometry import ACCEPTABLE
-from nnunet_lite.data.problems import Report, check_kinds, few, plural
-from nnunet_lite.data.raw_files import dataset_paths, read_stamps, scan_raw_cases, write_stamps
+from nnunet_lite.data.problems import Report, check_kinds, few, name_cases, plural
+from nnunet_lite.data.raw_files import RawCase, changed_files, dataset_paths, read_stamps, scan_raw_cases, write_stamps
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json, write_json
+from nnunet_lite.inference.cases import output_file
 from nnunet_lite.models.bundle import is_imported
-from nnunet_lite.models.folder import first_training, is_begun, model_folders
+from nnunet_lite.models.folder import SUMMARY, VALIDATION, first_training, is_begun, model_folders
 from nnunet_lite.planning import replanning
 from nnunet_lite.planning.fingerprint import Fingerprint, check_and_fingerprint
 from nnunet_lite.planning.nnunet import plan_to_nnunet
@@ -320,7 +322,8 @@ def _plan_dataset(dataset: Dataset, paths: Paths, given: Options, rule: FoldRule
     earlier = replanning.read_earlier_plan(paths)
     adopted = replanning.read_adopted_plan(given, earlier, dataset)
     # First, so that a change while files are checked is noticed.
-    raw, _ = scan_raw_cases(dataset.cases, read_stamps(paths.raw), workers)
+    known = read_stamps(paths.raw)
+    raw, _ = scan_raw_cases(dataset.cases, known, workers)
     problems, fingerprint = check_and_fingerprint(dataset, workers)
     log.info(problems.to_text())
     if fingerprint is None:
@@ -335,6 +338,7 @@ def _plan_dataset(dataset: Dataset, paths: Paths, given: Options, rule: FoldRule
     write_json(paths.check, problems.to_json())
     write_json(paths.dataset, dataset_to_json(dataset))
     write_json(paths.fingerprint, fingerprint.model_dump(mode="json"))
+    _forget_changed_cases(dataset, paths, known, raw)
     write_stamps(paths.raw, raw)
     if splits is not None:
         write_splits(paths.splits, *splits)
@@ -348,6 +352,26 @@ def _plan_dataset(dataset: Dataset, paths: Paths, given: Options, rule: FoldRule
                  "further folds: train again with --restart, or with a new --name")  # fmt: skip
     use(paths.root.parent, dataset.name)
     return new.plan
+
+
+def _forget_changed_cases(
+    dataset: Dataset, paths: Paths, before: Mapping[str, RawCase], now: Mapping[str, RawCase]
+) -> None:
+    """Delete the scores of held-out cases whose files have changed, and predictions of images that have."""
+    known = [case for case in dataset.cases if case.id in before]
+    changes = [(case, changed_files(case, before[case.id], now.get(case.id))) for case in known]
+    outdated = set()
+    for model in (*model_folders(paths), *paths.ensembles.glob("*")):
+        for folder, (case, files) in product(model.glob(f"fold_*/{VALIDATION}"), changes):
+            if files and (label_map := output_file(case, folder)).is_file():
+                (folder / SUMMARY).unlink(missing_ok=True)
+                if files != [case.label]:
+                    label_map.unlink()
+                outdated.add(case.id)
+    if outdated:
+        paths.calibration.unlink(missing_ok=True)
+        what = f"{name_cases(sorted(outdated))} changed since models were scored on them"
+        log.info(f"{what}: their scores are deleted, and `nnlite select` makes them again")
 
 
 def _plan_fingerprint(fingerprint: Path, dataset_json: Path, about: dict[str, Any], given: Options) -> Plan:

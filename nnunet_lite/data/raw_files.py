@@ -150,15 +150,20 @@ def first_change(cases: Sequence[Case], file: Path) -> Path | None:
     known = read_stamps(file)
     now, _ = scan_raw_cases(cases, known)
     for case in cases:
-        before, after = known.get(case.id), now.get(case.id)
-        if before is None or after is None or len(before.files) != len(after.files):
-            return next((path for path in _paths(case) if not path.is_file()), case.images[0])
-        for path, old, new in zip(_paths(case), before.files, after.files, strict=True):
-            if old.digest != new.digest:
-                return path
+        if changed := changed_files(case, known.get(case.id), now.get(case.id)):
+            return changed[0]
     if now != known:
         write_stamps(file, now)
     return None
+
+
+def changed_files(case: Case, before: RawCase | None, after: RawCase | None) -> list[Path]:
+    """Return the files of a case whose contents differ between two stamps; one that is missing, or its image, if some
+    are missing or new."""
+    if before is None or after is None or len(before.files) != len(after.files):
+        return [next((path for path in _paths(case) if not path.is_file()), case.images[0])]
+    stamps = zip(_paths(case), before.files, after.files, strict=True)
+    return [path for path, old, new in stamps if old.digest != new.digest]
 
 
 def dataset_paths(workspace: Path, dataset: Dataset) -> Paths:

@@ -1,4 +1,4 @@
-"""Find the trained models of a dataset that held-out cases can judge. Needs no torch."""
+"""Find the trained models of a dataset that held-out cases can judge. Needs torch only to check weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from nnunet_lite.models.folder import (
     MODEL,
     first_training,
     model_folders,
-    read_weights_header,
     stage_path,
     trained_folds,
 )
@@ -107,10 +106,12 @@ def find_members(
 
 def _damaged_weights(member: Member) -> str | None:
     """Return which weights of a model, or of its first stage, cannot be read, and why; None if all can."""
+    from nnunet_lite.models.checkpoint import read_weights  # torch is slow to load
+
     try:
         for stage in filter(None, (member.folder, member.first_stage)):
             for fold in member.folds:
-                read_weights_header(stage / f"fold_{fold}" / MODEL)
+                read_weights(stage / f"fold_{fold}" / MODEL)
     except UserError as error:
         return str(error)
     return None

@@ -84,6 +84,7 @@ def _write(predictor: Predictor, out: Path) -> dict[str, float]:
         "step_size": predictor.settings.step_size,
         "mirror_axes": predictor.mirror_axes if predictor.settings.mirroring else (),
         "of_nnunet": predictor.of_nnunet,
+        "skip_empty": predictor.skip_empty,
         "sides": None if predictor.swap is None else asdict(predictor.swap),
     }
     write_text(out / "plans.json", predictor.plan.to_json())

@@ -62,6 +62,8 @@ class OnnxPredictor:
         Labels that change places in mirrored copies.
     of_nnunet : bool
         The classes of a first stage go by way of the image's own grid, as in nnU-Net.
+    skip_empty : bool
+        Windows of zeros are background, and are not computed.
     first_stage : OnnxPredictor, optional
         The first stage of a cascade.
     """
@@ -74,6 +76,7 @@ class OnnxPredictor:
     mirror_axes: tuple[int, ...]
     swap: LabelSwap | None = None
     of_nnunet: bool = False
+    skip_empty: bool = False
     first_stage: OnnxPredictor | None = None
 
     @property
@@ -112,7 +115,7 @@ class OnnxPredictor:
         Returns
         -------
         ndarray, shape (logits, z, y, x)
-            float32, the mean over folds and mirrored copies.
+            float32, the mean over folds and mirrored copies; zeros where no window was computed.
 
         Raises
         ------
@@ -126,7 +129,10 @@ class OnnxPredictor:
         flips = mirrorings([axis + flat for axis in self.mirror_axes])
         total = np.zeros((self.plan.labels.n_channels, *shape), np.float32)
         weights = np.zeros(shape, np.float32)
-        copies = list(itertools.product(itertools.product(*tile(shape, patch, self.step_size)), flips))
+        places = list(itertools.product(*tile(shape, patch, self.step_size)))
+        if self.skip_empty:
+            places = [place for place in places if image[:, *(span.inside for span in place)].any()]
+        copies = list(itertools.product(places, flips))
         size = int(np.clip(_VOXELS // np.prod(patch), 1, 64))
         for start in range(0, len(copies), size):
             batch = copies[start : start + size]
@@ -136,7 +142,7 @@ class OnnxPredictor:
                 share = weight[within[-weight.ndim :]] / len(flips)
                 total[:, *inside] += _mirror_back(output, flip, self.swap)[:, *within] * share
                 weights[inside] += share
-        total /= weights
+        total /= np.where(weights > 0, weights, 1)
         require_finite(total, _IF_NOT_FINITE)
         return total
 
@@ -206,6 +212,7 @@ def load_onnx(
         mirror_axes=tuple(about["mirror_axes"]),
         swap=swap and LabelSwap(swap["axis"], *(v and tuple(v) for v in (swap["channels"], swap["classes"]))),
         of_nnunet=about.get("of_nnunet", True),
+        skip_empty=about.get("skip_empty", False),
         first_stage=load_onnx(folder / PREVIOUS, None, providers) if is_second else None,
     )
 

@@ -141,6 +141,14 @@ class Predictor:
         """The labels and their values; of a region, the values that it unites."""
         return self.plan.labels.names
 
+    @property
+    def skip_empty(self) -> bool:
+        """Whether windows of zeros are background, and are not computed."""
+        if self.settings.skip_empty != "auto":
+            return self.settings.skip_empty
+        as_nnunet = self.of_nnunet and self.device.type != "cpu"  # it computes them, and on a GPU they take little time
+        return any(channel.use_mask for channel in self.plan.channels) and not as_nnunet
+
     def add_quality_maps(self, maps: ExtraMaps = ExtraMaps()) -> ExtraMaps:
         """Return maps together with those from which the quality of a prediction is judged."""
         by_fold = maps.uncertainty and maps.disagreement
@@ -568,11 +576,7 @@ def segment(
     plans = plan_memory(tasks, labels, settings.step_size, limit)
     for plan in plans[0]:
         _log_once(str(plan))
-    skip_empty = settings.skip_empty
-    if skip_empty == "auto":  # nnU-Net computes them, and on a GPU they take little time
-        as_nnunet = predictor.of_nnunet and predictor.device.type != "cpu"
-        skip_empty = any(channel.use_mask for channel in predictor.plan.channels) and not as_nnunet
-    return predict_label_map(models, plans, labels, maps, new_map, skip_empty=skip_empty)
+    return predict_label_map(models, plans, labels, maps, new_map, skip_empty=predictor.skip_empty)
 
 
 def predict_on_grid(first_stage: Predictor, array: Preprocessed, second: Placement) -> np.ndarray:

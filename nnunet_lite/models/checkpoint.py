@@ -30,13 +30,25 @@ def load_weights(file: Path, network: nn.Module) -> dict[str, Any]:
     Raises
     ------
     UserError
-        There is no such file, it is no safetensors file, or it has weights of another network or NaN.
+        There is no such file, it is no safetensors file, or it is damaged, or it has weights of another network or NaN.
+    """
+    tensors, header = read_weights(file)
+    _fill(network, tensors, file)
+    return header
+
+
+def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read weights, which no network is needed for, and their header.
+
+    Raises
+    ------
+    UserError
+        There is no such file, it is no safetensors file, it is damaged, or it has NaN.
     """
     tensors, header = _load(file)
-    _fill(network, tensors, file)
     if bad := [name for name, value in tensors.items() if not bool(torch.isfinite(value).all())]:
         raise UserError(f"holds weights that are not finite ({bad[0]})", file, "Train it again.")
-    return header
+    return tensors, header
 
 
 def snapshot_checkpoint(
