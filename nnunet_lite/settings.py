@@ -540,6 +540,8 @@ def _suggest_keys(key: str) -> str:
     def likeness(known: str) -> float:
         return max(SequenceMatcher(None, key, name).ratio() for name in (known, known.split(".")[1]))
 
+    if key == "network.kind":
+        return "The network is planned: --set plan.preset=mednext_s, or another preset of `nnlite plan --help`."
     near = sorted(keys(), key=likeness, reverse=True)[:3]
     return f"Did you mean {near[0]!r}?" if likeness(near[0]) >= 0.6 else f"The nearest are {', '.join(near)}."
 

@@ -163,7 +163,8 @@ def _listed(folder: Path, workspace: Path) -> Path | None:
 
 def planned_datasets(workspace: Path) -> list[str]:
     """Return the names of the datasets that are planned in a workspace."""
-    return sorted(path.parent.name for path in workspace.glob("*/plans.json"))
+    planned = (path.parent for path in workspace.glob("*/plans.json"))  # which an exported model has too
+    return sorted(folder.name for folder in planned if (folder / "fingerprint.json").is_file())
 
 
 def datasets_of(workspace: Path) -> list[str]:

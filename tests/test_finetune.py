@@ -197,7 +197,7 @@ def adopted(own: Plan, model: Plan, configuration: str = "3d_fullres", settings:
 
 
 def test_the_plan_of_the_model_is_adopted_but_for_labels_and_channels(own: Plan, cascade: Plan) -> None:
-    """The kind of U-Net too: the dataset is planned for a plain one."""
+    """The kind of network too: the dataset is planned for a plain one."""
     theirs = renamed(with_kind(cascade, "3d_fullres", "residual"), "mri", axis_order=(2, 0, 1))
     plan = adopted(own, theirs)
     planned, model = plan.configuration("3d_fullres"), theirs.configuration("3d_fullres")
@@ -226,7 +226,7 @@ def test_images_are_turned_and_a_channel_of_another_name_keeps_its_normalization
     ("configuration", "kind", "changes", "message"),
     [
         ("2d", "plain", {}, "does not fit 3d_fullres: dimensions 2, here 3"),
-        ("3d_fullres", "residual", {"plan.preset": "default"}, "residual, here plain. Take a recipe without a preset"),
+        ("3d_fullres", "residual", {"plan.preset": "default"}, "residual, here plain. Take a recipe without"),
         ("3d_fullres", "plain", {"network.norm": "batch"}, "normalisation instance, here batch"),
         (
             "coarse",

@@ -304,10 +304,13 @@ def test_fold_all_is_used_if_there_is_no_other(model_copy: Path) -> None:
     [({}, (0, 1, 2)), ({"mirror_axes": [1]}, (1,)), ({"p_mirror": 0.0}, ()), ({"enabled": False}, ())],
 )
 def test_only_axes_mirrored_in_training_are_mirrored(
-    model_copy: Path, change: dict[str, Any], axes: tuple[int, ...]
+    model_copy: Path, change: dict[str, Any], axes: tuple[int, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     edit(model_copy / "run.json", lambda run: run["settings"]["augmentation"].update(change))
-    assert load(model_copy, device="cpu", settings=FAST).mirror_axes == axes
+    assert load(model_copy, device="cpu").mirror_axes == axes
+    assert "--mirroring" not in capsys.readouterr().err
+    load(model_copy, device="cpu", settings={"inference.mirroring": True})
+    assert ("--mirroring changes nothing" in capsys.readouterr().err) == (not axes)
 
 
 def test_a_fourth_dimension_is_channels(model: Predictor, scans: list[Path], tmp_path: Path) -> None:

@@ -182,6 +182,7 @@ def test_text_is_read_as_a_toml_value(key: str, text: str, value: object) -> Non
         ("lrr", 1, "unknown setting 'lrr'. Did you mean 'optimizer.lr'?"),
         ("qqq", 1, "unknown setting 'qqq'. The nearest are "),
         ("loss.dise", 1, "unknown setting 'loss.dise'. Did you mean 'loss.dice'?"),
+        ("network.kind", "mednext", "The network is planned: --set plan.preset=mednext_s"),
         ("training.epochs", "many", "training.epochs = 'many': "),
         ("optimizer.lr", "inf", "optimizer.lr = inf: Input should be a finite number"),
         ("augmentation.scaling", "[0.7]", "augmentation.scaling = [0.7]: "),

@@ -20,6 +20,7 @@ def make_raw(place: Path, name: str) -> Path:
 
 def make_planned(workspace: Path, name: str, root: Path = Path("nowhere")) -> None:
     write_text(workspace / name / "plans.json", "{}")
+    write_text(workspace / name / "fingerprint.json", "{}")
     write_json(workspace / name / "dataset.json", {"root": str(root)})
 
 

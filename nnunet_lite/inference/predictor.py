@@ -314,13 +314,16 @@ def _load_model(
     if inference.compile:
         networks = [cast(nn.Module, torch.compile(network)) for network in networks]
     augmentation = settings.augmentation
+    mirror_axes = augmentation.mirrored_axes(trained.configuration.dimensions)
+    if inference.mirroring and "inference.mirroring" in changes and not mirror_axes:
+        log.warn(f"{path.name} was trained without mirrored images: --mirroring changes nothing")
     return Predictor(
         folder=path,
         plan=trained.plan,
         configuration_name=trained.run["configuration"],
         folds=tuple(trained.networks),
         networks=tuple(networks),
-        mirror_axes=augmentation.mirrored_axes(trained.configuration.dimensions),
+        mirror_axes=mirror_axes,
         settings=inference,
         device=target,
         arithmetic=arithmetic,

@@ -151,16 +151,15 @@ def adopt_plan(plan: Plan, configuration: str, source: Source, settings: Setting
     Raises
     ------
     UserError
-        The model has another number of dimensions than planned, or kind of U-Net, normalization layer or spacing than
-        set.
+        The model has another number of dimensions than planned, or network, normalization layer or spacing than set.
     """
     planned, model = plan.configuration(configuration), source.plan.configuration(source.configuration)
     norm, kind, lengths = model.network.norm, model.network.kind, sorted(model.spacing)  # axes may have another order
     given = lengths if settings.plan.spacing is None else sorted(planned.spacing)
     for what, own, theirs, fix in (
         ("dimensions", planned.dimensions, model.dimensions, "Train a configuration of as many."),
-        ("kind of U-Net", kind if settings.plan.preset is None else planned.network.kind, kind,
-         "Take a recipe without a preset."),
+        ("network", kind if settings.plan.preset is None else planned.network.kind, kind,
+         "Take a recipe without plan.preset: the network is that of the model."),
         ("spacing", given, lengths, "Leave out plan.spacing, or --set plan.adopt=false."),
         ("normalisation", settings.network.norm or norm, norm, "Leave network.norm out of the settings."),
     ):  # fmt: skip
