@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unicodedata import normalize
 
 import pytest
 from samples import Command, blocks, described, save_arrays, save_cases, scan
@@ -56,6 +57,14 @@ def test_words_at_the_end_of_label_maps(tmp_path: Path, image: str, label: str) 
 def test_words_that_stay() -> None:
     for name in ("mask", "amask", "_mask", "a_mask_2", "label_7"):
         assert label_base(name) == name
+
+
+def test_letters_that_macos_writes_as_two_characters(tmp_path: Path) -> None:
+    name = "M\u00fcller{}"
+    save_cases(tmp_path, [f"images/{name}.nii.gz"], [f"labels/{normalize('NFD', name)}.nii.gz"])
+    dataset = read_dataset(tmp_path)
+    assert [case.id for case in dataset.cases] == [name.format(i) for i in range(len(dataset.cases))]
+    assert check_dataset(dataset, workers=0).ok
 
 
 def test_the_exact_name_comes_first(tmp_path: Path) -> None:

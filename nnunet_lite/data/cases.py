@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from unicodedata import normalize
 
 from nnunet_lite import log
 from nnunet_lite.data.dicom import ENDINGS, is_series, series_folders
@@ -521,12 +522,13 @@ def label_maps(files: Iterable[Path], names: Collection[str]) -> dict[str, list[
     """
     exact: dict[str, list[Path]] = defaultdict(list)
     by_word: dict[str, list[Path]] = defaultdict(list)
+    known = {normalize("NFC", name): name for name in names}  # macOS writes ü as two characters
     for path in files:
-        name = stem(path)
-        if name in names:
-            exact[name].append(path)
-        elif label_base(name) in names:
-            by_word[label_base(name)].append(path)
+        name = normalize("NFC", stem(path))
+        if name in known:
+            exact[known[name]].append(path)
+        elif label_base(name) in known:
+            by_word[known[label_base(name)]].append(path)
     return {**by_word, **exact}
 
 
