@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bad_inputs import contents
-from samples import Copy, sample_plan
+from samples import Copy, rewrite_nifti, sample_plan
 
 from nnunet_lite import log
 from nnunet_lite.data.dataset import Dataset, read_dataset
@@ -149,7 +149,8 @@ def test_killed_at_any_point_it_continues_to_the_same_files(copy_dataset: Copy, 
 
 def test_a_bad_case_is_named_and_the_others_are_done(five: Dataset, tmp_path: Path) -> None:
     plan = sample_plan(five.labels)
-    bad, missing = five.cases[1], five.cases[3]
+    bad, infinite, missing = five.cases[1:4]
+    rewrite_nifti(infinite.images[0], lambda a: np.where(a == a.max(), np.inf, a).astype(np.float32))
     assert bad.label is not None
     values, geometry, _ = read_label(bad.label)
     values[0, 0, 0] = 9
@@ -158,9 +159,10 @@ def test_a_bad_case_is_named_and_the_others_are_done(five: Dataset, tmp_path: Pa
     with pytest.raises(UserError) as error:
         preprocess_dataset(five, plan, BOTH, tmp_path / "pre")
     text = str(error.value)
-    assert text.startswith("2 of 5 cases could not be preprocessed: ") and "\n" not in text
+    assert text.startswith("3 of 5 cases could not be preprocessed: ") and "\n" not in text
     assert f"{bad.id} ({bad.images[0]}): label values" in text and str(missing.images[0]) in text
-    assert len(list((tmp_path / "pre" / "cases").iterdir())) == 3
+    assert f"{infinite.id} ({infinite.images[0]}): NaN or infinite: 1 voxel of channel" in text
+    assert len(list((tmp_path / "pre" / "cases").iterdir())) == 2
     assert open_case(tmp_path / "pre", plan, "2d", five.cases[0].id).label is not None
     with pytest.raises(UserError, match=f"case {bad.id} is not preprocessed for 2d"):
         open_case(tmp_path / "pre", plan, "2d", bad.id)

@@ -81,7 +81,7 @@ def use_trained_unit(plan: Plan, image: Image, path: Path) -> Image:
         The image has another number of channels than the model, or the model was trained on micrometres, and the image
         states no spacing.
     """
-    _check_channels(image, plan, path)
+    check_channels(image, plan, path)
     geometry = image.geometry
     planned = [configuration.spacing for configuration in plan.configurations.values()]
     stated = geometry.spacing[1:] if geometry.dimensions == 2 else geometry.spacing
@@ -111,27 +111,8 @@ def use_trained_unit(plan: Plan, image: Image, path: Path) -> Image:
     return image
 
 
-def check_image(image: Image, plan: Plan) -> None:
-    """Refuse an image that the networks of a plan cannot predict.
-
-    Raises
-    ------
-    UserError
-        The image has another number of channels than the model, or voxels that are NaN, infinite or beyond float32.
-    """
-    _check_channels(image, plan)
-    for channel, values in zip(plan.channels, image.array, strict=True):
-        # integers are finite, and the sum of finite floats is finite unless it overflows
-        wide = values.dtype.itemsize > 4
-        if values.dtype.kind == "f" and (wide or not np.isfinite(values.sum(dtype=np.float64))):
-            with np.errstate(over="ignore"):
-                wrong = int(values.size - np.count_nonzero(np.isfinite(values.astype(np.float32))))
-            if wrong:
-                what = f"NaN or infinite{', as float32' * wide}: {plural(wrong, 'voxel')} of channel {channel.name}"
-                raise UserError(what, fix="Replace them, for example by 0, or export the image again.")
-
-
-def _check_channels(image: Image, plan: Plan, path: Path | None = None, fix: str = "") -> None:
+def check_channels(image: Image, plan: Plan, path: Path | None = None, fix: str = "") -> None:
+    """Refuse an image that has another number of channels than a plan."""
     expected, found = len(plan.channels), image.array.shape[0]
     if found != expected:
         names = ", ".join(channel.name for channel in plan.channels)
@@ -178,7 +159,7 @@ def as_image(given: Any, spacing: Sequence[float] | None, plan: Plan) -> Image:
     z, y, x = array.shape[1:]
     image = Image(array, Geometry((z, y, x), _check_spacing(spacing), oriented=False))
     picture = "array.transpose(2, 0, 1)[:, None]"
-    _check_channels(image, plan, fix=f"Give an array (channels, z, y, x); a picture (y, x, channels) is {picture}.")
+    check_channels(image, plan, fix=f"Give an array (channels, z, y, x); a picture (y, x, channels) is {picture}.")
     return image
 
 

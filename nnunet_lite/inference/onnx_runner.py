@@ -23,7 +23,7 @@ import numpy as np
 from nnunet_lite.data.images import Image
 from nnunet_lite.errors import UserError, naming
 from nnunet_lite.files import read_json
-from nnunet_lite.inference.cases import as_classes, as_image, check_image
+from nnunet_lite.inference.cases import as_classes, as_image, check_channels
 from nnunet_lite.inference.windows import Flip, LabelSwap, Place, gaussian_weight, mirrorings, tile
 from nnunet_lite.planning.schema import Configuration, Plan
 from nnunet_lite.preprocessing.pipeline import Placement, preprocess_image, require_finite, restore_segmentation
@@ -87,7 +87,7 @@ class OnnxPredictor:
         """Segment an image; parameters, result and errors are those of `Predictor`."""
         with naming(image) if isinstance(image, str | PathLike) else nullcontext():
             given = as_image(image, spacing, self.plan)
-            check_image(given, self.plan)
+            check_channels(given, self.plan)
             return self._segment(given)
 
     def _segment(self, image: Image, second: Placement | None = None) -> np.ndarray:

@@ -23,7 +23,7 @@ from nnunet_lite import log
 from nnunet_lite.data.images import Image
 from nnunet_lite.data.problems import few, html_table
 from nnunet_lite.errors import UserError, naming
-from nnunet_lite.inference.cases import as_classes, as_image, check_image
+from nnunet_lite.inference.cases import as_classes, as_image, check_channels
 from nnunet_lite.inference.features import FEATURES
 from nnunet_lite.inference.memory import PredictionTask, plan_memory
 from nnunet_lite.inference.outputs import ExtraMaps, NewMap, parse_label_names, predict_label_map
@@ -507,9 +507,9 @@ def prepare_image(predictor: Predictor, image: Image) -> PreparedImage:
     Raises
     ------
     UserError
-        As `check_image`.
+        As `check_channels`, and `preprocess_image`.
     """
-    check_image(image, predictor.plan)
+    check_channels(image, predictor.plan)
     made: list[tuple[Predictor, Preprocessed]] = []
 
     def preprocess(model: Predictor) -> Preprocessed:

@@ -34,6 +34,7 @@ from nnunet_lite.data.geometry import (
 )
 from nnunet_lite.data.images import Image
 from nnunet_lite.data.labels import Labels, smallest_dtype
+from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError
 from nnunet_lite.planning.schema import Configuration, Plan, Resampling
 from nnunet_lite.preprocessing.normalization import normalize
@@ -159,8 +160,9 @@ def prepare(image: Image, classes: np.ndarray | None, plan: Plan) -> Preprocesse
     Raises
     ------
     UserError
-        The image does not fit the plan's channels.
+        The image does not fit the plan's channels, or has voxels that are NaN, infinite or beyond float32.
     """
+    _require_finite_voxels(image, plan)
     turn = turn_for(plan, image.geometry.orientation)
     array = turn.apply(image.array)
     mask = nonzero_mask(array) if any(channel.use_mask for channel in plan.channels) else None
@@ -178,6 +180,18 @@ def prepare(image: Image, classes: np.ndarray | None, plan: Plan) -> Preprocesse
     normalize(array, plan.channels, counted)
     spacing = transposed(image.geometry.spacing, turn.order)
     return Preprocessed(array, classes, Placement(image.geometry, turn, box, spacing, spacing, array.shape[1:]))
+
+
+def _require_finite_voxels(image: Image, plan: Plan) -> None:
+    for channel, values in zip(plan.channels, image.array, strict=False):  # `normalize` counts them
+        # integers are finite, and the sum of finite floats is finite unless it overflows
+        wide = values.dtype.itemsize > 4
+        if values.dtype.kind == "f" and (wide or not np.isfinite(values.sum(dtype=np.float64))):
+            with np.errstate(over="ignore"):
+                wrong = int(values.size - np.count_nonzero(np.isfinite(values.astype(np.float32))))
+            if wrong:
+                what = f"NaN or infinite{', as float32' * wide}: {plural(wrong, 'voxel')} of channel {channel.name}"
+                raise UserError(what, fix="Replace them, for example by 0, or export the image again.")
 
 
 def turn_for(plan: Plan, orientation: str | None) -> Turn:
