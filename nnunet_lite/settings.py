@@ -439,7 +439,7 @@ def load_settings(recipe: str = "default", changes: Mapping[str, Any] | None = N
     UserError
         The recipe or a key is unknown (names the nearest), the TOML is bad (line and column), or a value is illegal.
     """
-    return with_changes(_read_recipe(_recipe_path(recipe)), changes or {})
+    return with_changes(_read_recipe(_recipe_path(recipe)), _replacing_length(changes or {}))
 
 
 def with_changes(settings: Settings, changes: Mapping[str, Any], sections: tuple[str, ...] | None = None) -> Settings:
@@ -508,7 +508,14 @@ def _read_recipe(path: Path, above: tuple[Path, ...] = ()) -> Settings:
         raise UserError(f"invalid TOML: {error}", path) from None
     base = tree.pop("base", None)
     start = Settings() if base is None else _read_recipe(_recipe_path(str(base), path.parent), (*above, path))
-    return _validated(start.model_copy(update={"recipe": path.stem}), dict(flatten(tree)), path)
+    values = _replacing_length(dict(flatten(tree)))
+    return _validated(start.model_copy(update={"recipe": path.stem}), values, path)
+
+
+def _replacing_length(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values without the time limit of what they change if they give a number of epochs."""
+    length = {"training.time_limit": None} if "training.epochs" in values else {}
+    return {**length, **values}
 
 
 def flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -548,9 +555,9 @@ def _suggest_keys(key: str) -> str:
 
 def _validated(base: Settings, values: dict[str, Any], file: Path | None) -> Settings:
     """Return `base` with the values of some keys replaced; they come from `file`, or from options if it is None."""
-    known, length = keys(), {"training.time_limit": None} if "training.epochs" in values else {}
+    known = keys()
     tree: dict[str, Any] = base.model_dump(exclude_unset=True)  # `model_fields_set` says later what was given
-    for key, value in {**length, **values}.items():
+    for key, value in values.items():
         if key not in known and key != "training.tensorboard":
             raise UserError(f"unknown setting {key!r}", file, _suggest_keys(key))
         section, name = key.split(".")

@@ -12,7 +12,8 @@ other means than those by which `select` calibrates. What is judged of a case wa
 "kind unknown", also without the most similar kind of copies of other cases.
 
 Then errors are planted in the labels of a tenth of the held-out cases (plant_errors.py), and all is trained on these
-labels; `nnlite audit` must rank the damaged cases first.
+labels; `nnlite audit` must rank the damaged cases first. With `--rounds` errors are planted that many times, and the
+networks are those that were trained on the labels as they are: more errors, for less time.
 
 Also: what the judging adds to the time of `nnlite predict`, measured in turns.
 """
@@ -30,13 +31,15 @@ from pathlib import Path
 
 import numpy as np
 from make_phantoms import LABEL_MAP, make_dataset, read_anatomy
-from plant_errors import plant_errors
+from plant_errors import damaged_maps, plant_errors
 from scipy import ndimage
 from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
 from nnunet_lite.data.dataset import stored_dataset
 from nnunet_lite.data.geometry import triple
+from nnunet_lite.data.images import read_label, write_label
+from nnunet_lite.evaluation.audit import audit_labels
 from nnunet_lite.evaluation.calibration import find_held_out, fit_quality, split_by_case
 from nnunet_lite.evaluation.calibration_rows import Row, predict_pair, predict_rows, read_labelled, training_ranges
 from nnunet_lite.evaluation.comparison import load_team
@@ -265,14 +268,39 @@ def audit_lines(paths: Paths, planted: dict[str, str]) -> list[str]:
     """Return how many of the damaged held-out cases are among the first of the ranking, by kind."""
     run("audit", "-w", paths.root.parent)
     ranking = [entry["case"] for entry in read_json(paths.root / "audit.json")["cases"]]
-    damaged = {case: kind for case, kind in planted.items() if case in ranking}
+    return kind_lines(found_first(ranking, planted))
+
+
+def audit_rounds(paths: Paths, folder: Path, rounds: int) -> list[str]:
+    """Return the same of errors that are planted several times, with networks that were trained on correct labels."""
+    dataset, found = stored_dataset(paths.dataset), list[tuple[str, bool]]()
+    held_out = [case for fold in read_json(paths.splits)[: len(FOLDS)] for case in fold["val"]]
+    files = {case.id: case.label for case in dataset.cases if case.label is not None and case.id in held_out}
+    for seed in range(rounds):
+        planted = damaged_maps(files, dataset.labels, 0.1, seed)
+        changed = {}
+        for case, (_, label_map) in planted.items():
+            changed[case] = folder / f"{seed}" / files[case].name
+            changed[case].parent.mkdir(parents=True, exist_ok=True)
+            write_label(changed[case], label_map, read_label(files[case])[1], like=files[case])
+        cases = tuple(replace(case, label=changed.get(case.id, case.label)) for case in dataset.cases)
+        audit = audit_labels(paths, replace(dataset, cases=cases), None, None, 1)
+        found += found_first([case.case for case in audit.cases], {case: kind for case, (kind, _) in planted.items()})
+    return kind_lines(found)
+
+
+def found_first(ranking: Sequence[str], planted: dict[str, str]) -> list[tuple[str, bool]]:
+    """Return the kind of each damaged case, and whether it is among the first of a ranking."""
     first = ranking[: round(FIRST * len(ranking))]
+    return [(kind, case in first) for case, kind in planted.items() if case in ranking]
+
+
+def kind_lines(found: Sequence[tuple[str, bool]]) -> list[str]:
     lines = ["| planted error | cases | among the first 15 % |", "|---|---|---|"]
-    for kind in dict.fromkeys(damaged.values()):
-        of_kind = [case for case in damaged if damaged[case] == kind]
-        lines.append(f"| {kind} | {len(of_kind)} | {sum(case in first for case in of_kind)} |")
-    found = sum(case in first for case in damaged)
-    return [*lines, f"| all | {len(damaged)} of {len(ranking)} | {found} |"]
+    for kind in dict.fromkeys(kind for kind, _ in found):
+        of_kind = [first for own, first in found if own == kind]
+        lines.append(f"| {kind} | {len(of_kind)} | {sum(of_kind)} |")
+    return [*lines, f"| all | {len(found)} | {sum(first for _, first in found)} |"]
 
 
 def main() -> None:
@@ -287,6 +315,7 @@ def main() -> None:
         "--timed", type=int, default=20, help="images that are predicted ten times for the times; default: 20"
     )
     parser.add_argument("--no-audit", action="store_true", help="leave out the second table")
+    parser.add_argument("--rounds", type=int, default=0, help="plant errors so many times; nothing is trained for it")
     parser.add_argument("-w", "--workspace", type=Path, default=Path("bench_quality"))
     parser.add_argument("--output", type=Path, help="write the tables here too")
     o = parser.parse_args()
@@ -311,6 +340,8 @@ def main() -> None:
     show(head, "", *quality_lines(judged, unknown))
     if o.timed:
         show("", time_judging(paths, o.workspace / "timed", o.timed))
+    if o.rounds:
+        show("", *audit_rounds(paths, o.workspace.absolute() / "rounds" / root.name, o.rounds))
     if not o.no_audit:
         damaged = o.workspace / "damaged" / root.name
         if not damaged.is_dir():

@@ -104,11 +104,12 @@ def long_axes(label: np.ndarray, least: int) -> list[int]:
 def damaged_maps(files: dict[str, Path], labels: Labels, share: float, seed: int) -> dict[str, tuple[str, np.ndarray]]:
     """Damage a share of the label maps in memory: case id -> kind and map. A kind that changes nothing is skipped.
 
+    The seed chooses the cases, the errors, and the kind that comes first.
     A case that a kind does not change (such as a map of one label, whose labels cannot be swapped) gets the next kind.
     """
-    rng, planted = np.random.default_rng(seed), dict[str, tuple[str, np.ndarray]]()
+    rng, planted, turn = np.random.default_rng(seed), dict[str, tuple[str, np.ndarray]](), seed
     order = [[*files][i] for i in rng.permutation(len(files))]
-    number, turn = round(share * len(files)), 0
+    number = round(share * len(files))
     for i, case in enumerate(order):
         if len(planted) == number:
             break

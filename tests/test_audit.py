@@ -21,7 +21,13 @@ from nnunet_lite.data.dataset import stored_dataset
 from nnunet_lite.data.images import read_label, write_label
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.audit import STRONG, Audit, rank_cases, read_audit
-from nnunet_lite.evaluation.contradictions import Evidence, collect_evidence, majority_vote
+from nnunet_lite.evaluation.contradictions import (
+    Correction,
+    Evidence,
+    collect_evidence,
+    dice_of_counts,
+    majority_vote,
+)
 from nnunet_lite.files import read_json
 from nnunet_lite.models.folder import open_run
 from nnunet_lite.planning.schema import Plan
@@ -219,6 +225,42 @@ def test_a_label_that_is_absent_is_one_finding() -> None:
     assert [one.kind for one in judge(change, names) if one.label == "tumour"] == ["missing structure"]
     found = judge(add, names, predicted=change)
     assert [(one.kind, one.text[-14:]) for one in found] == [("surplus structure", ", in 2 regions")]
+
+
+def test_a_label_that_all_other_cases_have_is_missing_also_if_no_model_sees_it() -> None:
+    names = ("background", "liver", "nodule")
+
+    def texts(*without: int, blind: bool) -> list[str]:
+        evidence = []
+        for seed in range(24):
+            label = two_kidneys(seed)
+            own = np.where(label == 2, 0, label) if seed in without else label
+            seen = np.where(label == 2, 0, label) if blind or seed in without else label
+            evidence.append(collect_evidence(str(seed), own, [predict_from(seen, seed)], names, None))
+        ranked = rank_cases(evidence, names)
+        assert not blind or len(without) > 1 or ranked[0].case == "7"
+        return [finding.text for case in ranked for finding in case.findings if finding.score > STRONG]
+
+    assert texts(7, blind=True) == ["nodule is nowhere, and nearly all other cases have it"]
+    assert not any("nodule" in text for text in texts(7, blind=False)), "models find it in the others: it is not there"
+    assert not any("nodule" in text for text in texts(7, 8, 9, blind=True)), "some cases have none"
+
+
+def test_a_gap_is_measured_in_what_is_usual_for_its_label() -> None:
+    """Weak models see long bridges between two parts in some cases: they are no evidence, in others they are."""
+    counts = np.array([[9000, 20], [20, 200]])
+
+    def rank(*lengths: int) -> list[float]:
+        evidence = []
+        for number in range(16):
+            gap = Correction(
+                "slices without labels", "", (0, 0, 0), dice_of_counts(counts), 1, (*lengths, *[0] * 16)[number]
+            )
+            evidence.append(Evidence(str(number), counts, (gap,) if gap.depth else (), (0, 0, 0), "", "voxel"))
+        return [case.score for case in rank_cases(evidence, ("background", "kidneys"))]
+
+    assert rank(6)[:2] == [6, 0]
+    assert max(rank(20, 19)) < STRONG
 
 
 @pytest.mark.parametrize("flat", [False, True], ids=["3d", "picture"])

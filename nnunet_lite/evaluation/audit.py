@@ -55,6 +55,8 @@ _OF_A_REGION = 0.9  # weight of a correction of a region: one that has a reason,
 _OF_TWINS = 3  # weight of what Dice lacks if another case has the same voxels
 _UNLIKE = 0.25  # share of both foregrounds outside of the other, from which two maps may be of two cases
 _DRIFT = 0.1  # share of its volume by which a label is larger or smaller
+_RARELY = 0.05  # share of the other references that may lack a label if its absence counts as such
+_FAINT = 0.25  # of the voxels that models usually see of a label: fewer are no sign that it is there
 _MOST_FINDINGS = 3
 _WEAK_MODEL = 0.9  # of the best model's Dice
 _DOUBTFUL = 0.6  # Dice of the best model
@@ -328,7 +330,7 @@ def rank_cases(evidence: Sequence[Evidence], names: Sequence[str]) -> list[Audit
         for correction in one.corrections:
             place = int(correction.kind == _GAP), correction.label
             row[place] = max(row[place], correction.depth)
-    usual = _Usual.of(dice, depths)
+    usual = _Usual.of(evidence, dice, depths)
     cases = []
     for one, own_dice in zip(evidence, dice, strict=True):
         others = [name for name in twins[one.digest] if one.digest and name != one.case_id]
@@ -341,22 +343,34 @@ def rank_cases(evidence: Sequence[Evidence], names: Sequence[str]) -> list[Audit
 
 
 class _Usual(NamedTuple):
-    """Median and spread of Dice of each foreground class; usual depth of regions and length of gaps of each class."""
+    """What is usual for each foreground class (dice, spread), and for each class.
+
+    Median and spread of Dice, depth of regions, length of gaps, number of voxels that models see where a reference has
+    the class, and how surprising a reference without it is, in bits: 0 if more than a few have none.
+    """
 
     dice: np.ndarray
     spread: np.ndarray
     depth: np.ndarray
     gap: np.ndarray
+    seen: np.ndarray
+    surprise: np.ndarray
 
     @classmethod
-    def of(cls, dice: np.ndarray, depths: np.ndarray) -> _Usual:
+    def of(cls, evidence: Sequence[Evidence], dice: np.ndarray, depths: np.ndarray) -> _Usual:
         """Estimate the spread from the deviations and from the lower quartile, which counts where many are hard."""
         known = np.where(np.isnan(dice).all(0), 0, dice)
         low, middle = np.nanquantile(known, (0.25, 0.5), axis=0)
         spread = np.maximum(1.4826 * np.nanmedian(np.abs(known - middle), axis=0), (middle - low) / 0.6745)
         smallest = _SMALLEST_SPREAD * max(1, _FEW_CASES / len(dice))
         depth, gap = np.median(depths[:, 0], axis=0), np.quantile(depths[:, 1], 0.9, axis=0)
-        return cls(middle, np.maximum(spread, smallest), depth, gap)
+        has = np.array([one.counts.sum(1) > 0 for one in evidence])
+        seen = np.array([one.counts.sum(0) for one in evidence])
+        usual_seen = np.nanmedian(np.where(has | ~has.any(0), seen, np.nan), axis=0)
+        n, absent = len(evidence), np.maximum(np.count_nonzero(~has, axis=0), 1)
+        surprise = np.where(absent - 1 <= _RARELY * (n - 1), np.log2((n + 1) / absent), 0)
+        surprise[0] = 0  # a picture may have no background
+        return cls(middle, np.maximum(spread, smallest), depth, gap, usual_seen, surprise)
 
     def lack(self, dice: np.ndarray) -> np.ndarray:
         """Return by how many spreads Dice is below the usual one; 0 for classes that are nowhere."""
@@ -387,6 +401,9 @@ def _judge_case(
     lack = usual.lack(dice)
     total, worst = float(lack.max()), int(lack.argmax())
     findings = []
+    own, seen = one.counts.sum(1), one.counts.sum(0)
+    is_absent = (own == 0) & (seen >= _FAINT * usual.seen)
+    absent = {k: float(usual.surprise[k]) for k in np.flatnonzero(is_absent & (usual.surprise > 0)).tolist()}
 
     def add(kind: Kind, label: int, text: str, place: Place, score: float) -> None:
         name = names[label] if label else ""
@@ -400,21 +417,25 @@ def _judge_case(
             fits = gain > 0 and restored >= _EXPLAINING * total
             score = max(restored, gain / _SMALLEST_SPREAD) if fits else 0.0
         elif kind == _GAP:
-            score = max(score, float(depth - usual.gap[label]))
+            score = max(score, float((depth - usual.gap[label]) / max(1, usual.gap[label])))
+        elif kind == "missing structure" and label in absent:
+            score = max(score, absent.pop(label))
         elif depth:  # a region as thin as most is usual
             score *= _OF_A_REGION * (depth > usual.depth[label])
         if score > 0:
             add(kind, label, text, place, score)
+    for label, score in absent.items():  # the models do not see it, and usually do not either
+        text = f"{names[label]} is nowhere, and nearly all other cases have it"
+        add("missing structure", label, text, one.place, score)
     if twins and not any(finding.kind in _OF_THE_MAP for finding in findings):
         text = f"it has the same {one.unit}s as that of {' and '.join(twins)}"
         add("map of another case", 0, text, one.place, _OF_TWINS * total)
     if max((finding.score for finding in findings), default=0.0) < _EXPLAINING * total:
-        own, other, both = one.counts[1:].sum(), one.counts[:, 1:].sum(), one.counts[1:, 1:].sum()
-        size, seen, name = one.counts[worst + 1].sum(), one.counts[:, worst + 1].sum(), names[worst + 1]
-        if both < (1 - _UNLIKE) * min(own, other):
+        size, name, both = own[worst + 1], names[worst + 1], one.counts[1:, 1:].sum()
+        if both < (1 - _UNLIKE) * min(own[1:].sum(), seen[1:].sum()):
             add("map of another case", 0, "no correction makes it fit: it may be of another case", one.place, total)
-        elif abs(size / max(seen, 1) - 1) > _DRIFT:
-            text = f"{name} has {size} {one.unit}s, and the models see {seen}"
+        elif abs(size / max(seen[worst + 1], 1) - 1) > _DRIFT:
+            text = f"{name} has {size} {one.unit}s, and the models see {seen[worst + 1]}"
             add("boundary drift", worst + 1, text, one.place, _UNEXPLAINED * total)
         else:
             text = f"Dice of {name} with the models is {dice[worst]:.2f}, usual is {usual.dice[worst]:.2f}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from filecmp import cmp
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -115,13 +116,13 @@ class PredictionRecord:
         Raises
         ------
         UserError
-            There is a label map of an image of the same name, which still exists.
+            There is a label map of another image of the same name, which still exists.
         """
         recorded = self._read()["predictions"] if self.begins else {}
         for file, case in cases.items():
             with understood(self.folder / RECORD, _FIX):
                 other = Path(recorded[file.name]["images"][0]) if file.name in recorded else case.images[0]
-            if file.is_file() and other.exists() and identify(other) != identify(case.images[0]):
+            if file.is_file() and other.exists() and not _is_same_image(other, case.images[0]):
                 what = f"is the label map of {other}, and that of {case.images[0]} has the same name"
                 raise UserError(what, file, "Choose another --output, or delete it.")
 
@@ -261,3 +262,16 @@ def _describe_model(model: Predictor) -> dict[str, Any]:
         "dataset": model.plan.dataset, "configuration": model.configuration_name, "folds": list(model.folds),
     }  # fmt: skip
     return about if model.first_stage is None else {**about, "first_stage": _describe_model(model.first_stage)}
+
+
+def _is_same_image(one: Path, other: Path) -> bool:
+    """Return whether two paths lead to the same image, or to a copy of it."""
+    if identify(one) == identify(other):
+        return True
+    pairs = [(one, other)]
+    if one.is_dir() and other.is_dir():  # DICOM series
+        names = [{path.name for path in folder.iterdir()} for folder in (one, other)]
+        if names[0] != names[1]:
+            return False
+        pairs = [(one / name, other / name) for name in names[0]]
+    return all(a.is_file() and b.is_file() and cmp(a, b, shallow=False) for a, b in pairs)
