@@ -376,6 +376,14 @@ class _Usual(NamedTuple):
         """Return by how many spreads Dice is below the usual one; 0 for classes that are nowhere."""
         return np.nan_to_num(np.maximum((self.dice - dice) / self.spread, 0))
 
+    def absences(self, own: np.ndarray, seen: np.ndarray) -> dict[int, float]:
+        """Return each class that a reference lacks and nearly all others have, and how surprising that is.
+
+        If the models usually see the class, and see none here, they agree with the reference: it is left out.
+        """
+        is_absent = (own == 0) & (seen >= _FAINT * self.seen) & (self.surprise > 0)
+        return {k: float(self.surprise[k]) for k in np.flatnonzero(is_absent).tolist()}
+
 
 def _join_regions(one: Evidence, usual: _Usual, names: Sequence[str]) -> list[Correction]:
     """Correct regions that are thicker than usual together: of many small objects, each one alone changes little."""
@@ -402,8 +410,7 @@ def _judge_case(
     total, worst = float(lack.max()), int(lack.argmax())
     findings = []
     own, seen = one.counts.sum(1), one.counts.sum(0)
-    is_absent = (own == 0) & (seen >= _FAINT * usual.seen)
-    absent = {k: float(usual.surprise[k]) for k in np.flatnonzero(is_absent & (usual.surprise > 0)).tolist()}
+    absent = usual.absences(own, seen)
 
     def add(kind: Kind, label: int, text: str, place: Place, score: float) -> None:
         name = names[label] if label else ""
