@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -15,6 +16,11 @@ from typing import Any
 
 import pytest
 from samples import FAST, HIPPOCAMPUS, TINY, Command, Copy, Counts, as_options, first_cases
+
+
+def pytest_configure() -> None:
+    """Let Ctrl-C end the processes of tests, although a shell lets programs in its background ignore it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup() -> None:

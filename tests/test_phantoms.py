@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import runpy
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,14 +15,18 @@ from scipy import ndimage
 from nnunet_lite.data.dataset import read_case, read_dataset
 
 SCRIPT = runpy.run_path(str(Path(__file__).parent.parent / "scripts" / "make_phantoms.py"))
-ANATOMY = SCRIPT["read_anatomy"](SCRIPT["LABEL_MAP"])
 SMALL = {"size": (32, 40, 40), "spacing": (6.0, 9.0)}
+
+
+@cache
+def anatomy() -> Any:
+    return SCRIPT["read_anatomy"](SCRIPT["LABEL_MAP"])
 
 
 @pytest.fixture(scope="module")
 def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("phantoms") / "Dataset040_Phantoms"
-    SCRIPT["make_dataset"](root, ANATOMY, cases=6, **SMALL)
+    SCRIPT["make_dataset"](root, anatomy(), cases=6, **SMALL)
     return root
 
 
@@ -33,7 +39,7 @@ def arrays(root: Path) -> list[tuple[np.ndarray, np.ndarray, tuple[float, ...]]]
 
 def test_the_same_options_make_the_same_voxels(phantoms: Path, tmp_path: Path) -> None:
     for seed in (0, 1):
-        SCRIPT["make_dataset"](tmp_path / str(seed), ANATOMY, cases=1, seed=seed, **SMALL)
+        SCRIPT["make_dataset"](tmp_path / str(seed), anatomy(), cases=1, seed=seed, **SMALL)
     (first, again, other) = (arrays(root)[0] for root in (phantoms, tmp_path / "0", tmp_path / "1"))
     assert np.array_equal(first[0], again[0]) and np.array_equal(first[1], again[1]) and first[2] == again[2]
     assert first[2] != other[2]

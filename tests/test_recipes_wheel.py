@@ -26,7 +26,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_wheel_holds_every_module_recipe_and_template(wheel: Path) -> None:
     assert wheel.name == f"nnunet_lite-{nnunet_lite.__version__}-py3-none-any.whl"
-    names = set(zipfile.ZipFile(wheel).namelist())
+    with zipfile.ZipFile(wheel) as archive:
+        sizes = {entry.filename: entry.compress_size for entry in archive.infolist()}
+    names = set(sizes)
     package = Path(nnunet_lite.__file__).parent
     files = (path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
     modules = {str(path.relative_to(package.parent)) for path in files}  # and pages, with what they are made of
@@ -35,7 +37,8 @@ def test_wheel_holds_every_module_recipe_and_template(wheel: Path) -> None:
     templates = {str(path.relative_to(package.parent)) for path in (package / "reporting" / "templates").iterdir()}
     assert len(templates) >= 4 and templates <= names
     assert not [name for name in names if name.startswith(("tests", "scripts", "docs", "configs/"))]
-    assert wheel.stat().st_size < 1_000_000
+    del sizes["nnunet_lite/reporting/viewer_page/niivue.js"]  # of others, a third of the wheel
+    assert sum(sizes.values()) < 650_000, "the package has grown: what can be deleted?"
 
 
 def test_wheel_works_away_from_the_checkout(wheel: Path, tmp_path: Path) -> None:
