@@ -70,6 +70,14 @@ def splits(tmp_path: Path) -> Path:
 # ------------------------------------------------------------------------------------------------ division into folds
 
 
+@pytest.mark.parametrize(("n_cases", "n_folds"), [(2, 2), (7, 5), (40, 5), (101, 10)])
+def test_folds_are_those_of_scikit_learn(n_cases: int, n_folds: int) -> None:
+    ids = [f"case_{i:03d}" for i in range(n_cases)]
+    expected = KFold(n_folds, shuffle=True, random_state=12345).split(ids)
+    made = [split.validation for split in divide(ids[::-1], n_folds)]
+    assert made == [tuple(ids[i] for i in held_out) for _, held_out in expected]
+
+
 def test_folds_are_those_of_nnunet(splits: Path) -> None:
     ids = np.array(sorted(IDS))
     expected = [

@@ -115,9 +115,10 @@ def draw_metrics(epochs: list[Metrics], path: Path) -> None:
     """Draw loss, Dice and learning rate over the epochs to a PNG."""
     if not epochs:
         return
-    figure = Figure(figsize=(9, 7), layout="constrained")
+    figure = Figure(figsize=(9, 7))
     FigureCanvasAgg(figure)
     losses, scores, rates = figure.subplots(3, 1, sharex=True, height_ratios=(3, 3, 1))
+    figure.subplots_adjust(0.09, 0.07, 0.99, 0.98, hspace=0.06)
     x = [metrics["epoch"] for metrics in epochs]
 
     def column(name: str) -> list[float]:

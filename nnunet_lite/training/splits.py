@@ -281,7 +281,9 @@ def divide(
     groups: Mapping[str, str] | None = None,
     strata: Mapping[str, str] | None = None,
 ) -> list[Split]:
-    """Divide cases into folds: nnU-Net's KFold(5, shuffle, seed 12345) over the sorted ids, else StratifiedGroupKFold.
+    """Divide cases into folds: those of nnU-Net, which are scikit-learn's KFold(5, shuffle=True, random_state=12345).
+
+    With groups or strata, scikit-learn's StratifiedGroupKFold divides them.
 
     Parameters
     ----------
@@ -299,11 +301,9 @@ def divide(
     UserError
         No stratum has a case for each fold.
     """
-    from sklearn.model_selection import KFold  # slow to import
-
     ids = sorted(case_ids)
-    if groups is None and strata is None:
-        parts = [part for _, part in KFold(n_folds, shuffle=True, random_state=SEED).split(ids)]
+    if groups is None and strata is None:  # without scikit-learn, whose import takes longer than this whole command
+        parts = np.array_split(np.random.RandomState(SEED).permutation(len(ids)), n_folds)
     else:
         groups, strata = groups or {i: i for i in ids}, strata or dict.fromkeys(ids, "")
         parts = _balance([groups[i] for i in ids], [strata[i] for i in ids], n_folds)
@@ -312,7 +312,7 @@ def divide(
 
 def _balance(group_of_case: Sequence[str], stratum_of_case: Sequence[str], n_folds: int) -> list[np.ndarray]:
     """Divide the numbers of cases into folds that hold out about equal shares of each stratum, and whole groups."""
-    from sklearn.model_selection import StratifiedGroupKFold
+    from sklearn.model_selection import StratifiedGroupKFold  # slow to import
 
     if max(Counter(stratum_of_case).values()) < n_folds:
         raise UserError(f"no stratum has {n_folds} cases, one for each fold", fix="Use fewer strata or fewer folds.")
