@@ -48,7 +48,7 @@ from nnunet_lite.reporting.material import CasePictures, read_material
 from nnunet_lite.reporting.page import _quality_section
 from nnunet_lite.workspace import Paths
 
-SHORT = {**TINY, **FAST, "training.epochs": 1, "training.iterations": 50, "training.patch_size": [40, 56, 40],
+SHORT = {**TINY, **FAST, "training.epochs": 1, "training.iterations": 50, "training.batch_size": 1, "training.patch_size": [40, 56, 40],
          "network.features_base": 4, "network.features_max": 16, "optimizer.name": "muon", "optimizer.lr": 5e-3,
          "schedule.name": "constant", "training.validation_iterations": 0}  # fmt: skip
 

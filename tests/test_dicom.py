@@ -344,7 +344,7 @@ def test_the_extra_is_needed_for_segmentations_only(series: Path, monkeypatch: p
 
 
 def test_prediction_of_a_series_equals_that_of_its_nifti(tiny_model: Path, hippocampus: Path, tmp_path: Path) -> None:
-    image = sitk.ReadImage(str(hippocampus / "imagesTr" / CASE))
+    image = sitk.ReadImage(str(hippocampus / "imagesTr" / CASE))[:, :, 14:22]
     stored = np.rint(sitk.GetArrayFromImage(image)).astype(np.uint16)
     grid = Geometry(stored.shape, image.GetSpacing()[::-1], image.GetOrigin(), image.GetDirection())
     save_series(tmp_path / "in" / "visit", stored, grid)
