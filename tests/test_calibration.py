@@ -19,7 +19,7 @@ import torch
 from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from samples import FAST, TINY, Command, Copy, first_cases, rewrite_nifti
+from samples import TINY, Command, Copy, first_cases, rewrite_nifti
 from scipy.stats import spearmanr
 
 import nnunet_lite
@@ -48,9 +48,10 @@ from nnunet_lite.reporting.material import CasePictures, read_material
 from nnunet_lite.reporting.page import _quality_section
 from nnunet_lite.workspace import Paths
 
-SHORT = {**TINY, **FAST, "training.epochs": 1, "training.iterations": 50, "training.batch_size": 1, "training.patch_size": [40, 56, 40],
-         "network.features_base": 4, "network.features_max": 16, "optimizer.name": "muon", "optimizer.lr": 5e-3,
-         "schedule.name": "constant", "training.validation_iterations": 0}  # fmt: skip
+SHORT = {**TINY, "training.epochs": 1, "training.iterations": 50, "training.batch_size": 1,
+         "training.patch_size": [40, 56, 40], "network.features_base": 4, "network.features_max": 16,
+         "optimizer.name": "muon", "optimizer.lr": 5e-3, "schedule.name": "constant",
+         "training.validation_iterations": 0}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

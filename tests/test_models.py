@@ -185,7 +185,7 @@ def test_what_is_trained_in_the_workspace_needs_no_flag(
         (tmp_path / "large_disk").mkdir()
         models.symlink_to(tmp_path / "large_disk")
     (tmp_path / "own_net.py").write_text(OWN.format(mark=str(tmp_path / "was_run")))
-    changes = {key: value for key, value in TINY.items() if not key.startswith("network.")} | FAST
+    changes = {key: value for key, value in TINY.items() if not key.startswith("network.")}
     changes |= {"training.epochs": 1, "network.factory": f"{tmp_path / 'own_net.py'}:make"}
     scores = nnunet_lite.train("3d_fullres", 0, settings=changes, workspace=workspace, name="own", device="cpu")
     assert scores.scores

@@ -215,7 +215,7 @@ def status(name):
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 torch.set_num_threads(1)
 for n_folds, n_classes, features, slices in (
-    (1, 3, 4, 48), (1, 3, 16, 48), (1, 118, 16, 48), (5, 3, 16, 48), (5, 118, 16, 48), (1, 40, 8, 96), (1, 40, 8, 384)
+    (1, 3, 4, 48), (1, 3, 16, 48), (1, 118, 16, 48), (3, 118, 16, 48), (1, 40, 8, 96), (1, 40, 8, 384)
 ):
     configuration, labels = planned((48, 48, 48), (features, features)), labels_of(n_classes)
     networks = random_networks(configuration, n_classes, n_folds)
@@ -234,13 +234,13 @@ for n_folds, n_classes, features, slices in (
 
 
 def test_memory_is_as_planned_and_does_not_grow_with_the_image() -> None:
-    """For one fold and five, few classes and many; the first prediction loads libraries too."""
+    """For one fold and three, few classes and many; the first prediction loads libraries too."""
     done = subprocess.run(
         [sys.executable, "-c", MEASURED], cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
         env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "200000"},  # freed memory goes back at once
     )  # fmt: skip
     _, *rows = ([int(n) for n in line.split()] for line in done.stdout.splitlines())
-    assert len(rows) == 6
+    assert len(rows) == 5
     for taken, planned_bytes, _ in rows:  # without AVX-512 other kernels are chosen, which take less
         assert 0.85 < planned_bytes / taken < 1.25, rows
     (double, _, of_double), (long, _, of_long) = rows[-2:]

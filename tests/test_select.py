@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from samples import Command, Counts, rewrite_nifti
+from samples import FAST, Command, Counts, rewrite_nifti
 
 import nnunet_lite
 from nnunet_lite.data.dataset import map_labels, stored_dataset
@@ -30,7 +30,6 @@ from nnunet_lite.workspace import Paths
 
 LARGEST = Rule(largest_component=True)
 LABELS = Labels(names={"background": 0, "Anterior": 1, "Posterior": 2})
-FAST = {"inference.mirroring": False, "inference.step_size": 1.0, "inference.precision": "fp32"}
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from nnunet_lite.workspace import Paths
 
 CONFIGURATION = "3d_fullres"
 Find = Callable[..., list[Teacher]]
-SMALL = {**TINY, **FAST, "training.epochs": 1, "training.iterations": 1}
+SMALL = {**TINY, "training.epochs": 1, "training.iterations": 1}
 
 
 def change_weights(model: Path, factor: float) -> None:
