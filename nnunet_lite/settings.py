@@ -202,6 +202,12 @@ class TrainingSettings(_Section):
             raise ValueError("early_stop uses the held-out Dice: it needs validation_iterations of at least 1")
         return self
 
+    @model_validator(mode="after")
+    def _frozen_weights_are_given(self) -> TrainingSettings:
+        if self.freeze is not None and self.init is None:
+            raise ValueError(f"--freeze {self.freeze} would keep random weights; give a model with --init")
+        return self
+
 
 class NetworkSettings(_Section):
     """Changes to the planned network; what is not set stays as planned."""
@@ -570,4 +576,5 @@ def _validated(base: Settings, values: dict[str, Any], file: Path | None) -> Set
         given: Any = tree
         for part in place:  # deeper parts are entries of a value that is shown whole
             given = given[part]
-        raise UserError(f"{'.'.join(map(str, place))} = {given!r}: {what}" if place else what, file) from None
+        value = f" = {given!r}" if len(place) > 1 else ""  # a whole section would not be read
+        raise UserError(f"{'.'.join(map(str, place))}{value}: {what}" if place else what, file) from None

@@ -214,10 +214,10 @@ def test_the_ends_of_a_range_are_legal(key: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("recipe", "changes", "message"),
     [
-        ("ablations/dice_only", {"loss.dice": 0}, r"^loss = .*one of the weights must be greater than 0"),
+        ("ablations/dice_only", {"loss.dice": 0}, r"^loss: one of the weights must be greater than 0"),
         ("paper2018", {"optimizer.lr": 1e-7}, r"^optimizer\.lr = 1e-07 is below schedule\.min_lr = 1e-06, where pl"),
         ("default", {"training.early_stop": 20, "training.validation_iterations": 0}, "early_stop.*of at least 1"),
-        ("default", {"schedule.warmup": 0.6, "schedule.cooldown": 0.5}, r"^schedule = .*are more than the whole run"),
+        ("default", {"schedule.warmup": 0.6, "schedule.cooldown": 0.5}, r"^schedule: .*are more than the whole run"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(recipe: str, changes: dict[str, Any], message: str) -> None:

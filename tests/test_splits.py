@@ -251,6 +251,9 @@ def test_existing_folds_agree_with_the_options_or_are_refused(
     fewer = replace(dataset, cases=dataset.cases[:31])
     with pytest.raises(UserError, match="names unknown cases"):
         read_splits(splits, fewer)
+    assert not check_folds(splits, fewer, FoldRule())  # not an error before there is a training
+    gone = f"names case {dataset.cases[31].id}, which the dataset does not have"
+    assert gone in capfd.readouterr().err
     splits.unlink()
     read_splits(splits, fewer)
     assert len(read_splits(splits, dataset)) == 5, "without an option, new cases are no mistake"

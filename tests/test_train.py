@@ -108,7 +108,7 @@ def test_several_folds_are_trained_and_restarted(workspace: Path, models: Path) 
 
 
 def test_a_run_that_trained_nothing_does_not_bind_the_next_one(workspace: Path, models: Path) -> None:
-    with pytest.raises(UserError, match="would keep random weights"):
+    with pytest.raises(UserError, match=r"^training: --freeze encoder would keep random weights; give a model with --init\.$"):
         train(workspace, name="new", settings={"training.freeze": "encoder"})
     with pytest.raises(UserError, match=r"otherwise lower --lr\.$"):
         train(workspace, name="new", settings={"optimizer.lr": 1e30, "training.iterations": 50})

@@ -47,6 +47,7 @@ def answer_early(command: str, given: dict[str, Any]) -> options.About | None:
     if command in ("train", "distill", "run"):
         changed = {f"training__{name}": given.get(name) for name in _OPTIONS}
         changed |= {"training__patch_size": options.patch_of(given.get("patch_size"))}
+        changed |= {"training__init": str(given["init"])} if given.get("init") else {}
         overrides = options.overrides_of(given.get("settings"), optimizer__lr=given.get("lr"), **changed)
         load_settings(given.get("recipe") or "default", overrides)
     if command == "run" and not Path(given["data"]).exists():

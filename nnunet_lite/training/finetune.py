@@ -201,12 +201,10 @@ def start_from(network: nn.Module, job: Job) -> None:
     Raises
     ------
     UserError
-        No layer but the heads fits, or random weights are to be frozen.
+        No layer but the heads fits, or layers that the model lacks are to be frozen.
     """
     training = job.settings.training
     if training.init is None:
-        if training.freeze is not None:
-            raise UserError(f"--freeze {training.freeze} would keep random weights", fix="Give a model with --init.")
         return
     fold = job.folder.name.removeprefix("fold_")
     workspace = job.folder.absolute().parents[3]  # WORKSPACE/DATASET/models/MODEL/fold_0

@@ -107,8 +107,8 @@ class SplitsRecord(BaseModel):
 def check_folds(file: Path, dataset: Dataset, rule: FoldRule) -> bool:
     """Report wrong options before any image or label map is read.
 
-    Logs a warning where an existing splits.json has other folds than the splits_final.json of the dataset, or where new
-    folds may have a patient on both sides.
+    Logs a warning where an existing splits.json names cases that the dataset does not have or has other folds than the
+    splits_final.json of the dataset, or where new folds may have a patient on both sides.
 
     Parameters
     ----------
@@ -139,6 +139,9 @@ def check_folds(file: Path, dataset: Dataset, rule: FoldRule) -> bool:
         return asked != DEFAULT_RULE
     splits, record = load_splits(file), read_record(file)
     leave_out(splits, dataset)
+    gone = sorted(_cases_of(splits).difference(_ids([*dataset.cases, *dataset.excluded])))
+    if gone and rule == DEFAULT_RULE:
+        log.warn_once(f"{file} names {name_cases(gone)}, which the dataset does not have: correct it, or delete it")
     try:
         if asked != DEFAULT_RULE:
             _refuse_other_folds(file, splits, record, dataset, asked)
