@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from samples import TINIEST
+from samples import TINIEST, rewrite_nifti
 
 import nnunet_lite
 from nnunet_lite.commands import train as commands
@@ -108,7 +109,9 @@ def test_several_folds_are_trained_and_restarted(workspace: Path, models: Path) 
 
 
 def test_a_run_that_trained_nothing_does_not_bind_the_next_one(workspace: Path, models: Path) -> None:
-    with pytest.raises(UserError, match=r"^training: --freeze encoder would keep random weights; give a model with --init\.$"):
+    with pytest.raises(
+        UserError, match=r"^training: --freeze encoder would keep random weights; give a model with --init\.$"
+    ):
         train(workspace, name="new", settings={"training.freeze": "encoder"})
     with pytest.raises(UserError, match=r"otherwise lower --lr\.$"):
         train(workspace, name="new", settings={"optimizer.lr": 1e30, "training.iterations": 50})
@@ -281,6 +284,30 @@ def test_a_run_resumes_where_only_the_explanations_of_the_plan_changed(workspace
     difference = r"the plan \(configurations\.3d_fullres\.batch_dice: False -> True\)\. Repeat"
     with pytest.raises(UserError, match=f"trained with other settings: {difference}"):
         train(workspace, 0)
+
+
+def test_a_corrected_label_map_keeps_no_further_fold_from_a_model(
+    workspace: Path, models: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It changes statistics of the foreground, which only CT is normalised with; a plan of CT is another one then."""
+    planned = workspace / "Task04_Hippocampus" / "plans.json"
+    before = Plan.read(planned)
+    raw = shutil.copytree(stored_dataset(planned.with_name("dataset.json")).root, tmp_path / "Task04_Hippocampus")
+    nnunet_lite.plan(raw, workspace=workspace, workers=0)  # the same files in another place
+    file = min((raw / "labelsTr").iterdir())
+    rewrite_nifti(file, lambda array: np.where(np.arange(len(array))[:, None, None] < 15, 0, array))
+    capfd.readouterr()
+    nnunet_lite.plan(raw, workspace=workspace, workers=0)
+    err, after = capfd.readouterr().err, Plan.read(planned)
+    assert f"have seen the former files of case {file.name.removesuffix('.nii.gz')}: 3d_fullres-default" in err
+    assert before.channels != after.channels and before.trains_as(after) and "former plan" not in err
+    train(workspace, 2)
+    assert (models / "3d_fullres-default" / "fold_2" / "model.safetensors").is_file()
+    as_ct = [
+        plan.model_copy(update={"channels": (plan.channels[0].model_copy(update={"normalization": "ct"}),)})
+        for plan in (before, after)
+    ]
+    assert not as_ct[0].trains_as(as_ct[1])
 
 
 def test_labels_are_renamed_under_models(

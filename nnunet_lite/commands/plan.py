@@ -338,7 +338,7 @@ def _plan_dataset(dataset: Dataset, paths: Paths, given: Options, rule: FoldRule
     write_json(paths.check, problems.to_json())
     write_json(paths.dataset, dataset_to_json(dataset))
     write_json(paths.fingerprint, fingerprint.model_dump(mode="json"))
-    _forget_changed_cases(dataset, paths, known, raw)
+    changed = _forget_changed_cases(dataset, paths, known, raw)
     write_stamps(paths.raw, raw)
     if splits is not None:
         write_splits(paths.splits, *splits)
@@ -350,14 +350,23 @@ def _plan_dataset(dataset: Dataset, paths: Paths, given: Options, rule: FoldRule
     if trained and earlier.plan is not None and not earlier.plan.trains_as(new.plan):
         log.warn(f"models trained so far belong to the former plan: {few(trained)}; they can predict, but get no "
                  "further folds: train again with --restart, or with a new --name")  # fmt: skip
+    elif trained and changed:
+        log.warn(f"models trained so far have seen the former files of {name_cases(changed)}: {few(trained)}; "
+                 "--restart trains them again")  # fmt: skip
     use(paths.root.parent, dataset.name)
     return new.plan
 
 
 def _forget_changed_cases(
     dataset: Dataset, paths: Paths, before: Mapping[str, RawCase], now: Mapping[str, RawCase]
-) -> None:
-    """Delete the scores of held-out cases whose files have changed, and predictions of images that have."""
+) -> list[str]:
+    """Delete the scores of held-out cases whose files have changed, and predictions of images that have.
+
+    Returns
+    -------
+    list of str
+        Ids of all cases whose files have changed.
+    """
     known = [case for case in dataset.cases if case.id in before]
     changes = [(case, changed_files(case, before[case.id], now.get(case.id))) for case in known]
     outdated = set()
@@ -372,6 +381,7 @@ def _forget_changed_cases(
         paths.calibration.unlink(missing_ok=True)
         what = f"{name_cases(sorted(outdated))} changed since models were scored on them"
         log.info(f"{what}: their scores are deleted, and `nnlite select` makes them again")
+    return [case.id for case, files in changes if files]
 
 
 def _plan_fingerprint(fingerprint: Path, dataset_json: Path, about: dict[str, Any], given: Options) -> Plan:

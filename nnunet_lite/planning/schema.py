@@ -88,6 +88,11 @@ class Channel(_Model):
         inside = " inside the nonzero mask" if self.use_mask else ""
         return f"{NORMALIZATIONS[self.normalization].words}{inside}"
 
+    @property
+    def statistics_used(self) -> Statistics | None:
+        """The statistics of the training set as far as an image is normalised with them; otherwise None."""
+        return self.statistics if self.normalization == "ct" else None
+
 
 def exact_storage(channels: Iterable[Channel]) -> Precision:
     """Return the type that stores normalised images as exactly as they are needed.
@@ -311,13 +316,19 @@ class Plan(_Model):
     def differences(self, other: Plan) -> list[str]:
         """Return what another plan trains otherwise, such as "configurations.2d.batch_size: 2 -> 3".
 
-        Explanations, the predicted memory and the names of labels do not count.
+        Explanations, the predicted memory, the names of labels, and statistics that no image is normalised with do not
+        count.
         """
         unused: Any = {"options": True, "configurations": {"__all__": {"reasons", "memory_gb"}}}
-        before, after = (
-            dict(flatten({**plan.model_dump(mode="json", exclude=unused), "labels": plan.labels.meaning}))
-            for plan in (self, other)
-        )
+
+        def values(plan: Plan) -> dict[str, Any]:
+            content = plan.model_dump(mode="json", exclude=unused)
+            for channel, entry in zip(plan.channels, content["channels"], strict=True):
+                if channel.statistics_used is None:
+                    del entry["statistics"]
+            return dict(flatten({**content, "labels": plan.labels.meaning}))
+
+        before, after = values(self), values(other)
         keys = dict.fromkeys((*before, *after))
         return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if before.get(key) != after.get(key)]
 

@@ -233,15 +233,15 @@ def recipe_of(plan: Plan, configuration: Configuration, spacing: Sequence[float]
         **outside,
         "version": _VERSION + is_clipped_inside,
         "axis_order": plan.axis_order,
-        "channels": [(c.normalization, c.use_mask, c.clip_percentiles, _statistics_used(c)) for c in plan.channels],
+        "channels": [(c.normalization, c.use_mask, c.clip_percentiles, _statistics(c)) for c in plan.channels],
         "labels": (labels.values, labels.ignore, labels.region_classes if labels.has_regions else None),
         "spacing": tuple(spacing),
         "resampling": [value for key, value in resampling.items() if not key.startswith("logits")],
     }
 
 
-def _statistics_used(channel: Channel) -> dict[str, float] | None:
-    return channel.statistics.model_dump() if channel.normalization == "ct" else None
+def _statistics(channel: Channel) -> dict[str, float] | None:
+    return None if (used := channel.statistics_used) is None else used.model_dump()
 
 
 def _case_folders(dataset: Dataset, plan: Plan, name: str, raw: Mapping[str, RawCase]) -> dict[str, str]:
