@@ -8,6 +8,7 @@ and with it torch, is imported when the command runs: `--help`, completion and m
 from __future__ import annotations
 
 import ast
+import gc
 import inspect
 import json
 import re
@@ -209,7 +210,10 @@ def command_of(name: str) -> Any:
             result = import_module("nnunet_lite.commands.early").answer_early(name, arguments)
         if result is None:
             with log.working(f"starting {name}"):  # most commands need torch, which takes seconds to load
+                gc.disable()
                 commands_module = import_module(module)
+                gc.freeze()  # no collection looks at what libraries are made of, which stays
+                gc.enable()
             result = getattr(commands_module, function_name)(**arguments)
         text = _as_json(result) if as_json else _as_text(result)
         if hasattr(result, "close"):

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import pkgutil
 
-import distributed  # noqa: F401
-import matplotlib.figure  # noqa: F401
-import pytest  # noqa: F401
-import samples  # noqa: F401
-import sklearn.model_selection  # noqa: F401
-import torch._dynamo  # noqa: F401
-
 import nnunet_lite
 
-for module in pkgutil.walk_packages(nnunet_lite.__path__, "nnunet_lite."):
-    if not module.name.endswith("__main__"):
-        importlib.import_module(module.name)
+OTHERS = ("distributed", "matplotlib.figure", "pytest", "samples", "sklearn.model_selection", "torch._dynamo")
+
+gc.disable()  # imports make a million objects, none of which is garbage
+modules = [module.name for module in pkgutil.walk_packages(nnunet_lite.__path__, "nnunet_lite.")]
+for name in (*OTHERS, *modules):
+    if not name.endswith("__main__"):
+        importlib.import_module(name)
+gc.freeze()  # a collection in a fork would copy all of them
+gc.enable()

@@ -148,11 +148,13 @@ def start_fork_server() -> None:
 class Forked(FORKS.Process):  # type: ignore[misc]
     """`nnlite` in a process of its own, without the imports at its start.
 
-    It gets signals and ends as any other process, and has the methods of `subprocess.Popen` that tests use.
+    It gets signals and ends as any other process, and has the methods of `subprocess.Popen` that tests use. `variables`
+    are of its environment.
     """
 
-    def __init__(self, *arguments: object, cwd: Path | None = None) -> None:
+    def __init__(self, *arguments: object, cwd: Path | None = None, **variables: str) -> None:
         super().__init__()
+        self.variables = variables
         self.words, self.folder = [str(argument) for argument in arguments], str(cwd or Path.cwd())
         self.streams: list[Any] = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115
         start_fork_server()
@@ -165,7 +167,7 @@ class Forked(FORKS.Process):  # type: ignore[misc]
         for number, stream in enumerate(self.streams, 1):
             os.dup2(stream.detach(), number)
         os.environ.clear()
-        os.environ.update(ENVIRONMENT)
+        os.environ.update(ENVIRONMENT | self.variables)
         os.chdir(self.folder)
         sys.argv = ["nnlite", *self.words]
         system.start_as_command()

@@ -17,6 +17,7 @@ from nnunet_lite.models.folder import model_folders, trained_folds
 from nnunet_lite.models.lookup import choose_model
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import load_settings
+from nnunet_lite.training.launch import launch
 from nnunet_lite.training.splits import ALL, N_FOLDS, read_splits
 from nnunet_lite.workspace import Paths, find_raw, planned_paths, select_dataset, workspace_folder
 
@@ -25,6 +26,8 @@ _OPTIONS = ("epochs", "iterations", "time_limit", "batch_size", "precision", "ca
 
 def answer_early(command: str, given: dict[str, Any]) -> options.About | None:
     """Refuse a call whose arguments alone show that it cannot work, or answer one that only lists folds.
+
+    With --gpus, the processes that train are started, and do that.
 
     Parameters
     ----------
@@ -43,6 +46,8 @@ def answer_early(command: str, given: dict[str, Any]) -> options.About | None:
     UserError
         There is no such recipe, setting, dataset, configuration, fold, model or image, or nothing is planned.
     """
+    if command == "train" and given["gpus"] > 1:
+        launch(given["gpus"])
     place, dataset = workspace_folder(given.get("workspace")), given.get("dataset")
     if command in ("train", "distill", "run"):
         changed = {f"training__{name}": given.get(name) for name in _OPTIONS}

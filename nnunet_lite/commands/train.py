@@ -49,9 +49,9 @@ from nnunet_lite.system import process_age
 from nnunet_lite.training.cache import load_cases
 from nnunet_lite.training.distributed import (
     Ranks,
+    current_ranks,
     from_first,
     join_group,
-    launch,
     leave_group,
     report_lost_peer,
     wait_for_first,
@@ -246,8 +246,9 @@ def train(
     nnlite train 3d_fullres 0
     nnlite train 2d all-folds --recipe cpu --time-limit 30m
     """
-    if gpus > 1:
-        launch(gpus)
+    if gpus > 1 and current_ranks().world == 1:  # `nnlite` has started them, see early.py
+        fix = f"Start your script with `torchrun --nproc-per-node {gpus}`, or use `nnlite train --gpus {gpus}`."
+        raise UserError(f"gpus={gpus} needs one process for each GPU", fix=fix)
     changed = options.overrides_of(
         settings, training__epochs=epochs, training__iterations=iterations, training__time_limit=time_limit,
         training__batch_size=batch_size, training__patch_size=options.patch_of(patch_size), optimizer__lr=lr,
