@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -135,6 +136,18 @@ def test_edits_stay(planned: Planned) -> None:
     ):  # fmt: skip
         assert words in said.partition("edits that are kept: ")[2].partition("\n")[0]
     assert read_json(planned.file)["configurations"]["mine"] == MINE, "as it was written"
+
+
+def test_labels_that_are_not_those_of_the_dataset_are_refused(planned: Planned) -> None:
+    planned.plan()
+    regions = {"names": {"all": [1, 2], "Posterior": [2]}, "region_order": [1, 2]}
+    planned.edit(lambda content: content["labels"].update(regions))
+    workspace, said = planned.file.parents[1], re.escape("labels: Anterior is None, in the dataset 1; labels: Poster")
+    with pytest.raises(UserError, match=said) as refused:
+        nnunet_lite.train("3d_fullres", 0, folds=2, workspace=workspace)
+    assert refused.value.file == planned.file and "dataset.json of the raw data" in refused.value.fix
+    with pytest.raises(UserError, match=said):
+        nnunet_lite.preprocess(workspace=workspace)
 
 
 def test_an_option_beats_a_change_by_hand_which_is_kept_aside(planned: Planned) -> None:

@@ -181,8 +181,8 @@ def test_what_the_page_says_about_a_model(tiny_model: Path, tiny_report: Path) -
         assert said in " ".join(page.text.split()), said
 
 
-def test_what_the_paper_says_about_settings(tiny_workspace: Path, tmp_path: Path) -> None:
-    shutil.copytree(tiny_workspace, tmp_path / "w", ignore=shutil.ignore_patterns("preprocessed"))
+def test_what_the_paper_says_about_settings(tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model.parents[2], tmp_path / "w", ignore=shutil.ignore_patterns("preprocessed"))
     folder = planned_paths(tmp_path / "w").models / "tiny"
     run, plan = read_json(folder / "run.json"), read_json(folder / "plans.json")
     run["settings"]["optimizer"]["name"] = "muon"
@@ -190,6 +190,7 @@ def test_what_the_paper_says_about_settings(tiny_workspace: Path, tmp_path: Path
     run["settings"]["loss"] |= {"component_dice": 0.5, "distillation": 0.3}
     run["settings"]["training"] |= {"patch_growth": 0.4, "teachers": ["large"]}
     plan["configurations"]["3d_fullres"]["network"] |= {"kind": "mednext_s", "activation": "gelu"}
+    plan["labels"] |= {"names": {"whole": [1, 2], "tail": [2]}, "region_order": [1, 2], "ignore": 9}
     write_json(folder / "run.json", run)
     write_json(folder / "plans.json", plan)
     nnunet_lite.report(workspace=tmp_path / "w", output=tmp_path / "report.html")
@@ -198,7 +199,8 @@ def test_what_the_paper_says_about_settings(tiny_workspace: Path, tmp_path: Path
         "The network is a 3D MedNeXt (Roy et al. 2023, arXiv:2303.09975) with 3 resolution stages",
         "instance normalisation and GELU.",
         "after smaller ones in the first 40 % of the run",
-        "0.5 times soft Dice of each connected component",
+        "The loss was the sum of binary cross-entropy, soft Dice and 0.5 times soft Dice of each connected component "
+        "of each region in annotated voxels, with deep supervision.",
         "divergence from the probabilities of large had a share of 0.3 in it.",
         "It was minimised by Muon, with AdamW for all but the convolution kernels, with an initial learning rate of",
         "no decay and a linear fall to zero in the last 20 % of the run and a weight decay of",

@@ -444,7 +444,7 @@ def preprocess(
     nnlite preprocess 3d_fullres -d Task04_Hippocampus --workers 4
     """
     paths = select_dataset(workspace, dataset)
-    plan = Plan.read(paths.plans)
+    plan = replanning.current_plan(paths)
     with options.cluster_of(scheduler, paths.root.parent) as cluster:
         names = options.names_of(configuration) or list(plan.configurations)
         spread = None if cluster is None else cluster.spread

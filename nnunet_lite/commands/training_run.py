@@ -26,7 +26,7 @@ from nnunet_lite.networks.devices import pick_device
 from nnunet_lite.networks.unet import mixes_samples
 from nnunet_lite.planning.fingerprint import Fingerprint
 from nnunet_lite.planning.planner import memory_budget
-from nnunet_lite.planning.replanning import read_earlier_plan, replan
+from nnunet_lite.planning.replanning import current_plan, read_earlier_plan, replan
 from nnunet_lite.planning.schema import Options, Plan
 from nnunet_lite.preprocessing.store import is_preprocessed, preprocess_dataset
 from nnunet_lite.settings import Settings, with_changes
@@ -261,7 +261,7 @@ def plan_for_settings(paths: Paths, settings: Settings) -> Plan:
     Edits of plans.json stay where that plan leaves the entry as it was, and those of channels and storage always; a
     warning names the others.
     """
-    plan, chosen = Plan.read(paths.plans), settings.plan
+    plan, chosen = current_plan(paths), settings.plan
     preset = chosen.preset or plan.preset
     memory = chosen.memory or (plan.memory_gb if preset == plan.preset else memory_budget(preset))
     spacing = None if plan.options is None else plan.options.spacing

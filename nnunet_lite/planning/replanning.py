@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from nnunet_lite import log
-from nnunet_lite.data.dataset import Dataset, dataset_to_json
+from nnunet_lite.data.dataset import Dataset, dataset_to_json, stored_dataset
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import atomic, read_json, write_json
 from nnunet_lite.planning.fingerprint import Fingerprint
@@ -95,6 +95,24 @@ def _read(file: Path) -> Plan | None:
     except UserError as error:
         log.warn(f"{error.file}: {error.what}")
         return None
+
+
+def current_plan(paths: Paths) -> Plan:
+    """Read the plan of a dataset, whose labels must be those that the dataset has.
+
+    Raises
+    ------
+    UserError
+        The plan is damaged, or its labels were edited: cases would be trained with some labels and scored with others.
+    """
+    plan, labels = Plan.read(paths.plans), stored_dataset(paths.dataset).labels
+    if plan.labels != labels:
+        edited, own = ({**one.to_json(), "regions_class_order": one.region_order} for one in (plan.labels, labels))
+        differing = [key for key in {**own, **edited} if edited.get(key) != own.get(key)]
+        what = "; ".join(f"labels: {key} is {edited.get(key)}, in the dataset {own.get(key)}" for key in differing)
+        fix = "Undo this edit. Labels are changed in the dataset.json of the raw data; then run `nnlite plan` again."
+        raise UserError(what, paths.plans, fix)
+    return plan
 
 
 def combine_options(given: Options, earlier: Options) -> Options:

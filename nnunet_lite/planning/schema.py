@@ -251,7 +251,7 @@ class Plan(_Model):
     median_spacing: tuple[Length, Length, Length] = Field(description="of the raw images, transposed, mm")
     median_shape: tuple[Length, Length, Length] = Field(description="of the cropped raw images, transposed, voxels")
     channels: tuple[Channel, ...] = Field(min_length=1, description="the input channels, in the order of the files")
-    labels: Labels = Field(description="names and values")
+    labels: Labels = Field(description="names and values, those of dataset.json")
     n_cases: int = Field(0, description="number of training cases")
     stored_as: Precision = Field(
         default_factory=lambda data: exact_storage(data.get("channels", ())),
