@@ -56,6 +56,7 @@ install() {
 
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 install "${1:-}"
+.venv/bin/python -m compileall -q nnunet_lite # or each start does, where PYTHONDONTWRITEBYTECODE is set
 if [ -n "${1:-}" ]; then
     install_browser
 fi
