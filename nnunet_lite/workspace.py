@@ -95,6 +95,9 @@ def is_model_of(workspace: Path, folder: Path) -> bool:
 # -------------------------------------------------------------------------------------------------------- raw data
 
 
+RAW_IS_GONE = "If they were moved, `nnlite plan` their new folder: it counts as the same dataset. Else restore them."
+
+
 def find_raw(given: str, workspace: Path) -> Path:
     """Return the folder of a raw dataset from a path or a name; `Task04` and `4` find `Task04_Hippocampus`.
 
@@ -117,12 +120,15 @@ def find_raw(given: str, workspace: Path) -> Path:
     if len(path.parts) == 1:
         found = {match.resolve() for place in places for match in _named(place, given) if _is_raw(match)}
         planned = [Paths(match) for match in _named(workspace, given) if (match / "plans.json").is_file()]
-        found = found or {root for root in map(_raw_root, planned) if root.is_dir()}
+        roots = {_raw_root(paths) for paths in planned}
+        found = found or {root for root in roots if root.is_dir()}
         if len(found) == 1:
             return found.pop()
         if found:
             names = ", ".join(sorted(str(match) for match in found))
             raise UserError(f"{given!r} could be {names}", fix="Give the path.")
+        if roots:
+            raise UserError(f"the raw data of {given!r} are not there any more", min(roots), RAW_IS_GONE)
     looked = ", ".join(str(place) for place in places)
     looked += f" (nnUNet_raw{'' if Path(raw).is_dir() else ', which does not exist'})" if raw else ""
     folders = [entry.name for place in (path.parent, *places) for entry in place.glob("*") if entry.is_dir()]

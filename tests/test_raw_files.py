@@ -74,7 +74,7 @@ def test_the_name_of_a_planned_dataset_is_that_of_its_raw_data(planned: Planned)
     raw, paths = planned
     assert find_raw("data", paths.root.parent) == raw
     shutil.rmtree(raw)
-    with pytest.raises(UserError, match="there is no dataset 'data'"):
+    with pytest.raises(UserError, match="the raw data of 'data' are not there any more"):
         find_raw("data", paths.root.parent)
 
 
@@ -192,6 +192,18 @@ def test_preprocessing_without_a_raw_file_names_it(planned: Planned) -> None:
     image.unlink()
     with pytest.raises(UserError, match=f"{image}: does not exist any more. Restore it"):
         nnunet_lite.preprocess("2d", workspace=paths.root.parent, workers=0)
+
+
+def test_of_raw_data_that_are_gone_the_user_learns_what_to_type_if_they_were_moved(planned: Planned) -> None:
+    raw, paths = planned
+    nnunet_lite.preprocess("2d", workspace=paths.root.parent, workers=0)
+    moved = raw.parent.rename(raw.parents[1] / "elsewhere") / raw.name
+    for step in (nnunet_lite.preprocess, lambda **options: nnunet_lite.plan(paths.root.name, **options)):
+        with pytest.raises(UserError, match=r"the raw data.* are not there any more") as refused:
+            step(workspace=paths.root.parent, workers=0)
+        assert refused.value.file == raw and "`nnlite plan` their new folder" in refused.value.fix
+    nnunet_lite.plan(moved, workspace=paths.root.parent, workers=0)
+    assert nnunet_lite.preprocess("2d", workspace=paths.root.parent, workers=0).made == 0
 
 
 def test_the_reason_to_plan_again_names_the_cases(planned: Planned, copy_dataset: Copy) -> None:

@@ -45,6 +45,7 @@ from nnunet_lite.planning.schema import Channel, Configuration, Plan, exact_stor
 from nnunet_lite.preprocessing import pipeline
 from nnunet_lite.preprocessing.resampling import one_blas_thread
 from nnunet_lite.preprocessing.stored_case import StoredCase, is_whole, read_stored_case, write_stored_case
+from nnunet_lite.workspace import RAW_IS_GONE
 
 # (function, items, what for) -> (item, result or exception), as they end
 Spread = Callable[[Callable[[Any], Any], Sequence[Any], str], Iterable[tuple[Any, Any]]]
@@ -163,6 +164,8 @@ def preprocess_dataset(
         stamps = folder / "raw.json"
         known = read_stamps(folder.parent / stamps.name) | read_stamps(stamps)  # planning has read the files too
         raw, failed = scan_raw_cases(dataset.cases, known, workers)
+        if not raw and not dataset.root.is_dir():
+            raise UserError("the raw data are not there any more", dataset.root, RAW_IS_GONE)
         index = {name: _case_folders(dataset, plan, name, raw) for name in names}
         missing = _missing_cases(dataset, plan, index, raw, folder)
         estimate = sum(case.disk(plan) for case in missing)
