@@ -10,11 +10,10 @@ import signal
 import subprocess
 import sys
 import sysconfig
-import time
 from pathlib import Path
 
 import pytest
-from samples import Counts
+from samples import Copy, Counts, Forked, wait_until
 
 NOT_OF_USERS = ("NNLITE_WORKSPACE", "nnUNet_raw", "PYTHONUNBUFFERED")
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in NOT_OF_USERS}
@@ -37,21 +36,19 @@ sys.meta_path.insert(0, Finder())
     ("start", "closed"),
     [
         (NNLITE, "2>&-"),
-        (NNLITE, ">&-"),
-        (NNLITE, "<&-"),
-        (NNLITE, "2>&- >&- <&-"),
+        (NNLITE, ">&- <&-"),
         (NNLITE, "2>/dev/full"),
-        (AS_MODULE, "2>&- >&-"),
+        (AS_MODULE, "2>&- >&- <&-"),
     ],
 )
-def test_closed_streams(hippocampus: Path, tmp_path: Path, start: str, closed: str) -> None:
+def test_closed_streams(copy_dataset: Copy, tmp_path: Path, start: str, closed: str) -> None:
     """The command works as if they led to /dev/null: no file that it opens becomes its standard error."""
-    command = f"{start} plan {shlex.quote(str(hippocampus))} --json {closed}"
+    command = f"{start} plan {shlex.quote(str(copy_dataset(3)))} --json {closed}"
     done = subprocess.run(command, shell=True, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done
     assert json.loads(done.stdout)["configurations"] if ">&-" not in closed.split() else done.stdout == ""
     assert ("0 errors" in done.stderr) == ("2>" not in closed)
-    stored = tmp_path / "nnlite_workspace" / "Task04_Hippocampus"
+    stored = tmp_path / "nnlite_workspace" / "broken"
     for name in ("check.json", "dataset.json", "fingerprint.json", "plans.json"):
         json.loads((stored / name).read_text())
     wrong = subprocess.run(f"{start} plan nowhere {closed}", shell=True, cwd=tmp_path, env=ENVIRONMENT)
@@ -112,20 +109,15 @@ def test_ctrl_c_in_training_is_answered_at_once_and_an_empty_model_is_deleted(
 ) -> None:
     """While a fold starts one Ctrl-C ends it; later it ends after the step, and at once if it comes again."""
     workspace = shutil.copytree(tiny_workspace, tmp_path / "workspace", ignore=shutil.ignore_patterns("models"))
-    options = "--device cpu --set training.iterations=100000 -w"
-    if times == 2:
-        options = f"--recipe cpu {options}"
-    run = [*shlex.split(NNLITE), "train", "3d_fullres", "0", *options.split(), str(workspace)]
-    process = subprocess.Popen(run, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
-    assert process.stderr is not None
-    begin = "about" if times == 2 else "training 3d_fullres"
-    said = next(line for line in process.stderr if line.startswith(begin))
-    time.sleep(0.2)
+    options = ["--device", "cpu", "--set", "training.iterations=100000", *["--recipe", "cpu"] * (times == 2)]
+    process = Forked("train", "3d_fullres", "0", *options, "-w", workspace)
+    said = Path(f"/proc/{process.pid}/fd/2").read_text
+    begin, stopping = "about" if times == 2 else "training 3d_fullres", "SIGINT: stopping after this step; press again"
+    wait_until(lambda: f"\n{begin}" in said(), process)
     process.send_signal(signal.SIGINT)
     if times == 2:
-        said = next(line for line in process.stderr if "step" in line)
-        assert said == "SIGINT: stopping after this step; press again to stop now\n"
+        wait_until(lambda: f"\n{stopping} to stop now\n" in said(), process)
         process.send_signal(signal.SIGINT)
-    rest = process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and "resumes from" in rest, said
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "resumes from" in errors, errors
     assert list(workspace.glob("*/models/*/fold_0")) == [] or times == 2

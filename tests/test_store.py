@@ -5,9 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bad_inputs import contents
-from samples import Copy, rewrite_nifti, sample_plan
+from samples import FORKS, Copy, rewrite_nifti, sample_plan, start_fork_server, wait_until
 
 from nnunet_lite import log
 from nnunet_lite.data.dataset import Dataset, read_dataset
@@ -117,33 +114,28 @@ def test_workers_do_not_change_the_files_and_none_means_no_thread(
         assert contents(tmp_path / str(workers)) == contents(tmp_path / "0")
 
 
-KILLED = """
-import sys
-sys.path.insert(0, sys.argv[3])
-from pathlib import Path
-from test_store import BOTH, sample_plan, preprocess_dataset, read_dataset
-dataset = read_dataset(Path(sys.argv[1]))
-print("ready", flush=True)
-preprocess_dataset(dataset, sample_plan(dataset.labels, (0.7, 0.8, 0.9)), BOTH, Path(sys.argv[2]), 2)
-"""
+def preprocess_in_two_threads(root: Path, store: Path) -> None:
+    dataset = read_dataset(root)
+    preprocess_dataset(dataset, sample_plan(dataset.labels, (0.7, 0.8, 0.9)), BOTH, store, 2)
 
 
 def test_killed_at_any_point_it_continues_to_the_same_files(copy_dataset: Copy, tmp_path: Path) -> None:
-    dataset = read_dataset(copy_dataset(12))
-    plan = sample_plan(dataset.labels, (0.7, 0.8, 0.9))
+    root = copy_dataset(6)
+    start_fork_server()
     start = time.monotonic()
-    preprocess_dataset(dataset, plan, BOTH, tmp_path / "undisturbed", 2)
+    preprocess_in_two_threads(root, tmp_path / "undisturbed")
     whole = time.monotonic() - start
     left = []
     for share in (0.1, 0.4, 0.7, 0.9):
-        places = (dataset.root, tmp_path / "killed", Path(__file__).parent)
-        with subprocess.Popen([sys.executable, "-c", KILLED, *map(str, places)], stdout=subprocess.PIPE) as process:
-            assert process.stdout is not None and process.stdout.readline() == b"ready\n"
-            time.sleep(whole * share)
-            process.send_signal(signal.SIGKILL)
+        process = FORKS.Process(target=preprocess_in_two_threads, args=(root, tmp_path / "killed"))
+        process.start()
+        wait_until((tmp_path / "killed").is_dir)
+        time.sleep(whole * share)
+        process.kill()
+        process.join()
         left.append(len(list((tmp_path / "killed").glob("cases/*-*"))))
-    assert min(left) < 24
-    preprocess_dataset(dataset, plan, BOTH, tmp_path / "killed", 2)
+    assert min(left) < 12
+    preprocess_in_two_threads(root, tmp_path / "killed")
     assert contents(tmp_path / "killed") == contents(tmp_path / "undisturbed")
 
 
