@@ -163,13 +163,17 @@ class Forked(FORKS.Process):  # type: ignore[misc]
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "streams": [DupFd(stream.fileno()) for stream in self.streams]}
 
-    def run(self) -> None:
+    def prepare(self) -> None:
+        """Take the place of a process that was started with these arguments."""
         for number, stream in enumerate(self.streams, 1):
             os.dup2(stream.detach(), number)
         os.environ.clear()
         os.environ.update(ENVIRONMENT | self.variables)
         os.chdir(self.folder)
         sys.argv = ["nnlite", *self.words]
+
+    def run(self) -> None:
+        self.prepare()
         system.start_as_command()
         cli.main()
 

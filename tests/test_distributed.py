@@ -374,8 +374,7 @@ class Waiting(Rank):
     """One that ends, or waits for the first one, without training."""
 
     def run(self) -> None:
-        os.environ.update(self.variables)
-        os.dup2(self.streams[1].detach(), 2)
+        self.prepare()
         ranks, _ = distributed.join_group("cpu")
         if ranks.rank:
             distributed.wait_for_first(lambda: False)

@@ -2,7 +2,8 @@
 
     python tests/without_posix.py check DATA then plan DATA
 
-What packages other than ours need of them on Linux is kept: they have their own code for each system.
+What packages other than ours need of them on Linux is kept: they have their own code for each system. So they may be
+imported already, as in the processes of samples.py.
 """
 
 import builtins
@@ -62,10 +63,12 @@ def import_others(name: str, globals: dict[str, Any] | None = None, *more: Any, 
 import_all, builtins.__import__ = builtins.__import__, import_others
 without(os, FUNCTIONS)
 without(signal, SIGNALS)
-multiprocessing.set_start_method("spawn")
+multiprocessing.set_start_method("spawn", force=True)
 sys.addaudithook(refuse)
 commands = " ".join(sys.argv[1:]).split(" then ")
 sys.argv = ["nnlite"]
+for name in [name for name in sys.modules if name.partition(".")[0] in ("nnunet_lite", "filelock")]:
+    del sys.modules[name]
 for module in pkgutil.walk_packages([PACKAGE], "nnunet_lite."):
     if not module.name.endswith("__main__"):
         importlib.import_module(module.name)
