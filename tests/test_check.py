@@ -70,6 +70,17 @@ def without_foreground(root: Path) -> None:
         rewrite_nifti(path, np.zeros_like)
 
 
+def ignored(root: Path, file: str) -> None:
+    table(labels={"background": 0, "Anterior": 1, "Posterior": 2, "ignore": 9})(root)
+    rewrite_nifti(root / file, lambda a: np.full_like(a, 9))
+
+
+def without_labels(root: Path) -> None:
+    for path in (root / "labelsTr").iterdir():
+        ignored(root, f"labelsTr/{path.name}")
+        rewrite_nifti(path, voxel(0, np.uint8))
+
+
 def hounsfield(root: Path) -> None:
     for path in (root / "imagesTr").iterdir():
         rewrite_nifti(path, lambda a: (a * (2000.0 / a.max()) - 1000).astype(np.int16))
@@ -127,6 +138,9 @@ PROBLEMS = [
     Bad("label_fraction", voxels(LABEL, voxel(0.5, np.float32)), LABEL,
         ("not whole numbers (0.5 and so on in 1 of 62475 voxels)", "nearest neighbour")),
     Bad("no_foreground", without_foreground, "dataset.json", ("no label map holds anything but background",)),
+    Bad("no_foreground", without_labels, "dataset.json", ("no label map holds anything but background",)),
+    Bad("not_annotated", lambda root: ignored(root, LABEL), LABEL,
+        ("holds only 9, the ignore value", "nothing is learnt")),
     Bad("n_cases", table(numTraining=10), "dataset.json", ("numTraining is 10, and there are 5 cases",)),
     Bad("label_absent", table(labels=TAIL), "dataset.json", ("label Tail (3) has no voxel in any case",)),
     Bad("region_order", table(labels={"background": 0, "A": [1], "whole": [1, 2]}, regions_class_order=[1, 2]),

@@ -249,7 +249,7 @@ def test_sizes_and_volumes_of_hostile_regions(copy_nnunet: Callable[..., Path], 
         assert size == " × ".join(map(str, label.shape))
         counts = (label > 0).sum(), (label == 2).sum()
         assert [float(value or 0) for _, value in volumes] == pytest.approx([n / 1000 for n in counts])
-    assert [row[0][0] for row in page.tables["Intensities of all labelled voxels"][1:]] == list(channels)
+    assert [row[0][0] for row in page.tables["Intensities of all voxels that are not background"][1:]] == list(channels)
     drawn = [a for a in page.all("svg", **{"class": "plot"}) if (a["aria-label"] or "").startswith("Intensities, ")]
     assert len(drawn) == 2
 

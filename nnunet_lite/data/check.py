@@ -280,6 +280,9 @@ def _check_label(case: Case, dataset: Dataset, like: Geometry | None, found: Cas
         return None
     found.problems += [Problem("understood", path, note) for note in label.notes]
     found.values = {int(v) for v in np.unique(label.array[label.array != dataset.labels.background])}
+    if found.values == {dataset.labels.ignore} and (label.array == dataset.labels.ignore).all():
+        text, fix = f"holds only {dataset.labels.ignore}, the ignore value", "Leave it out: nothing is learnt from it."
+        found.problems.append(Problem("not_annotated", path, text, "", fix))
     known = {v for v in (*dataset.labels.values, dataset.labels.ignore, *(dataset.value_map or ())) if v is not None}
     if unknown := sorted(found.values - known):
         voxels = plural(int(np.isin(label.array, unknown).sum()), "voxel")

@@ -287,7 +287,7 @@ def check_labels(dataset: Dataset, found: Sequence[set[int] | None]) -> Iterator
     union = set().union(*known)
     members = dataset.labels.regions
     absent = [name for name, values in members.items() if not union & set(values)]
-    if known and len(absent) == len(members) and not union:
+    if known and len(absent) == len(members) and not union - {dataset.labels.ignore}:
         yield Problem("no_foreground", table, "no label map holds anything but background", "", "Add labelled cases.")
     elif len(known) == len(found):
         for name in absent:

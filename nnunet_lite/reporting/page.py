@@ -369,7 +369,7 @@ def _intensity_table(material: Material) -> Table:
     channels = material.plan.channels
     fields = {"mean": "mean", "SD": "std", "minimum": "min", "0.5 %": "percentile_00_5", "median": "median",
               "99.5 %": "percentile_99_5", "maximum": "max"}  # fmt: skip
-    return Table("Intensities of all labelled voxels", [
+    return Table("Intensities of all voxels that are not background", [
         Column("Channel", [channel.name for channel in channels]),
         Column("normalised", [channel.to_text() for channel in channels]),
         *(Column(heading, [getattr(channel.statistics, field) for channel in channels], ".4g")
