@@ -309,7 +309,9 @@ IMAGES = {
     "three channels for one": image(np.zeros((8, 8, 8, 3), np.uint8), "3 channels", "expects 1"),
     "complex numbers": image(np.zeros((8, 8, 8), np.complex64), "complex"),
     "five dimensions": image(np.zeros((4, 4, 4, 2, 2), np.uint8), "dimensions"),
-    "logits that are infinite": weights(overflow, "--precision fp32", command=f"{PREDICT} --precision bf16 --no-mirroring"),
+    "logits that are infinite": weights(
+        overflow, "--precision fp32", command=f"{PREDICT} --precision bf16 --no-mirroring"
+    ),
     "an image of NaN": image(np.full((8, 8, 8), np.nan, np.float32), "scan"),
 }
 

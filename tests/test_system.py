@@ -156,7 +156,8 @@ def test_ctrl_c_does_not_wait_long_for_threads(times: int) -> None:
     """As for one that waits for a file server: it has two seconds here, or until Ctrl-C comes again."""
     code = (
         "import sys, time; sys.argv = ['nnlite']\nimport nnunet_lite\n"
-        "from nnunet_lite import log, system\nsystem._CLEAN_UP = 2\nsystem.raise_on_interrupt()\nprint('begins', flush=True)\n"
+        "from nnunet_lite import log, system\nsystem._CLEAN_UP = 2\nsystem.raise_on_interrupt()\n"
+        "print('begins', flush=True)\n"
         "log.map_in_threads(time.sleep, [60], 1, 'reading')"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
