@@ -81,6 +81,13 @@ def without_labels(root: Path) -> None:
         rewrite_nifti(path, voxel(0, np.uint8))
 
 
+def sheared(root: Path) -> None:
+    """Slices that are 15 degrees from a right angle to the patient's axis."""
+    affine = np.array([[1, 0, 0, 0], [0, 1, np.tan(np.radians(15)), 0], [0, 0, 1, 0], [0, 0, 0, 1]], float)
+    for file in (IMAGE, LABEL):
+        rewrite_nifti(root / file, affine=affine)
+
+
 def hounsfield(root: Path) -> None:
     for path in (root / "imagesTr").iterdir():
         rewrite_nifti(path, lambda a: (a * (2000.0 / a.max()) - 1000).astype(np.int16))
@@ -132,6 +139,7 @@ PROBLEMS = [
     Bad("direction", moved(angle=0.01), LABEL, ("header", "--accept-geometry")),
     Bad("grid", voxels(T2, lambda a: a[:, 1:]), T2, ("as hippocampus_001_0000.nii.gz", "one grid"), 2),
     Bad("forms", shifted_qform, IMAGE, ("its qform places it up to 30 mm from where its other fields do",)),
+    Bad("sheared", sheared, IMAGE, ("two axes are 15.0 degrees from a right angle", "tilt of the gantry")),
     Bad("nan", voxels(IMAGE, voxel(np.nan, np.float32)), IMAGE, ("1 voxel of channel MRI NaN or infinite",)),
     Bad("nan", voxels(IMAGE, voxel(np.inf, np.float32)), IMAGE, ("1 voxel of channel MRI",)),
     Bad("label_value", voxels(LABEL, voxel(7, np.uint8)), LABEL, ("value 7 (1 voxel), expected one of 0, 1, 2",)),

@@ -32,6 +32,7 @@ Visit = Callable[[Sequence[np.ndarray], Geometry, np.ndarray], T]
 
 _BYTES_PER_VOXEL = 12  # while a case is checked: float32 as read, stacked, and masks
 _VALUES_SAMPLED = 10_000  # of a channel
+_SHEAR = 1.0  # degrees from a right angle that are not reported
 _HEADER_FIX = "If the voxels do match, copy the image's header to the label map, else resample it onto the image."
 _UNKNOWN_VALUE_FIX = (
     'Add it to the labels of dataset.json ("ignore" for voxels that are not annotated), or correct the file: resize '
@@ -217,6 +218,10 @@ def _check_images(
             keep, change = ("qform", "sform") if conflict.startswith("its sform") else ("sform", "qform")
             fix = f"Make them equal, for example with nibabel: image.set_{change}(image.get_{keep}())."
             found.problems.append(Problem("forms", str(path), conflict, "", fix))
+        if (degrees := image.geometry.shear) > _SHEAR:
+            text = f"two axes are {degrees:.1f} degrees from a right angle, and volumes and distances count as if not"
+            fix = "Correct the tilt of the gantry: resample image and label map to a grid with right angles."
+            found.problems.append(Problem("sheared", str(path), text, "", fix))
     if any(problem.kind == "grid" for problem in found.problems):
         return None
     channels = [channel for image in images for channel in image.array]

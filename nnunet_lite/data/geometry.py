@@ -67,6 +67,13 @@ class Geometry:
         """Where the axes x, y, z point, such as "LAS". Oblique axes get the nearest letter; None if not known."""
         return _orientation(self.direction) if self.oriented and self.dimensions == 3 else None
 
+    @property
+    def shear(self) -> float:
+        """The largest angle (degrees) by which two axes miss a right angle, as where a gantry was tilted."""
+        axes = np.reshape(self.direction, (3, 3))
+        cosines = np.abs(axes.T @ axes - np.eye(3)).max() if self.oriented else 0.0
+        return float(np.degrees(np.arcsin(min(cosines, 1.0))))
+
     def turned(self, turn: Turn) -> Geometry:
         """Return the geometry of the same voxels after a turn of their array.
 
