@@ -11,8 +11,9 @@ import termios
 from pathlib import Path
 
 import pytest
-from samples import ENVIRONMENT
+from samples import ENVIRONMENT, FAST, Copy
 
+import nnunet_lite
 from nnunet_lite import log
 
 ABOVE_A_BAR = """
@@ -75,9 +76,9 @@ sys.stderr = None
 import nnunet_lite
 from nnunet_lite import log
 for sys.stderr in (None, closed):
-    found = nnunet_lite.predict({image!r}, tempfile.mkdtemp(), model={model!r}, device='cpu')
+    found = nnunet_lite.plan(sys.argv[1], workspace=tempfile.mkdtemp())
     assert list(log.progress([1, 2], 2, 'x')) == [1, 2]; log.error('x')
-    print(len(found.files), found.failed)
+    print(*found.configurations)
 sys.stdout = None; log.answer('x')
 """
 
@@ -166,12 +167,24 @@ def test_durations(seconds: float, words: str) -> None:
     assert log.duration(seconds) == words
 
 
-def test_without_standard_streams_a_program_works_silently(tiny_model: Path, hippocampus: Path) -> None:
+def test_without_standard_streams_a_program_works_silently(copy_dataset: Copy) -> None:
     """As under pythonw, or where they were closed: messages must not go to the other stream either."""
-    image = min((hippocampus / "imagesTs").iterdir())
-    code = WITHOUT_STREAMS.format(image=str(image), model=str(tiny_model))
-    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "1 {}\n1 {}\n", "")
+    command = [sys.executable, "-c", WITHOUT_STREAMS, copy_dataset(3)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "2d 3d_fullres\n2d 3d_fullres\n", "")
+
+
+def test_a_prediction_needs_no_standard_error(
+    tiny_model: Path, scans: list[Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with Path(os.devnull).open("w") as closed:
+        pass
+    for name, stream in (("none", None), ("closed", closed)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "stderr", stream)
+            found = nnunet_lite.predict(scans[0], tmp_path / name, model=tiny_model, device="cpu", settings=FAST)
+        assert (len(found.files), found.failed) == (1, {})
+    assert capfd.readouterr() == ("", "")
 
 
 def test_letters_that_a_stream_lacks_are_written_as_numbers() -> None:

@@ -163,7 +163,7 @@ def test_again_nothing_is_left(raw: Path, finished: tuple[Path, RunResult], capf
 def test_on_a_cpu_the_recipe_is_cpu_unless_a_model_of_default_was_begun(
     raw: Path, finished: tuple[Path, RunResult], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    lasts_short = {"training.time_limit": 0.02, "training.iterations": 2, "training.epochs": 1}
+    lasts_short = {**TINY, "training.time_limit": 0.02, "training.iterations": 2, "training.epochs": 1}
     new = nnunet_lite.run(
         raw, configurations="2d", fold=0, folds=2, workspace=tmp_path, device="cpu", settings=lasts_short
     )
