@@ -225,20 +225,25 @@ def train_three(tmp_path: Path, tiny_workspace: Path, tiny_settings: dict[str, A
 
 
 @pytest.fixture(scope="session")
-def browser() -> Iterator[Any]:
-    """A headless Chromium, which draws WebGL without a GPU."""
+def start_browser() -> Iterator[Callable[..., Any]]:
+    """Start a headless Chromium with further flags: start_browser("--disable-gpu")."""
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if program is None:
         pytest.skip("there is no Chromium: apt-get install chromium")
     from playwright.sync_api import sync_playwright
 
     flags = ("--no-sandbox", "--disable-quic", "--no-first-run", "--disable-background-networking",
-             "--disable-component-update", "--disable-sync", "--use-gl=angle", "--use-angle=swiftshader",
-             "--enable-unsafe-swiftshader")  # fmt: skip
+             "--disable-component-update", "--disable-sync")  # fmt: skip
     with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=program, args=list(flags))
-        yield running
-        running.close()
+        yield lambda *more: playwright.chromium.launch(executable_path=program, args=[*flags, *more])
+
+
+@pytest.fixture(scope="session")
+def browser(start_browser: Callable[..., Any]) -> Iterator[Any]:
+    """A headless Chromium, which draws WebGL without a GPU."""
+    running = start_browser("--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader")
+    yield running
+    running.close()
 
 
 @pytest.fixture

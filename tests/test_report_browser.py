@@ -5,13 +5,21 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+
+
+@pytest.fixture(scope="module")
+def browser(start_browser: Callable[..., Any]) -> Iterator[Any]:
+    """One that draws nothing as a GPU would, which takes long without one."""
+    running = start_browser("--disable-gpu")
+    yield running
+    running.close()
 
 
 @pytest.fixture
