@@ -27,7 +27,7 @@ _OPTIONS = ("epochs", "iterations", "time_limit", "batch_size", "precision", "ca
 def answer_early(command: str, given: dict[str, Any]) -> options.About | None:
     """Refuse a call whose arguments alone show that it cannot work, or answer one that only lists folds.
 
-    With --gpus, the processes that train are started, and do that.
+    With --gpus, the processes that train are started, and this one ends with them.
 
     Parameters
     ----------
@@ -46,8 +46,6 @@ def answer_early(command: str, given: dict[str, Any]) -> options.About | None:
     UserError
         There is no such recipe, setting, dataset, configuration, fold, model or image, or nothing is planned.
     """
-    if command == "train" and given["gpus"] > 1:
-        launch(given["gpus"])
     place, dataset = workspace_folder(given.get("workspace")), given.get("dataset")
     if command in ("train", "distill", "run"):
         changed = {f"training__{name}": given.get(name) for name in _OPTIONS}
@@ -69,6 +67,8 @@ def answer_early(command: str, given: dict[str, Any]) -> options.About | None:
         _check_prediction(place, dataset, given)
     elif command in ("select", "report"):
         planned_paths(place, dataset, only_reads=command == "report")
+    if command == "train" and given["gpus"] > 1:
+        launch(given["gpus"])
     return None
 
 

@@ -89,9 +89,9 @@ class Channel(_Model):
         return f"{NORMALIZATIONS[self.normalization].words}{inside}"
 
     @property
-    def statistics_used(self) -> Statistics | None:
-        """The statistics of the training set as far as an image is normalised with them; otherwise None."""
-        return self.statistics if self.normalization == "ct" else None
+    def statistics_used(self) -> dict[str, float] | None:
+        """The statistics of the training set where images are normalised with them; otherwise None."""
+        return self.statistics.model_dump() if self.normalization == "ct" else None
 
 
 def exact_storage(channels: Iterable[Channel]) -> Precision:

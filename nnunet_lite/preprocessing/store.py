@@ -41,7 +41,7 @@ from nnunet_lite.files import (
     sweep,
     write_json,
 )
-from nnunet_lite.planning.schema import Channel, Configuration, Plan, exact_storage
+from nnunet_lite.planning.schema import Configuration, Plan, exact_storage
 from nnunet_lite.preprocessing import pipeline
 from nnunet_lite.preprocessing.resampling import one_blas_thread
 from nnunet_lite.preprocessing.stored_case import StoredCase, is_whole, read_stored_case, write_stored_case
@@ -236,15 +236,11 @@ def recipe_of(plan: Plan, configuration: Configuration, spacing: Sequence[float]
         **outside,
         "version": _VERSION + is_clipped_inside,
         "axis_order": plan.axis_order,
-        "channels": [(c.normalization, c.use_mask, c.clip_percentiles, _statistics(c)) for c in plan.channels],
+        "channels": [(c.normalization, c.use_mask, c.clip_percentiles, c.statistics_used) for c in plan.channels],
         "labels": (labels.values, labels.ignore, labels.region_classes if labels.has_regions else None),
         "spacing": tuple(spacing),
         "resampling": [value for key, value in resampling.items() if not key.startswith("logits")],
     }
-
-
-def _statistics(channel: Channel) -> dict[str, float] | None:
-    return None if (used := channel.statistics_used) is None else used.model_dump()
 
 
 def _case_folders(dataset: Dataset, plan: Plan, name: str, raw: Mapping[str, RawCase]) -> dict[str, str]:
