@@ -133,7 +133,7 @@ def tiny_workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_model(tiny_workspace: Path) -> Path:
     """The folder of a model with a trained and validated fold 0 of `tiny_workspace`. Not to be written to.
 
-    It predicts as models do that nobody told otherwise.
+    It predicts with the default settings.
     """
     import nnunet_lite
 

@@ -21,7 +21,7 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.models.folder import CHECKPOINT, MODEL, read_weights_header
 from nnunet_lite.training import callbacks
 from nnunet_lite.training.callbacks import follow_epochs, require_logger
-from nnunet_lite.training.distributed import Ranks
+from nnunet_lite.training.launch import Ranks
 from nnunet_lite.training.loop import train_fold
 from nnunet_lite.training.metrics import Metrics
 

@@ -42,8 +42,8 @@ from nnunet_lite.training.dataloader import (
     source_shape,
     training_batches,
 )
-from nnunet_lite.training.distributed import Ranks
 from nnunet_lite.training.job import Job
+from nnunet_lite.training.launch import Ranks
 from nnunet_lite.training.preview import draw_preview
 
 LABELS = Labels(names={"background": 0, "a": 1, "b": 2})

@@ -25,17 +25,14 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.models.folder import CHECKPOINT, MODEL
 from nnunet_lite.training import distributed
 from nnunet_lite.training.distributed import (
-    ALONE,
     SYNC_EVERY,
     Clock,
-    Ranks,
-    current_ranks,
     from_first,
     max_over_ranks,
     rank_device,
     rank_share,
 )
-from nnunet_lite.training.launch import RENDEZVOUS
+from nnunet_lite.training.launch import ALONE, RENDEZVOUS, Ranks, current_ranks
 
 LONG = ["--set", "training.epochs=400"]  # the last `--set` of a key decides, and `train_three` has one
 EPOCHS = 12

@@ -29,8 +29,8 @@ from nnunet_lite.preprocessing.stored_case import CaseArrays, sample_voxels
 from nnunet_lite.settings import Settings, with_changes
 from nnunet_lite.training import loop
 from nnunet_lite.training.cache import load_case
-from nnunet_lite.training.distributed import Ranks
 from nnunet_lite.training.job import Job, configure_plan
+from nnunet_lite.training.launch import Ranks
 from nnunet_lite.training.limits import StopRequest
 from nnunet_lite.training.loop import State, _describe_progress, _pace, _seconds_left, train_fold
 from nnunet_lite.training.metrics import METRICS, PICTURE, TABLE, Metrics

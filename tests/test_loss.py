@@ -17,7 +17,8 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.networks.unet import UNet
 from nnunet_lite.planning.schema import Network, Plan
 from nnunet_lite.settings import LossSettings
-from nnunet_lite.training.distributed import Ranks, rank_share, sum_over_ranks
+from nnunet_lite.training.distributed import rank_share, sum_over_ranks
+from nnunet_lite.training.launch import Ranks
 from nnunet_lite.training.loss import (
     SumByClass,
     alone,

@@ -286,7 +286,7 @@ def test_a_run_resumes_where_only_the_explanations_of_the_plan_changed(workspace
         train(workspace, 0)
 
 
-def test_a_corrected_label_map_keeps_no_further_fold_from_a_model(
+def test_a_model_gets_further_folds_after_a_label_map_was_corrected(
     workspace: Path, models: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """It changes statistics of the foreground, which only CT is normalised with; a plan of CT is another one then."""

@@ -48,8 +48,6 @@ from nnunet_lite.settings import Settings, load_settings, time_text
 from nnunet_lite.system import process_age
 from nnunet_lite.training.cache import load_cases
 from nnunet_lite.training.distributed import (
-    Ranks,
-    current_ranks,
     from_first,
     join_group,
     leave_group,
@@ -57,6 +55,7 @@ from nnunet_lite.training.distributed import (
     wait_for_first,
 )
 from nnunet_lite.training.job import Job, smaller_patches
+from nnunet_lite.training.launch import Ranks, current_ranks
 from nnunet_lite.training.limits import ValidationPlan, announce_validation, limit_seconds, validation_step_sizes
 from nnunet_lite.training.loop import train_fold
 from nnunet_lite.training.preview import draw_preview

@@ -32,9 +32,9 @@ from nnunet_lite.preprocessing.store import is_preprocessed, preprocess_dataset
 from nnunet_lite.settings import Settings, with_changes
 from nnunet_lite.training.callbacks import require_logger
 from nnunet_lite.training.dataloader import check_augmentation
-from nnunet_lite.training.distributed import current_ranks
 from nnunet_lite.training.finetune import adopt_plan, open_source
 from nnunet_lite.training.job import Job, configure_plan
+from nnunet_lite.training.launch import current_ranks
 from nnunet_lite.training.limits import estimate_fold_seconds, fold_progress
 from nnunet_lite.training.loss import check_weights
 from nnunet_lite.training.splits import (

@@ -219,7 +219,7 @@ def _check_images(
             fix = f"Make them equal, for example with nibabel: image.set_{change}(image.get_{keep}())."
             found.problems.append(Problem("forms", str(path), conflict, "", fix))
         if (degrees := image.geometry.shear) > _SHEAR:
-            text = f"two axes are {degrees:.1f} degrees from a right angle, and volumes and distances count as if not"
+            text = f"two axes are {degrees:.1f} degrees from a right angle; volumes and distances assume right angles"
             fix = "Correct the tilt of the gantry: resample image and label map to a grid with right angles."
             found.problems.append(Problem("sheared", str(path), text, "", fix))
     if any(problem.kind == "grid" for problem in found.problems):

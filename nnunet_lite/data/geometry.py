@@ -69,7 +69,7 @@ class Geometry:
 
     @property
     def shear(self) -> float:
-        """The largest angle (degrees) by which two axes miss a right angle, as where a gantry was tilted."""
+        """The largest deviation (degrees) of two axes from a right angle, as with a tilted gantry."""
         axes = np.reshape(self.direction, (3, 3))
         cosines = np.abs(axes.T @ axes - np.eye(3)).max() if self.oriented else 0.0
         return float(np.degrees(np.arcsin(min(cosines, 1.0))))

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -23,41 +22,12 @@ from torch import Tensor
 from nnunet_lite import log, system
 from nnunet_lite.errors import Lost, UserError
 from nnunet_lite.networks.devices import pick_device
-from nnunet_lite.training.launch import RENDEZVOUS
+from nnunet_lite.training.launch import RENDEZVOUS, Ranks, current_ranks
 
 T = TypeVar("T")
 
 SYNC_EVERY = 20  # steps between two points at which all processes compare signals and clocks
 _TIMEOUT = timedelta(minutes=30)  # of a collective operation; another process may read or compile meanwhile
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """The position of this process among those that train together.
-
-    Parameters
-    ----------
-    rank : int
-        Number of this process.
-    world : int
-        Number of processes.
-    local : int
-        Number of this process on its machine.
-    """
-
-    rank: int = 0
-    world: int = 1
-    local: int = 0
-
-
-ALONE = Ranks()
-
-
-def current_ranks() -> Ranks:
-    """Return the position of this process by torchrun's environment variables; ALONE without them."""
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        return ALONE
-    return Ranks(*(int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
 
 
 def rank_device(ranks: Ranks, device: torch.device) -> torch.device:

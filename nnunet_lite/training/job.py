@@ -16,7 +16,7 @@ from nnunet_lite.planning.schema import Configuration, Plan
 from nnunet_lite.planning.topology import MIN_EDGE, resize_kernels
 from nnunet_lite.preprocessing.stored_case import CaseArrays
 from nnunet_lite.settings import Settings
-from nnunet_lite.training.distributed import ALONE, Ranks
+from nnunet_lite.training.launch import ALONE, Ranks
 
 if TYPE_CHECKING:
     import torch

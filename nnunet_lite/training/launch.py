@@ -1,6 +1,6 @@
-"""Starts the processes that train together on one machine: `nnlite train --gpus N`.
+"""The processes that train together: how `nnlite train --gpus N` starts them on one machine, and which one this is.
 
-Without torch, which the process that only waits for the others does not need.
+This module does not import torch, which the process that only waits for the others does not need.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
@@ -25,6 +26,35 @@ _POLL = 0.2
 _FORWARDED = system.signals_of("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
 
 
+@dataclass(frozen=True)
+class Ranks:
+    """The position of this process among those that train together.
+
+    Parameters
+    ----------
+    rank : int
+        Number of this process.
+    world : int
+        Number of processes.
+    local : int
+        Number of this process on its machine.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local: int = 0
+
+
+ALONE = Ranks()
+
+
+def current_ranks() -> Ranks:
+    """Return the position of this process by torchrun's environment variables; ALONE without them."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return ALONE
+    return Ranks(*(int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+
+
 def launch(number: int) -> None:
     """Run this command in several processes that train together, and exit; in one of them, do nothing.
 
@@ -34,9 +64,9 @@ def launch(number: int) -> None:
     Parameters
     ----------
     number : int
-        Of processes.
+        Number of processes.
     """
-    if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if current_ranks().world > 1:
         if launcher := os.environ.get(_LAUNCHER):
             _end_with(int(launcher))
         return

@@ -29,9 +29,10 @@ from nnunet_lite.networks.devices import computes_bf16, describe_wrong_bf16, is_
 from nnunet_lite.networks.precision import ComputeFormat, apply_format, list_formats, pick_fastest
 from nnunet_lite.networks.unet import EncoderDecoder, set_deep_supervision
 from nnunet_lite.training.dataloader import Batch, make_batch
-from nnunet_lite.training.distributed import ALONE, from_first, sum_over_ranks
+from nnunet_lite.training.distributed import from_first, sum_over_ranks
 from nnunet_lite.training.finetune import freeze
 from nnunet_lite.training.job import Job
+from nnunet_lite.training.launch import ALONE
 from nnunet_lite.training.limits import TIMING_SHARE, limit_seconds
 from nnunet_lite.training.loss import alone, deep_supervision_loss
 from nnunet_lite.training.optim import make_optimizer, start_average, update_average

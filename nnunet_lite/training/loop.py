@@ -41,9 +41,10 @@ from nnunet_lite.training import learner as learning
 from nnunet_lite.training import limits
 from nnunet_lite.training.callbacks import follow_epochs
 from nnunet_lite.training.dataloader import Batch, count_oversampled, make_batch, prefetch, training_batches
-from nnunet_lite.training.distributed import ALONE, SYNC_EVERY, Clock, from_first, max_over_ranks, sum_over_ranks
+from nnunet_lite.training.distributed import SYNC_EVERY, Clock, from_first, max_over_ranks, sum_over_ranks
 from nnunet_lite.training.finetune import freeze, start_from
 from nnunet_lite.training.job import Job
+from nnunet_lite.training.launch import ALONE
 from nnunet_lite.training.learner import Learner
 from nnunet_lite.training.loss import pseudo_dice_counts
 from nnunet_lite.training.metrics import LabelStatistics, Metrics, record_metrics, warn_of_absent

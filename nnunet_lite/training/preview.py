@@ -11,8 +11,8 @@ import numpy as np
 from nnunet_lite.files import atomic
 from nnunet_lite.settings import with_changes
 from nnunet_lite.training.dataloader import BatchDraw, Location, build_batch, draw_batch
-from nnunet_lite.training.distributed import ALONE
 from nnunet_lite.training.job import Job
+from nnunet_lite.training.launch import ALONE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
