@@ -234,6 +234,18 @@ def test_case_folders_whose_files_have_the_names_of_channels(tmp_path: Path, sca
         find_cases([tmp_path / "in"], 2, ["t1", "FLAIR"])
 
 
+def test_images_deeper_in_case_folders(tmp_path: Path, scan: Path) -> None:
+    """As in BIDS: the case has the name of the patient, with the visit if there are several; masks are no images."""
+    copies(scan, tmp_path / "in" / "sub-01" / "anat", "sub-01_T1w", "sub-01_FLAIR")
+    copies(scan, tmp_path / "in" / "sub-01" / "masks", "lesion")
+    copies(scan, tmp_path / "in" / "sub-02" / "v1" / "anat", "T1w", "FLAIR")
+    copies(scan, tmp_path / "in" / "sub-02" / "v2" / "anat", "T1w", "FLAIR")
+    copies(scan, tmp_path / "in" / "derivatives" / "sub-01", "T1w_seg")
+    cases = find_cases([tmp_path / "in"], 2, ["T1w", "FLAIR"])
+    names = [(case.id, [path.parent.name for path in case.images]) for case in cases]
+    assert names == [(case, ["anat"] * 2) for case in ("sub-01", "sub-02_v1", "sub-02_v2")]
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_numbered_files_that_each_contain_all_channels_are_cases(tmp_path: Path, channels: int) -> None:
     picture = np.zeros((16, 20) if channels == 1 else (16, 20, 3), np.uint8)

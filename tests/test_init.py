@@ -155,6 +155,25 @@ def test_folders_of_patients_are_predicted_and_evaluated(tmp_path: Path) -> None
     assert scores.foreground().mean == 1 and len(scores.rows) == 6
 
 
+def test_folders_of_bids_are_predicted_and_evaluated(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A prediction has the name of the patient's folder, and so its reference is found by it."""
+    for i in (1, 2):
+        anat = tmp_path / "data" / f"sub-0{i}" / "anat"
+        save_arrays(anat, {f"sub-0{i}_rec-a_T2w.nii.gz": scan(i), f"sub-0{i}_rec-a_dseg.nii.gz": blocks([1])})
+    cases = find_cases([tmp_path / "data"], 1)
+    assert [(case.id, case.images[0].name[6:]) for case in cases] == [
+        (f"sub-0{i}", "_rec-a_T2w.nii.gz") for i in (1, 2)
+    ]
+    assert capfd.readouterr().err.count("not predicted: by their names they are label maps") == 1
+    save_arrays(tmp_path / "out", {f"{case.id}.nii.gz": blocks([1]) for case in cases})
+    scores = nnunet_lite.evaluate(tmp_path / "out", tmp_path / "data")
+    assert scores.foreground().mean == 1 and len(scores.rows) == 2
+    (tmp_path / "data" / "sub-01" / "anat" / "sub-01_rec-a_dseg.nii.gz").unlink()
+    (tmp_path / "data" / "sub-02" / "anat" / "sub-02_rec-a_dseg.nii.gz").unlink()
+    with pytest.raises(UserError, match=r"no label map was found.* Give a folder of label maps that have the names of"):
+        nnunet_lite.evaluate(tmp_path / "out", tmp_path / "data")
+
+
 def test_numbered_pictures_of_three_colours_are_cases(tmp_path: Path) -> None:
     """x_0000.png and x_0001.png are two cases that the dataset.json lists, not channels of the first."""
     for i in range(3):

@@ -33,6 +33,7 @@ _NAMING = (
 )
 _CHANNEL = re.compile(r"^(.+)_(\d{4})$")
 _PART = re.compile(r"\d+|[^\W\d_]+")  # of a name: a number or a word
+_DEPTH = 4  # levels of folders that are searched for images: patient, visit, modality, and one more
 _MOST_CHANNELS = 8  # of one case in separate files; more files of one name are a series of cases
 _ALSO_DICOM = f"{SUPPORTED} and DICOM series."
 
@@ -185,7 +186,11 @@ def _cases_of(source: Path, channels: int, names: Sequence[str]) -> list[Case]:
         if series := [path.name for path in others if series_folders(path)]:
             log.warn(f"{source}: the DICOM series in {few(series)} are not read, since the folder holds images too")
     else:
-        cases = _case_folders(source, channels, names)
+        skipped: list[Path] = []
+        cases = _case_folders(source, channels, names, skipped)
+        if skipped:
+            files = few([str(path.relative_to(source)) for path in skipped])
+            log.warn(f"{source}: {files} are not predicted: by their names they are label maps")
     if not cases:
         inside = "; nor do the folders inside it" if any(path.is_dir() for path in source.iterdir()) else ""
         what = f"holds no image of a supported format{unsupported_files(source)}{inside}"
@@ -236,15 +241,18 @@ def _cases_of_folder(folder: Path, channels: int) -> list[Case]:
     return group_files(files, channels)
 
 
-def _case_folders(parent: Path, channels: int, names: Sequence[str]) -> list[Case]:
+def _case_folders(
+    parent: Path, channels: int, names: Sequence[str], skipped: list[Path], depth: int = _DEPTH
+) -> list[Case]:
     """Return one case per folder: its only image, or the file of each channel's name.
 
     Folders of DICOM series may be numbered `_0000`, `_0001`, ... as files are.
 
-    A series may be at a deeper level (patient/study/series). The case has the name of the first folder; if that folder
-    contains several series, each is a case with the whole path as its name.
+    A series or an image may be at a deeper level (patient/study/series, sub-01/anat/T1w.nii.gz). The case has the name
+    of the first folder; if that folder contains several, each is a case with its path as its name. `skipped` gets the
+    files that are left out because they are label maps by their names.
     """
-    series, cases, empty, maps = [], [], [], []
+    series, cases, empty = [], [], []
     for folder in folders_in(parent):
         found = _cases_of_folder(folder, channels)
         if len(found) > 1:
@@ -257,7 +265,7 @@ def _case_folders(parent: Path, channels: int, names: Sequence[str]) -> list[Cas
                 each = few([f"*{name}.*" for name in names])
                 fix = f"A folder per case holds one image, or one for each channel of the model: {each}."
                 raise UserError(f"holds {len(files)} images ({shown}) where it should hold one case", folder, fix)
-            maps += masks
+            skipped += masks
             found = [Case(folder.name, images)]
         inside = [] if found else series_folders(folder)
         if len(inside) == 1 or (found and found[0].images == (folder,)):
@@ -266,14 +274,22 @@ def _case_folders(parent: Path, channels: int, names: Sequence[str]) -> list[Cas
             cases += [Case("_".join(path.relative_to(parent).parts), (path,)) for path in inside]
         elif found:
             cases.append(Case(folder.name, found[0].images))
+        elif deeper := _nested_cases(folder, channels, names, skipped, depth):
+            cases += deeper
         else:
             empty.append(folder.name)
     if empty and (series or cases):
         log.warn(f"{parent}: folders without an image are ignored: {', '.join(empty)}")
-    if maps:
-        skipped = few([f"{path.parent.name}/{path.name}" for path in maps])
-        log.warn(f"{parent}: {skipped} are not predicted: by their names they are label maps")
     return sorted(cases + group_files(series, channels), key=lambda case: case.id)
+
+
+def _nested_cases(folder: Path, channels: int, names: Sequence[str], skipped: list[Path], depth: int) -> list[Case]:
+    """Return the cases in the folders inside a case folder."""
+    found = _case_folders(folder, channels, names, skipped, depth - 1) if depth else []
+    maps = [case for case in found if has_label_word(case.images[0].relative_to(folder))]
+    skipped += [path for case in maps for path in case.images]
+    found = [case for case in found if case not in maps]
+    return [Case(folder.name if len(found) == 1 else f"{folder.name}_{case.id}", case.images) for case in found]
 
 
 def _named_files(files: Sequence[Path], names: Sequence[str]) -> tuple[Path, ...]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_lite.data.cases import folders_in, image_files, label_base, label_maps, unsupported_files
+from nnunet_lite.data.cases import Case, folders_in, image_files, label_base, label_maps, unsupported_files
 from nnunet_lite.data.dataset import labels_of, map_labels
 from nnunet_lite.data.discovery import cases_by_name, files_below
 from nnunet_lite.data.geometry import ACCEPTABLE, Geometry
@@ -406,12 +406,15 @@ def _match(prediction: Path, reference: Path) -> tuple[dict[str, tuple[Path, Pat
         return {stem(reference): (prediction, reference)}, []
     predicted, found = _by_name(prediction, case_of), {}
     if not image_files(reference) and folders_in(reference):  # as `nnlite init` reads it, such as one for each patient
-        cases = cases_by_name(files_below(reference)).cases
+        cases = _cases_of_references(reference)
         found = {case.id: case.label for case in cases if case.label}
     references = found or _by_name(reference, stem)
     images = {label_base(name) for name in references if label_base(name) != name}  # x beside x_mask
     references = {name: path for name, path in references.items() if name not in images}
     maps = {case: [path] for case, path in found.items() if case in predicted}
+    if not maps:  # `predict` names a case by its folder: sub-01 for sub-01/anat/sub-01_T1w.nii.gz
+        folders = {path: path.relative_to(reference).parts[:-1] for path in found.values()}
+        maps = {case: inside for case in predicted if (inside := [path for path in folders if case in folders[path]])}
     maps = maps or label_maps(references.values(), predicted)  # a name may end in a word, as case_0_mask
     pairs = {case: (predicted[case], maps[case][0]) for case in sorted(maps) if len(maps[case]) == 1}
     if not pairs:
@@ -431,6 +434,14 @@ def _match(prediction: Path, reference: Path) -> tuple[dict[str, tuple[Path, Pat
         f"{len(by_word)} references found by a word at the end of their names: {few(by_word, 1)}" if by_word else "",
     ]
     return pairs, [note for note in notes if note]
+
+
+def _cases_of_references(folder: Path) -> tuple[Case, ...]:
+    try:
+        return cases_by_name(files_below(folder)).cases
+    except UserError as error:  # which says what to do about `nnlite init`
+        fix = "Give a folder of label maps that have the names of the predictions."
+        raise UserError(error.what, folder, fix) from None
 
 
 def _by_name(folder: Path, name_of: Callable[[Path], str]) -> dict[str, Path]:
