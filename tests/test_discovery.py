@@ -73,6 +73,7 @@ UNDERSTOOD: dict[str, tuple[list[str], dict[str, list[str]], tuple[str, ...], st
         each("T1/c{}.nii", "T2/c{}.nii", "masks/c{}.nii"), {}, ("T1", "T2"), "c2: T1/c2.nii T2/c2.nii masks/c2.nii"),
     "folders of the plain layout": (
         each("Images/c{}.png", "labels/c{}.png"), {}, ("image",), "c2: Images/c2.png labels/c2.png"),
+    "OME-TIFF": (each("x{}.ome.tif", "x{}_mask.tif"), {}, ("image",), "x2: x2.ome.tif x2_mask.tif"),
     "other endings": (each("x{}.TIFF", "x{}_mask.png"), {}, ("image",), "x2: x2.TIFF x2_mask.png"),
     "what belongs to no operating system of ours": (
         [*each("x{}.mha", "._x{}.mha", "x{}_seg.mha"), ".DS_Store", "__MACOSX/._x1.mha", ".git/x4.mha"], {}, ("image",),
@@ -121,7 +122,17 @@ REFUSED: dict[str, tuple[list[str], dict[str, list[str]], str]] = {  # names, pa
         [*each("P{}/t1.nii", "P{}/seg.nii"), *each("Q{}/ct.nii", "Q{}/seg.nii")], {},
         "cases have different images: 3 cases with t1, 3 cases with ct"),
     "masks only": (each("x{}_mask.png"), {}, "0 of 3 label maps .*; images: none"),
-    "no image at all": (["notes.txt", "a.pdf"], {}, r"no label map was found; images: 1 \.(txt|pdf) file"),
+    "no image at all": (
+        ["notes.txt", "a.pdf"], {},
+        r"no label map was found; images: none; of no supported format: 1 \.(txt|pdf) file, 1 \.(txt|pdf) file\."),
+    "label maps of no supported format": (
+        each("images/{}_test.tif", "manual/{}_mask.gif"), {},
+        r"no label map was found; images: images/1_test\.tif, .*; of no supported format: 3 \.gif files\."),
+    "a pattern of no supported format": (
+        [*each("images/{}_test.tif", "manual/{}_mask.gif"), "readme.txt"], {"labels": ["manual/*"]},
+        r"no file has a name like --label 'manual/\*'; of no supported format: 3 \.gif files\."),
+    "two folders": (
+        each("png/x{}.png", "drawn/left/x{}.png"), {}, r" If drawn/left holds the images: --image 'drawn/left/\*' --label 'png/\*'\."),
     "a pattern of nothing": (each("x{}.nii", "x{}_seg.nii"), {"labels": ["*_lesion.nii"]}, "no file .* --label '"),
     "a channel that no case has": (
         each("P{}/t1.nii", "P{}/seg.nii"), {"images": ["t1*", "t2*"]}, "no case has all of t1, t2"),

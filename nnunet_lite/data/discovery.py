@@ -150,15 +150,17 @@ def cases_by_name(files: Files, images: Sequence[str] = (), labels: Sequence[str
     groups, of_case = _group_images(parts, words, bool(images))
     for option, patterns, found in (("--label", labels, maps), ("--image", images, scans)):
         if patterns and not found:
-            raise UserError(f"no file has a name like {option} {' '.join(map(repr, patterns))}", root, _CHOOSE)
+            what = f"no file has a name like {option} {' '.join(map(repr, patterns))}"
+            raise UserError(what + _unsupported(files, patterns), root, _CHOOSE)
     if not groups or (2 * len(groups) <= len(maps) and not labels):
         what = "no label map was found"
         if maps:
             n_maps = plural(len(maps), "label map")
             what = f"{len(groups)} of {n_maps} have the name of an image. Label maps: {_some(maps, root)}"
-        what = f"{what}; images: {_some(scans, root) or count_endings(files.others) or 'none'}"
-        inside = sorted({path.parts[0] for path in paths.values() if len(path.parts) > 1})
-        both = f" Of two folders: --image '{inside[0]}/*' --label '{inside[1]}/*'." if len(inside) == 2 else ""
+        what = f"{what}; images: {_some(scans, root) or 'none'}{_unsupported(files)}"
+        inside = sorted({path.parent.as_posix() for path in paths.values()})
+        a, b = inside if len(inside) == 2 < len(paths) else ("", "")
+        both = f" If {a} holds the images: --image '{a}/*' --label '{b}/*'." if b else ""
         raise UserError(what, root, _CHOOSE + both)
     chosen = {pattern: _channel_name(_words(_name(Path(pattern)))) for pattern in images}
     channels: dict[Path, dict[str, Path]] = {label: {} for label in groups}
@@ -320,7 +322,7 @@ def _channel_name(words: Words) -> str:
     name = "_".join(words)
     if name.isdecimal():
         return f"channel_{int(name)}"
-    return "image" if name.lower() in ("", *IMAGE_FOLDERS) else name
+    return "image" if name.lower() in ("", "ome", *IMAGE_FOLDERS) else name  # x.ome.tif with x_mask.tif
 
 
 def _names_of_channels(root: Path, channels: Collection[dict[str, Path]]) -> list[str]:
@@ -348,6 +350,12 @@ def _words(*texts: str) -> Words:
 def _number_shared(names: Iterable[Words]) -> int:
     """Return the number of words with which all names begin."""
     return len([*takewhile(lambda column: len(set(column)) == 1, zip(*names, strict=False))])
+
+
+def _unsupported(files: Files, patterns: Sequence[str] = ("*",)) -> str:
+    """Describe the files of no supported format, for the end of a message."""
+    found = [path for path in files.others if any(map(path.relative_to(files.root).match, patterns))]
+    return f"; of no supported format: {count_endings(found)}" if found else ""
 
 
 def _some(paths: Iterable[Path], root: Path) -> str:
