@@ -96,6 +96,19 @@ def test_errors_are_missed_added_or_of_another_label() -> None:
         np.testing.assert_array_equal(fill(path, (30, 40)), kinds == kind)
 
 
+def test_a_picture_shows_what_is_annotated() -> None:
+    """Of a case with few annotated slices, the one with most labels, and not one that is ignored."""
+    labels = Labels(names={"a": 1, "b": 2}, ignore=3)
+    image = ScanImage(np.zeros((1, 6, 90, 90), np.float32), Geometry((6, 90, 90), (1.0, 1.0, 1.0)))
+    reference = np.full((6, 90, 90), 3, np.uint8)
+    reference[2], reference[4] = 0, 0
+    reference[2, 40:45, 40:45], reference[4, 40:50, 40:45] = 1, 2
+    oriented = pictures.OrientedImage(image, sample_plan(labels))
+    tile = oriented.tile(reference)
+    assert tile["slice"] == 4 and [number for number, _ in tile["reference"]] == [1]
+    np.testing.assert_array_equal(oriented.foreground_of(reference), (reference == 1) | (reference == 2))
+
+
 def test_the_box_contains_the_mask_with_a_margin() -> None:
     mask = np.zeros((300, 40, 300), bool)
     mask[100:200, 10:20, 290:300] = True

@@ -117,7 +117,8 @@ def test_every_case_and_score_is_that_of_the_summary(tiny_model: Path, tiny_repo
 
 
 def test_pictures_are_three_planes_through_the_largest_error(tiny_model: Path, tiny_report: Path) -> None:
-    shown = Page(tiny_report).data["models"]["tiny"]["pictures"]
+    page = Page(tiny_report)
+    shown = page.data["models"]["tiny"]["pictures"]
     summary = read_json(tiny_model / "fold_0" / "validation" / "summary.json")
     assert set(shown) == {entry["case"] for entry in summary["metric_per_case"]}
     for entry in summary["metric_per_case"]:
@@ -131,6 +132,8 @@ def test_pictures_are_three_planes_through_the_largest_error(tiny_model: Path, t
             wrong = (found != truth).sum(axis=tuple(a for a in range(3) if a != axis))
             assert plane["axis"] == "zyx"[axis] and wrong[plane["slice"]] == wrong.max()
             assert plane["of"] == truth.shape[axis]
+            caption = f"{plane['name']}, slice {plane['slice'] + 1} of {plane['of']} along {plane['axis']}"
+            assert caption in page.text, "counted from 1, so not written as a coordinate"
             assert len(plane["errors"]) == 3 and any(plane["errors"])
 
 
@@ -252,6 +255,24 @@ def test_sizes_and_volumes_of_hostile_regions(copy_nnunet: Callable[..., Path], 
     assert [row[0][0] for row in page.tables["Intensities of all voxels that are not background"][1:]] == list(channels)
     drawn = [a for a in page.all("svg", **{"class": "plot"}) if (a["aria-label"] or "").startswith("Intensities, ")]
     assert len(drawn) == 2
+
+
+def test_sizes_of_images_in_several_orientations_are_along_the_same_axes(tmp_path: Path) -> None:
+    """As the plan turns them: a slice of 5 mm is along z in every case."""
+    label = np.zeros((6, 16, 20), np.uint8)
+    label[2:4, 4:9, 5:9] = 1
+    for i, code in enumerate(("LPS", "LPS", "PIR", "SAL", "LPS")):
+        for folder, array in (("images", np.random.default_rng(i).normal(100, 9, label.shape)), ("labels", label)):
+            image = SimpleITK.GetImageFromArray(array)
+            image.SetSpacing((0.5, 0.5, 5.0))
+            (tmp_path / "raw" / folder).mkdir(parents=True, exist_ok=True)
+            oriented = SimpleITK.DICOMOrient(image, code)
+            SimpleITK.WriteImage(oriented, str(tmp_path / "raw" / folder / f"c{i}.nii.gz"))
+    nnunet_lite.plan(tmp_path / "raw", workspace=tmp_path / "w", workers=0)
+    page = report(tmp_path / "w", tmp_path / "page.html")
+    assert {row[1][0] for row in page.tables["All 5 cases"][1:]} == {"6 × 16 × 20"}
+    assert {row[2][0] for row in page.tables["All 5 cases"][1:]} == {"5 × 0.5 × 0.5"}
+    assert "Spacing along z5 mm in every case" in page.text
 
 
 def test_colour_pictures(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from nnunet_lite.data.images import read_label, write_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.metrics import score_case
-from nnunet_lite.evaluation.scores import CaseScore, Scores, read_summary, score_files
+from nnunet_lite.evaluation.scores import CaseScore, Scores, read_fold_scores, read_summary, score_files
 from nnunet_lite.evaluation.statistics import Margin, compare_paired, mean_of_labels, p_of_gain, summarize
 from nnunet_lite.files import write_json
 
@@ -225,6 +225,17 @@ def test_a_summary_is_read_as_it_was_written(tmp_path: Path) -> None:
     write_json(files[0], {"something": 1})
     with pytest.raises(UserError, match="is not a summary"):
         read_summary(files[0], REGIONS)
+
+
+def test_the_interval_of_all_folds_does_not_depend_on_which_fold_has_a_case(tmp_path: Path) -> None:
+    """The report shows the one that `nnlite select` shows, which sorts cases by their names."""
+    draws = np.random.default_rng(0)
+    scores = scores_of([*draws.integers(0, 3, (6, 2, 5, 6, 7))], REGIONS, surface=False)
+    for fold, rows in enumerate((scores.rows[1::2], scores.rows[::2])):
+        folder = tmp_path / f"fold_{fold}" / "validation"
+        write_json(folder / "summary.json", Scores(rows, REGIONS).to_json())
+    found, fold_of = read_fold_scores(tmp_path, REGIONS, [])
+    assert found.foreground() == scores.foreground() and fold_of["case_0"] == "1" and fold_of["case_1"] == "0"
 
 
 # --------------------------------------------------------------------------------------------------------- on disk

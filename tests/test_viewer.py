@@ -509,9 +509,9 @@ def test_in_a_browser(view: View, browser: Any) -> None:
     assert (_pixels(page).max(-1) > 30).mean() > 0.03, "the axial plane alone"
     before, box = _voxel(page), page.locator("#planes").bounding_box()
     page.mouse.click(box["x"] + box["width"] / 2 + 50, box["y"] + box["height"] / 2 + 35)
-    assert [now != then for now, then in zip(_voxel(page), before, strict=True)] == [True, True, False]
+    assert [now != then for now, then in zip(_voxel(page), before, strict=True)] == [False, True, True]
     page.mouse.wheel(0, 100)
-    page.wait_for_function("(z) => !document.querySelector('#place').textContent.includes(`, ${z} `)", arg=before[2])
+    page.wait_for_function("(z) => !document.querySelector('#place').textContent.includes(`: ${z} `)", arg=before[0])
     first = page.inner_text("#title")
     page.keyboard.press("n")
     page.wait_for_function("(title) => document.querySelector('#title').textContent !== title", arg=first)
@@ -563,8 +563,8 @@ def test_errors_in_a_browser(browser: Any, tmp_path: Path) -> None:
 
 
 def _voxel(page: Any) -> list[int]:
-    """The voxel of the cross, as the page shows it."""
-    match = re.match(r"voxel (\d+), (\d+), (\d+)\s+·\s+MRI \d+", page.inner_text("#place"))
+    """The voxel of the cross, as the page shows it and `--at` takes it."""
+    match = re.match(r"voxel z y x: (\d+) (\d+) (\d+)\s+·\s+MRI \d+", page.inner_text("#place"))
     assert match
     return [int(n) for n in match.groups()]
 

@@ -316,7 +316,8 @@ def read_fold_scores(folder: Path, labels: Labels, notes: list[str]) -> tuple[Sc
         rows += [row for row in validated if row.case not in fold_of]
         fold = file.parent.parent.name.removeprefix("fold_")
         fold_of = {row.case: fold for row in validated} | fold_of
-    return Scores(tuple(rows), labels), fold_of
+    by_id = sorted(rows, key=lambda row: row.case)  # intervals depend on the order, and `select` has this one
+    return Scores(tuple(by_id), labels), fold_of
 
 
 # ------------------------------------------------------------------------------------------------ folders of label maps

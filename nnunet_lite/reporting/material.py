@@ -20,7 +20,7 @@ import numpy as np
 from nnunet_lite import log, system
 from nnunet_lite.data.cases import Case
 from nnunet_lite.data.dataset import Dataset, read_annotation, read_case, stored_dataset
-from nnunet_lite.data.geometry import Geometry
+from nnunet_lite.data.geometry import Geometry, turn_between
 from nnunet_lite.data.images import read_geometry, read_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.problems import Problem, read_problems
@@ -214,7 +214,7 @@ class CasePictures:
     case_id : str
         Case id.
     geometry : Geometry or None
-        Of its image; None if it could not be read.
+        Of its image, turned to the axes of the plan; None if it could not be read.
     voxels : dict
         Region -> its voxels in the reference.
     tile : dict or None
@@ -533,7 +533,7 @@ def draw_case(
     try:
         if tile or predictions:
             image, label = read_case(case, dataset)
-            out.geometry = image.geometry
+            out.geometry = _as_planned(image.geometry, plan)
             oriented = OrientedImage(image, plan)
             reference = None if label is None else oriented.turn.apply(label)
             if tile:
@@ -541,7 +541,7 @@ def draw_case(
                 out.intensities = _sample_intensities(image.array, label, plan)
             out.overlays = oriented.overlays(reference, predictions, size)
         else:
-            out.geometry, label = read_geometry(case.images[0])[0], None
+            out.geometry, label = _as_planned(read_geometry(case.images[0])[0], plan), None
             if volumes and case.label is not None:
                 label, _ = read_annotation(case, dataset)
         if volumes and label is not None:
@@ -549,6 +549,11 @@ def draw_case(
     except (UserError, OSError, MemoryError) as error:
         out.problem = f"{case.id}: {describe(error)}"
     return out
+
+
+def _as_planned(geometry: Geometry, plan: Plan) -> Geometry:
+    """Turn a geometry to the axes of the plan, so that those of all cases can be compared."""
+    return geometry.turned(turn_between(geometry.orientation, plan.orientation))
 
 
 def draw_finding(material: Material, case: Case, file: Path, finding: Finding) -> list[Picture]:
@@ -577,11 +582,11 @@ def draw_finding(material: Material, case: Case, file: Path, finding: Finding) -
     """
     image, reference = read_case(case, material.dataset)
     prediction, _, _ = read_label(file, image.geometry)
-    oriented, background = OrientedImage(image, material.plan), material.dataset.labels.background
+    oriented = OrientedImage(image, material.plan)
     assert reference is not None  # every case of a planned dataset has one
     own, other = oriented.turn.apply(reference), oriented.turn.apply(prediction)
     at = oriented.turn.apply_to_voxel(finding.place, image.geometry.shape)
-    box = box_around((own != background) | (other != background))
+    box = box_around(oriented.foreground_of(own) | oriented.foreground_of(other))
     return [oriented.draw(plane, at, box, _FINDING_SIZE, own, other) for plane in oriented.planes]
 
 

@@ -108,6 +108,16 @@ class OrientedImage:
         channels = zip(image.array[:MAX_CHANNELS], plan.channels, strict=False)
         self.levels = [(0.0, 255.0) if self.colour else grey_levels(values, about) for values, about in channels]
 
+    def foreground_of(self, label: np.ndarray) -> np.ndarray:
+        """Return which voxels of a label map have a label; those that are not annotated have none.
+
+        Parameters
+        ----------
+        label : ndarray of int
+            Values of the dataset.
+        """
+        return np.isin(label, self.labels.values[1:])
+
     def tile(self, reference: np.ndarray | None) -> Picture:
         """Draw the first plane, through most of the labels, in the first channel or in colour.
 
@@ -119,7 +129,7 @@ class OrientedImage:
         shape = self.array.shape[1:]
         at = tuple(n // 2 for n in shape)
         if reference is not None:
-            at = fullest_slices(reference != self.labels.background)
+            at = fullest_slices(self.foreground_of(reference))
         whole = (0, shape[0]), (0, shape[1]), (0, shape[2])
         return self.draw(self.planes[0], at, whole, _TILE_SIZE, reference, None, channels=3 if self.colour else 1)
 
@@ -150,7 +160,7 @@ class OrientedImage:
             predictions[model] = prediction = self.turn.apply(stored)
             reference = np.zeros_like(prediction) if reference is None else reference
             wrong |= prediction != reference
-            foreground |= (reference != labels.background) | (prediction != labels.background)
+            foreground |= self.foreground_of(reference) | self.foreground_of(prediction)
         if labels.ignore is not None and reference is not None:
             wrong &= reference != labels.ignore
         at, box = fullest_slices(wrong if wrong.any() else foreground), box_around(foreground)

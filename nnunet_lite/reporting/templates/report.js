@@ -193,7 +193,7 @@ function planeFigure(plane) {
     for (const [label, d] of plane[side]) voxels.append(draw("path", { class: `${side} c${label % 10}`, d }));
   }
   const sides = plane.sides ? `, ${plane.sides[0]} on the left, ${plane.sides[2]} at the top` : "";
-  const at = plane.of === 1 ? "" : `: ${plane.axis} = ${plane.slice + 1} of ${plane.of}`;
+  const at = plane.of === 1 ? "" : `: slice ${plane.slice + 1} of ${plane.of} along ${plane.axis}`;
   const text = `${plane.name}${at}${sides}${plane.cropped ? ", cropped" : ""}`;
   return addDownload(make("figure", { class: "plane" }, svg, make("figcaption", {}, text)));
 }

@@ -195,10 +195,10 @@ function listSolids() {
 
 // ------------------------------------------------------------------------------------------------- the controls
 
-// Where the cross is: voxel, intensity, and the label in each segmentation that is shown.
+// Where the cross is: the voxel as `--at` takes it, intensity, and the label in each segmentation that is shown.
 function showPlace() {
-  const [flat, voxel] = [scene.shape[0] === 1, planes.stored(planes.at)];
-  const parts = [flat ? `pixel ${voxel.slice(0, 2).join(", ")}` : `voxel ${voxel.join(", ")}`];
+  const [flat, voxel] = [scene.shape[0] === 1, planes.stored(planes.at).reverse()];
+  const parts = [flat ? `pixel y x: ${voxel.slice(1).join(" ")}` : `voxel z y x: ${voxel.join(" ")}`];
   const shown = scene.layers.filter((layer) => layer.shown && layer.volume && !layer.volume.colours);
   for (const { kind, name, volume } of shown) {
     const value = valueAt(volume, planes.at);
