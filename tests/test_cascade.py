@@ -170,3 +170,5 @@ def test_the_model_folder_of_the_first_stage(tmp_path: Path) -> None:
     run = {"format": FORMAT, "configuration": "3d_cascade_fullres", "seed": 0, "settings": {}}
     write_json(second / "run.json", {**run, "previous": "3d_lowres-other"})
     assert found("mine") == found(None) == "3d_lowres-other", "what it was begun with is kept"
+    write_json(paths.models / "3d_lowres-other" / "run.json", {**run, "configuration": "3d_lowest"})
+    assert found("mine") == "3d_lowres-cpu", "its previous_stage was edited since"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -182,6 +183,22 @@ def test_a_first_stage_that_changed_predicts_again(trained: Path, train_second: 
         train_second(1)
         changed = {file for file, time in times(trained).items() if before.get(file, time) != time}
         assert changed == {str(weights), *(str(f) for f in maps(trained).values() if f.parents[2].name == "fold_2")}
+
+
+def test_a_first_stage_that_was_edited_after_its_training_is_refused(
+    trained: Path, paths: Paths, changes: dict[str, Any], workspace: Path, tmp_path: Path
+) -> None:
+    """The new second stage would say that it refines a spacing which its first stage does not have."""
+    shutil.copytree(workspace, tmp_path / "ws")
+    copy = Paths(tmp_path / "ws" / paths.root.name)
+    (copy.models / f"{FIRST}-tiny").rename(copy.models / f"{FIRST}-default")
+    plan = read_json(copy.plans)
+    plan["configurations"][FIRST]["spacing"] = [3.0, 2.0, 2.0]
+    write_json(copy.plans, plan)
+    said = re.escape("before its plan was changed (spacing: [2.0, 2.0, 2.0] -> [3.0, 2.0, 2.0])")
+    with pytest.raises(UserError, match=said) as refused:
+        nnunet_lite.train(SECOND, 1, settings=changes, name="new", workspace=tmp_path / "ws", device="cpu")
+    assert refused.value.file == copy.models / f"{FIRST}-default" and not (copy.models / "new").exists()
 
 
 def test_prediction_is_one_stage_after_the_other(trained: Path, hippocampus: Path) -> None:

@@ -47,6 +47,12 @@ def test_zero_may_be_part_of_a_region() -> None:
     assert labels.region_names == ("whole", "core") and labels.region_classes == ((1, 2), (1,))
 
 
+def test_the_order_counts_where_labels_are_regions() -> None:
+    one, other = {"whole": [1, 2], "core": [2]}, {"core": [2], "whole": [1, 2]}
+    assert Labels.from_json(one, [1, 2]) != Labels.from_json(other, [1, 2])
+    assert Labels.from_json({"a": 1, "b": 2}) == Labels.from_json({"b": 2, "a": 1}), "in the order of the values"
+
+
 @pytest.mark.parametrize("dtype", [np.int8, np.int16, np.int64, np.float32])
 def test_negative_values_come_back(dtype: type) -> None:
     labels = Labels.from_json({"background": 0, "a": -5, "b": 3, "ignore": -1})

@@ -150,6 +150,25 @@ def test_labels_that_are_not_those_of_the_dataset_are_refused(planned: Planned) 
         nnunet_lite.preprocess(workspace=workspace)
 
 
+def test_the_order_of_regions_and_channels_is_that_of_the_dataset(copy_nnunet: Copy, tmp_path: Path) -> None:
+    """A program that sorts the keys of plans.json must not train outputs and inputs as others."""
+    labels = {"background": 0, "whole": [1, 2], "core": [2]}
+    raw = copy_nnunet(2, ("T2", "T1"), labels=labels, regions_class_order=[1, 2])
+    made = nnunet_lite.plan(raw, workspace=tmp_path / "ws", workers=0)
+    file = tmp_path / "ws" / raw.name / "plans.json"
+    file.write_text(json.dumps(read_json(file), sort_keys=True))
+    with pytest.raises(UserError, match="the order of the regions is core, whole, in the dataset whole, core"):
+        nnunet_lite.preprocess(workspace=tmp_path / "ws")
+    other = made.model_copy(update={"channels": made.channels[::-1]})
+    file.write_text(other.to_json())
+    with pytest.raises(UserError, match="channels: they are T1, T2, in the dataset T2, T1") as refused:
+        nnunet_lite.preprocess(workspace=tmp_path / "ws")
+    assert refused.value.file == file
+    (tmp_path / "theirs.json").write_text(other.to_json())
+    adopted = nnunet_lite.plan(raw, plans=tmp_path / "theirs.json", workspace=tmp_path / "ws", workers=0)
+    assert adopted.channels == made.channels, "matched by their names"
+
+
 def test_an_option_beats_a_change_by_hand_which_is_kept_aside(planned: Planned) -> None:
     made = planned.plan()
     planned.set("mine", **MINE)

@@ -21,13 +21,15 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.inference.first_stage import FirstStage, find_first_stage
 from nnunet_lite.inference.teachers import Teacher, find_teachers
 from nnunet_lite.models import folder as models
+from nnunet_lite.models.bundle import is_imported
+from nnunet_lite.models.lookup import read_model
 from nnunet_lite.networks.build import build_network
 from nnunet_lite.networks.devices import pick_device
 from nnunet_lite.networks.unet import mixes_samples
 from nnunet_lite.planning.fingerprint import Fingerprint
 from nnunet_lite.planning.planner import memory_budget
 from nnunet_lite.planning.replanning import current_plan, read_earlier_plan, replan
-from nnunet_lite.planning.schema import Options, Plan
+from nnunet_lite.planning.schema import Options, Plan, configuration_changes
 from nnunet_lite.preprocessing.store import is_preprocessed, preprocess_dataset
 from nnunet_lite.settings import Settings, with_changes
 from nnunet_lite.training.callbacks import require_logger
@@ -197,6 +199,8 @@ def plan_runs(
             run = replace(run, teachers=_find_teachers(run))
         if first is not None:
             refuse_other_cases(first.folder, split, paths.splits, dataset)
+            if restart or not run.is_trained():
+                _refuse_edited_stage(paths, first)
             # a model to start from fits only one of the two networks
             own = with_changes(settings, {"training.init": None, "training.freeze": None})
             for first_fold in first.folds:
@@ -207,6 +211,26 @@ def plan_runs(
         for fold in folds:
             add(configuration, fold, settings, name, restart)
     return list(runs.values())
+
+
+def _refuse_edited_stage(paths: Paths, first: FirstStage) -> None:
+    """Refuse a first stage whose configuration in plans.json was edited after it was trained.
+
+    Its settings do not count. A model that was imported or has adopted the plan of another one has a plan of its own.
+    """
+    if not (first.folder / "run.json").is_file() or is_imported(first.folder):
+        return
+    trained, run = read_model(first.folder)
+    settings, name = Settings.model_validate(run["settings"]), first.configuration
+    if settings.training.init is not None or run["configuration"] != name:
+        return
+    now = configure_plan(plan_for_settings(paths, settings), name, settings)
+    changes = configuration_changes(trained.configuration(name), now.configuration(name))
+    changes.pop("median_shape", None)  # it follows from the cases, and arrays do not depend on it
+    if changes and any(map(models.is_finished, first.folder.glob("fold_*"))):
+        words = "; ".join(f"{key}: {before} -> {after}" for key, (before, after) in changes.items())
+        fix = f"Undo the edit, or train it again: `{models.training_command(first.folder, 'all-folds')} --restart`."
+        raise UserError(f"is the first stage, trained before its plan was changed ({words})", first.folder, fix)
 
 
 def _find_teachers(run: TrainingRun) -> list[Teacher]:

@@ -112,6 +112,10 @@ class Labels(BaseModel, frozen=True, extra="forbid"):
             raise ValueError(f"label values {low} and {high} are more than {_WIDEST} apart; renumber them")
         return self
 
+    def __eq__(self, other: object) -> bool:
+        """Whether names and meaning are equal: the order of regions counts, which that of a dict does not."""
+        return super().__eq__(other) and isinstance(other, Labels) and self.meaning == other.meaning
+
     @cached_property
     def background(self) -> int:
         """The value of the background."""

@@ -103,7 +103,9 @@ def first_stage_folder(
     own if all the folds that it needs are trained there; otherwise one with the name of the second stage.
     """
     if (folder / "run.json").is_file() and (known := read_run(folder).get("previous")):
-        return model_folder(paths, str(known))
+        known = model_folder(paths, str(known))
+        if not (known / "run.json").is_file() or read_run(known)["configuration"] == stage:  # previous_stage is as then
+            return known
     usual = model_folder(paths, f"{stage}-{recipe}")
     if name is None or all(is_finished(usual / f"fold_{fold}") for fold in folds):
         return usual

@@ -10,7 +10,7 @@ Read `read_earlier_plan` and `replan` first; `write_plan` reports and writes the
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,13 @@ from pydantic import ValidationError
 
 from nnunet_lite import log
 from nnunet_lite.data.dataset import Dataset, dataset_to_json, stored_dataset
+from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import atomic, read_json, write_json
 from nnunet_lite.planning.fingerprint import Fingerprint
 from nnunet_lite.planning.nnunet import read_plan
 from nnunet_lite.planning.planner import PRESETS, apply_options, make_plan
-from nnunet_lite.planning.schema import Options, Plan, configuration_changes, configuration_content
+from nnunet_lite.planning.schema import Channel, Options, Plan, configuration_changes, configuration_content
 from nnunet_lite.workspace import Paths
 
 Entry = tuple[str | int, ...]  # the place of a value in plans.json, such as ("channels", 0, "normalization")
@@ -98,21 +99,33 @@ def _read(file: Path) -> Plan | None:
 
 
 def current_plan(paths: Paths) -> Plan:
-    """Read the plan of a dataset, whose labels must be those that the dataset has.
+    """Read the plan of a dataset, whose labels and channels must be those that the dataset has.
 
     Raises
     ------
     UserError
-        The plan is damaged, or its labels were edited: cases would be trained with some labels and scored with others.
+        The plan is damaged, or its labels or channels were edited: cases would be trained with some labels and scored
+        with others, and a channel would be normalised as another one.
     """
-    plan, labels = Plan.read(paths.plans), stored_dataset(paths.dataset).labels
-    if plan.labels != labels:
-        edited, own = ({**one.to_json(), "regions_class_order": one.region_order} for one in (plan.labels, labels))
-        differing = [key for key in {**own, **edited} if edited.get(key) != own.get(key)]
-        what = "; ".join(f"labels: {key} is {edited.get(key)}, in the dataset {own.get(key)}" for key in differing)
-        fix = "Undo this edit. Labels are changed in the dataset.json of the raw data; then run `nnlite plan` again."
-        raise UserError(what, paths.plans, fix)
-    return plan
+    plan, dataset = Plan.read(paths.plans), stored_dataset(paths.dataset)
+    channels = ", ".join(channel.name for channel in plan.channels)
+    if plan.labels != dataset.labels:
+        kind, what = "Labels", _describe_edit(plan.labels, dataset.labels)
+    elif channels != ", ".join(dataset.channels):
+        kind, what = "Channels", f"channels: they are {channels}, in the dataset {', '.join(dataset.channels)}"
+    else:
+        return plan
+    fix = f"Undo this edit. {kind} are changed in the dataset.json of the raw data; then run `nnlite plan` again."
+    raise UserError(what, paths.plans, fix)
+
+
+def _describe_edit(edited: Labels, own: Labels) -> str:
+    """Say how labels were edited."""
+    after, before = ({**one.to_json(), "regions_class_order": one.region_order} for one in (edited, own))
+    differing = [key for key in {**before, **after} if after.get(key) != before.get(key)]
+    what = "; ".join(f"labels: {key} is {after.get(key)}, in the dataset {before.get(key)}" for key in differing)
+    names = (", ".join(one.region_names) for one in (edited, own))
+    return what or "labels: the order of the regions is {}, in the dataset {}".format(*names)
 
 
 def combine_options(given: Options, earlier: Options) -> Options:
@@ -150,7 +163,16 @@ def read_adopted_plan(given: Options, earlier: EarlierPlan, dataset: Dataset) ->
     if len(plan.channels) != len(dataset.channels) or plan.labels.n_channels != dataset.labels.n_channels:
         what = f"is for {len(plan.channels)} channels and {plan.labels.n_channels} outputs"
         raise UserError(f"{what}, {dataset.name} has {len(dataset.channels)} and {dataset.labels.n_channels}", adopted)
-    return plan.model_copy(update={"dataset": dataset.name, "labels": dataset.labels, "n_cases": len(dataset.cases)})
+    own = {"dataset": dataset.name, "labels": dataset.labels, "n_cases": len(dataset.cases)}
+    return plan.model_copy(update={**own, "channels": _match_channels(plan.channels, dataset.channels)})
+
+
+def _match_channels(channels: Sequence[Channel], names: Sequence[str]) -> tuple[Channel, ...]:
+    """Return the channels of a plan for those of a dataset: by name if they have the same names, else in order."""
+    by_name = {channel.name.casefold(): channel for channel in channels}
+    if by_name.keys() == {name.casefold() for name in names} and len(by_name) == len(names):
+        channels = [by_name[name.casefold()] for name in names]
+    return tuple(channel.model_copy(update={"name": name}) for channel, name in zip(channels, names, strict=True))
 
 
 def replan(
