@@ -73,6 +73,9 @@ UNDERSTOOD: dict[str, tuple[list[str], dict[str, list[str]], tuple[str, ...], st
         each("T1/c{}.nii", "T2/c{}.nii", "masks/c{}.nii"), {}, ("T1", "T2"), "c2: T1/c2.nii T2/c2.nii masks/c2.nii"),
     "folders of the plain layout": (
         each("Images/c{}.png", "labels/c{}.png"), {}, ("image",), "c2: Images/c2.png labels/c2.png"),
+    "brackets": (
+        each("benign/benign ({}).png", "benign/benign ({})_mask.png"), {}, ("image",),
+        "benign (2): benign/benign (2).png benign/benign (2)_mask.png"),
     "OME-TIFF": (each("x{}.ome.tif", "x{}_mask.tif"), {}, ("image",), "x2: x2.ome.tif x2_mask.tif"),
     "other endings": (each("x{}.TIFF", "x{}_mask.png"), {}, ("image",), "x2: x2.TIFF x2_mask.png"),
     "what belongs to no operating system of ours": (
@@ -132,7 +135,8 @@ REFUSED: dict[str, tuple[list[str], dict[str, list[str]], str]] = {  # names, pa
         [*each("images/{}_test.tif", "manual/{}_mask.gif"), "readme.txt"], {"labels": ["manual/*"]},
         r"no file has a name like --label 'manual/\*'; of no supported format: 3 \.gif files\."),
     "two folders": (
-        each("png/x{}.png", "drawn/left/x{}.png"), {}, r" If drawn/left holds the images: --image 'drawn/left/\*' --label 'png/\*'\."),
+        each("png/x{}.png", "drawn/left/x{}.png"), {},
+        r" If drawn/left holds the images: --image 'drawn/left/\*' --label 'png/\*'\."),
     "a pattern of nothing": (each("x{}.nii", "x{}_seg.nii"), {"labels": ["*_lesion.nii"]}, "no file .* --label '"),
     "a channel that no case has": (
         each("P{}/t1.nii", "P{}/seg.nii"), {"images": ["t1*", "t2*"]}, "no case has all of t1, t2"),

@@ -174,6 +174,17 @@ def test_folders_of_bids_are_predicted_and_evaluated(tmp_path: Path, capfd: pyte
         nnunet_lite.evaluate(tmp_path / "out", tmp_path / "data")
 
 
+def test_further_masks_of_a_case_are_said_to_be_missing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Pictures of the breast (BUSI) have a mask for each lesion: x_mask.png, x_mask_1.png."""
+    side_by_side(tmp_path / "data")
+    shutil.copy(tmp_path / "data" / "Zelle 1_mask.tif", tmp_path / "data" / "Zelle 1_mask_1.tif")
+    shutil.copy(tmp_path / "data" / "Zelle 1_mask.tif", tmp_path / "data" / "Zelle 9_mask.tif")
+    nnunet_lite.init(tmp_path / "data", output=tmp_path / "out")
+    warning = capfd.readouterr().err.splitlines()[-1]
+    assert "Zelle 1_mask_1.tif: a further mask of a case, which is trained without it" in warning
+    assert "Zelle 9" not in warning
+
+
 def test_numbered_pictures_of_three_colours_are_cases(tmp_path: Path) -> None:
     """x_0000.png and x_0001.png are two cases that the dataset.json lists, not channels of the first."""
     for i in range(3):

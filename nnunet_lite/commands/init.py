@@ -16,7 +16,7 @@ from nnunet_lite.data.cases import Case, common_ending
 from nnunet_lite.data.dataset import MASK_NOTE, channels_of, labels_in, labels_of, name_channels
 from nnunet_lite.data.dicom import require_dicom
 from nnunet_lite.data.discovery import NO_IMAGE, NO_MASK, Discovery, cases_by_name, cases_in_table, files_below
-from nnunet_lite.data.names import PICTURES
+from nnunet_lite.data.names import PICTURES, stem
 from nnunet_lite.data.problems import few, plural
 from nnunet_lite.errors import UserError, no_such_file
 from nnunet_lite.files import read_json, write_json
@@ -127,7 +127,7 @@ def init(
     if ending not in PICTURES and "ct" not in (str(name).lower() for name in content["channel_names"].values()):
         notes.append("name a channel CT in dataset.json if it is one: it is normalised by its Hounsfield units")
     write_json(table, content)
-    _warn_of_halves(found)
+    _warn_of_halves(found, source)
     others = [_relative(path, source) for path in files.others] if files else []
     left_out = {**found.left_out, "files of no supported format": others}
     left_out = {reason: names for reason, names in left_out.items() if names}
@@ -167,7 +167,7 @@ def _updated(old: Any, new: dict[str, Any], table: Path, then: str) -> tuple[dic
     return {**old, **cases}, lines or [("unchanged", "the list of cases is the same as before")]
 
 
-def _warn_of_halves(found: Discovery) -> None:
+def _warn_of_halves(found: Discovery, source: Path) -> None:
     """Warn of images without label map and label maps without image, which are left out."""
     a_folder_each = len({case.label and case.label.parent for case in found.cases}) == len(found.cases) > 1
     for reason, lacks in ((NO_MASK, "no mask"), (NO_IMAGE, "no image")):
@@ -175,6 +175,17 @@ def _warn_of_halves(found: Discovery) -> None:
             n = len({Path(name).parent for name in names} if a_folder_each else names)
             what = f"{n} of {len(found.cases) + n} {'patients' if a_folder_each else 'cases'} left out"
             log.warn(f"{what}: {few(names)} {'has' if len(names) == 1 else 'have'} {lacks}")
+    used = {(case.label.parent, stem(case.label)) for case in found.cases if case.label}
+    alone = [source / name for name in found.left_out.get(NO_IMAGE, ())]
+    if further := [path.name for path in alone if any((path.parent, begin) in used for begin in _begins(stem(path)))]:
+        log.warn(
+            f"{few(further)}: a further mask of a case, which is trained without it; merge its masks into one file"
+        )
+
+
+def _begins(name: str) -> list[str]:
+    """Return what a name begins with, without cutting a number: x_mask of x_mask_1, but not mask1 of mask10."""
+    return [name[:i] for i in range(1, len(name)) if not name[i].isdigit()]
 
 
 def _summary(source: Path, cases: Sequence[Case], values: dict[str, Any], changes: list[tuple[str, str]]) -> str:

@@ -159,7 +159,7 @@ def cases_by_name(files: Files, images: Sequence[str] = (), labels: Sequence[str
             what = f"{len(groups)} of {n_maps} have the name of an image. Label maps: {_some(maps, root)}"
         what = f"{what}; images: {_some(scans, root) or 'none'}{_unsupported(files)}"
         inside = sorted({path.parent.as_posix() for path in paths.values()})
-        a, b = inside if len(inside) == 2 < len(paths) else ("", "")
+        a, b = inside if len(inside) == 2 else ("", "")
         both = f" If {a} holds the images: --image '{a}/*' --label '{b}/*'." if b else ""
         raise UserError(what, root, _CHOOSE + both)
     chosen = {pattern: _channel_name(_words(_name(Path(pattern)))) for pattern in images}

@@ -33,7 +33,7 @@ SUPPORTED = f"Supported are {' '.join(SUFFIXES)}"
 _LABEL_WORDS = (
     "masks?|msk|[dp]?segs?|segmentations?|labels?(?:tr)?|lbl|gt|ground[ _-]?truth|truth|rois?|annotations?|contours?"
 )
-LABEL_WORD = re.compile(rf"(?:^|[\W_]+)(?:{_LABEL_WORDS})(?=[\W_]|$)", re.IGNORECASE)
+LABEL_WORD = re.compile(rf"(?:^|[\W_])(?:{_LABEL_WORDS})(?=[\W_]|$)", re.IGNORECASE)
 
 Format = Literal["nifti", "seg.nrrd", "dicom-seg", "rtstruct"]  # in which predictions are written
 ENDINGS: dict[Format, str] = {
