@@ -74,6 +74,27 @@ def test_scores_are_paired_by_case(models: tuple[Path, Path]) -> None:
     assert all(float(row[9][1] or 0) > 0 for row in costs[1:]), "the seconds to predict a case"
 
 
+def test_labels_that_one_model_alone_finds_are_noted(models: tuple[Path, Path]) -> None:
+    """Their Dice of 0 has no counterpart; the Dice of a case is that of the labels that both models have."""
+    for model, dice in zip(models, (0.0, None), strict=True):
+        file = model / "fold_0" / "validation" / "summary.json"
+        summary = read_json(file)
+        for entry in summary["metric_per_case"]:
+            entry["metrics"]["2"] |= {"Dice": dice, "NSD": dice, "HD95_mm": None, "n_ref": 0}
+        write_json(file, summary)
+        one = summary["metric_per_case"][1]
+    page = compare("tiny", "better", workspace=models[0].parents[2])
+    assert "tiny finds a label where neither the reference nor better has it, 2 times" in page.text
+    assert "better finds a label where" not in page.text
+    for name in ("Dice of the same cases", "NSD at 1 mm of the same cases"):
+        assert [text for text, _ in page.tables[name][3]] == ["Posterior", "0", "n/a", "n/a", "n/a", "0", "0", "n/a"]
+    rows = {
+        row[0][0]: [text for text, _ in row[1:]] for row in page.tables["Cases of both models, the largest loss first"]
+    }
+    equal = f"{one['metrics']['1']['Dice']:.3f}"
+    assert rows[one["case"]] == [equal, equal, "+0.000"]
+
+
 def test_a_model_of_another_workspace(models: tuple[Path, Path], tiny_model: Path, tmp_path: Path) -> None:
     page = compare(models[0], tiny_model, output=tmp_path)
     name = page.all("tr", **{"class": "opens"})[0]["data-model"] or ""

@@ -207,7 +207,7 @@ def audit_labels(paths: Paths, dataset: Dataset, only: Sequence[str] | None, wor
     compared = log.map_in_threads(compare, cases, at_once, "audit")
     evidence = [one for one in compared if isinstance(one, Evidence)]
     if not evidence:
-        raise UserError(f"no case of {paths.name} can be compared; {compared[0]}", paths.models)
+        raise UserError(f"no case of {paths.name} can be compared; {str(compared[0]).rstrip('.')}", paths.models)
     ranked = rank_cases(evidence, dataset.labels.class_names)
     digests = {case_id: hash_of(stamp.digests) for case_id, stamp in stamps.items()}
     audit = Audit(

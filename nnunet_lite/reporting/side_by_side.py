@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.metrics import METRICS
 from nnunet_lite.evaluation.scores import Scores
-from nnunet_lite.evaluation.statistics import compare_paired, p_of_difference, summarize
+from nnunet_lite.evaluation.statistics import compare_paired, mean_of_known, p_of_difference, summarize
 from nnunet_lite.files import write_text
 from nnunet_lite.models.folder import is_nnunet
 from nnunet_lite.reporting import figures, page
@@ -77,7 +78,7 @@ def write_comparison(first: Path, second: Path, output: Path | None) -> Path:
         material,
         models=models,
         verdicts=[judge_training(model, paths, []) for model in models if model.begun],
-        notes=material.notes,
+        notes=[*material.notes, *_false_labels(material)],
         paired=[table for table in tables if table.rows[0][2] is not None],
         unpaired=[_own_scores(model) for model in models if model.scores.rows],
         chart=_difference_chart(material),
@@ -171,6 +172,18 @@ def _by_label(material: Material, metric: str = "Dice") -> Iterator[tuple[str, n
         yield name, first[:, i : i + 1], second[:, i : i + 1]
 
 
+def _false_labels(material: Material) -> list[str]:
+    """Say how often one model alone finds a label where there is none: such a Dice of 0 is not compared with any."""
+    first, second = (np.isfinite(model.scores.values()) for model in material.models)
+    alone = (int((first & ~second).sum()), int((second & ~first).sum()))
+    names = [model.label for model in material.models]
+    return [
+        f"{name} finds a label where neither the reference nor {other} has it, {plural(n, 'time')}: its Dice of 0 "
+        "is in no difference"
+        for name, other, n in zip(names, names[::-1], alone, strict=True) if n
+    ]  # fmt: skip
+
+
 def _changes(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Return by how much the mean over the labels of each case rises (cases,); NaN without a label."""
     n = np.isfinite(first).sum(axis=1)
@@ -208,7 +221,7 @@ def _paired_table(material: Material, metric: str) -> Table:
         Column("difference (95 % interval)", margins, "g"),
         Column(f"{names[1]} better", [int((gain > 0).sum()) for gain in gains], "d"),
         Column("worse", [int((gain < 0).sum()) for gain in gains], "d"),
-        Column("p", [p_of_difference(changes) for changes in differences], ".3g"),
+        Column("p", [p_of_difference(changes) if len(changes) else None for changes in differences], ".3g"),
     ]
     return Table(f"{page.metric_heading(material, metric)} of the same cases", columns)
 
@@ -223,11 +236,10 @@ def _difference_chart(material: Material) -> Chart | None:
 
 
 def _case_changes(material: Material) -> Table:
-    """Return every shared case with both scores; a row opens its pictures."""
-    dice, changes = (
-        [{row.case: row.mean_dice for row in m.scores.rows} for m in material.models],
-        _dice_changes(material),
-    )
+    """Return every shared case with both scores, of labels that both have; a row opens its pictures."""
+    (_, *tables), changes, rows = next(_by_label(material)), _dice_changes(material), material.models[0].scores.rows
+    means = ([mean_of_known(one[np.isfinite(one)].tolist()) for one in table] for table in tables)
+    dice = [{row.case: mean for row, mean in zip(rows, of, strict=True)} for of in means]
     columns = [
         Column("Case", list(changes)),
         *(share_column(f"Dice, {model.label}", [of[case] for case in changes])
