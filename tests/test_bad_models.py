@@ -116,6 +116,13 @@ def with_code(folder: Path) -> None:
     torch.save({"network_weights": Evil()}, checkpoint_of(folder))
 
 
+def rename_configuration(place: Path) -> None:
+    """The fold says what it was trained for."""
+    folder = place / "model"
+    edit(folder / "plans.json", lambda plan: plan["configurations"].update(b=plan["configurations"]["3d_fullres"]))
+    edit(folder / "run.json", setting(configuration="b"))
+
+
 def image(array: np.ndarray, *says: str, name: str = "scan", command: str = PREDICT) -> Bad:
     return Bad(
         lambda place: nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), place / f"{name}.nii.gz"), command, says
@@ -157,6 +164,7 @@ REFUSED = {
     "a folder for weights": Bad(
         lambda place: ((place / WEIGHTS).unlink(), (place / WEIGHTS).mkdir()), PREDICT, ("fold",)
     ),
+    "a fold of another configuration": Bad(rename_configuration, PREDICT, ("fold_0", "was trained for 3d_fullres")),
     "weights of another shape": weights(lambda t: t.update({first(t): np.zeros(3, np.float32)}), "another network"),
     "a weight too few": weights(lambda t: t.pop(first(t)), "another network"),
     "a weight too many": weights(lambda t: t.update(extra=np.zeros(3, np.float32)), "another network"),

@@ -232,7 +232,9 @@ def test_stages_in_a_circle_are_refused(theirs: Copy, tmp_path: Path, counts: Co
         nnunet_lite.import_model(folder, workspace=tmp_path / "w")
 
 
-def test_the_first_stage_of_a_cascade_is_imported(theirs: Copy, tmp_path: Path) -> None:
+def test_the_first_stage_of_a_cascade_is_imported(
+    theirs: Copy, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """As nnU-Net writes them: two folders next to each other that are called trainer__plans__configuration."""
     folder = theirs()
     full = read_json(folder / "plans.json")["configurations"]["3d_fullres"]
@@ -259,6 +261,16 @@ def test_the_first_stage_of_a_cascade_is_imported(theirs: Copy, tmp_path: Path) 
         model = load(folder, device="cpu", settings={"inference.precision": "fp32"})
         assert model.first_stage is not None and model.first_stage.folder == folder.with_name(stages["3d_lowres"].name)
         assert model.plan.n_inputs("3d_cascade_fullres") == 3
+    export_nnunet(tmp_path / "models" / "second", tmp_path / "back")
+    beside = tmp_path / "__3d_lowres"  # as for a name that is not TRAINER__PLANS__CONFIGURATION
+    assert f"{tmp_path / 'back'} is only the second stage: " in (said := capfd.readouterr().err) and str(beside) in said
+    nnunet_lite.import_model(tmp_path / "back", output=tmp_path / "alone")
+    assert (
+        f"{tmp_path / 'alone'} predicts only with its first stage: import that too, as {beside}"
+        in capfd.readouterr().err
+    )
+    export_nnunet(tmp_path / "models" / stages["3d_lowres"].name, beside)
+    assert load(tmp_path / "back", device="cpu").first_stage is not None
 
 
 # ------------------------------------------------------------------------------------------------ folds and checkpoints

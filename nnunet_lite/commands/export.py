@@ -16,7 +16,16 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.inference.onnx import export_onnx
 from nnunet_lite.models.argument import as_model_folder, find_model, find_models, unpacked
 from nnunet_lite.models.bundle import is_zip, pack, read_manifest, unpack
-from nnunet_lite.models.folder import Checkpoint, is_nnunet, is_taken, model_folder, model_folders
+from nnunet_lite.models.folder import (
+    Checkpoint,
+    is_model,
+    is_nnunet,
+    is_taken,
+    model_folder,
+    model_folders,
+    read_run,
+    stage_path,
+)
 from nnunet_lite.models.lookup import choose_model
 from nnunet_lite.models.nnunet import (
     export_nnunet,
@@ -136,6 +145,9 @@ def _import_from_nnunet(
                 has_first_stage(target.with_name(stage_name(first, label)), stage, checkpoint, replace)
         for target, (_, folder, label, _) in models.items():
             made += import_nnunet(folder, target, checkpoint, name=None if output else label, replace=replace)
+            beside = stage_path(target, read_run(target))
+            if beside is not None and not is_model(beside):
+                log.warn(f"{target} predicts only with its first stage: import that too, as {beside}")
     return made
 
 

@@ -373,6 +373,9 @@ def _read(folder: Path, folds: Sequence[str | int] | None, trusted: Callable[[Pa
     for fold in names:
         networks[fold] = build_network(plan, run["configuration"], factory)
         header = load_weights(folder / f"fold_{fold}" / MODEL, networks[fold])
+        if (of := header.get("configuration", run["configuration"])) != run["configuration"]:
+            what = f"was trained for {of}, and the model is of {run['configuration']}"
+            raise UserError(what, folder / f"fold_{fold}", "Put it back into the model folder that it comes from.")
     return _Trained(plan, run, networks, header)
 
 

@@ -454,6 +454,11 @@ def export_nnunet(folder: Path, out: Path) -> None:
             }
             (partial / f"fold_{fold}").mkdir()
             torch.save(checkpoint, partial / f"fold_{fold}" / nnunet_file("final"))
+    if (first := stage_path(folder, run)) is not None:
+        stage = plan.configuration(configuration).previous_stage
+        beside = out.absolute().with_name(_first_folder(out.absolute(), str(stage)))
+        log.warn(f"{out} is only the second stage: nnU-Net needs label maps of the first, {first.name}; "
+                 f"export that too, to {beside} where nnlite looks for it")  # fmt: skip
 
 
 def _labels_for_nnunet(labels: Labels) -> Json:
