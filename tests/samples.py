@@ -240,10 +240,19 @@ def sample_plan(
     scheme: str = "zscore",
     use_mask: bool = False,
     channels: int = 1,
+    minimum: float = 0,
     **fields: Any,
 ) -> Plan:
     """Return a plan of a 2d and a 3d_fullres configuration; `fields` are others of the plan."""
-    statistics = {"mean": 0, "median": 0, "std": 1, "min": 0, "max": 1, "percentile_00_5": 0, "percentile_99_5": 1}
+    statistics = {
+        "mean": 0,
+        "median": 0,
+        "std": 1,
+        "min": minimum,
+        "max": 1,
+        "percentile_00_5": 0,
+        "percentile_99_5": 1,
+    }
     channel = {"name": "MRI", "normalization": scheme, "use_mask": use_mask, "statistics": statistics}
 
     def configuration(axes: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from samples import sample_plan
 from torch import Tensor, nn
 
 from nnunet_lite.data.cases import Case
@@ -163,6 +164,21 @@ def test_voxels_of_another_unit_are_reported(
         write_label(tmp_path / "scan.nii.gz", image.array[0, :2, :2, :2], geometry)
         read_case_image(model.plan, Case("scan", (tmp_path / "scan.nii.gz",), None))
         said = f"has voxels of {size:.3g} mm, the training images of 1 mm; is its unit right?"
+        assert (said in capsys.readouterr().err) is reported
+
+
+def test_a_ct_that_is_not_in_hounsfield_units_is_reported(
+    model: Predictor, scans: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its offset of 1024 was lost on export: each voxel is clipped to the brightest tissue of the training."""
+    image = read_image(scans[0])
+    of_ct, of_offset = (sample_plan(model.plan.labels, scheme="ct", minimum=minimum) for minimum in (-100, 0))
+    for plan, low, reported in ((of_ct, 0, True), (of_ct, -1000, False), (of_offset, 0, False), (model.plan, 0, False)):
+        array = image.array[0].astype(int)
+        array[0, 0, 0] = low
+        write_label(tmp_path / "scan.nii.gz", array, image.geometry)
+        read_case_image(plan, Case("scan", (tmp_path / "scan.nii.gz",), None))
+        said = "has no value below 0, and the model expects Hounsfield units"
         assert (said in capsys.readouterr().err) is reported
 
 

@@ -82,6 +82,7 @@ def use_trained_unit(plan: Plan, image: Image, path: Path) -> Image:
         states no spacing.
     """
     check_channels(image, plan, path)
+    _warn_of_no_hounsfield_units(image, plan, path)
     geometry = image.geometry
     planned = [configuration.spacing for configuration in plan.configurations.values()]
     stated = geometry.spacing[1:] if geometry.dimensions == 2 else geometry.spacing
@@ -109,6 +110,14 @@ def use_trained_unit(plan: Plan, image: Image, path: Path) -> Image:
     if geometry.dimensions == 3 and set(finest) != {1.0}:
         log.warn(f"{path}: no spacing known, 1x1x1 mm is used")
     return image
+
+
+def _warn_of_no_hounsfield_units(image: Image, plan: Plan, path: Path) -> None:
+    """Warn of a CT without a value below 0 if the training had some: its offset was lost, or it shows a window."""
+    for channel, array in zip(plan.channels, image.array, strict=True):
+        if channel.normalization == "ct" and channel.statistics.min < 0 <= array.min():
+            what = f"channel {channel.name} has no value below {array.min():g}, and the model expects Hounsfield units"
+            log.warn(f"{path}: {what}, where air is -1000; export the image with its rescale slope and intercept")
 
 
 def check_channels(image: Image, plan: Plan, path: Path | None = None, fix: str = "") -> None:
