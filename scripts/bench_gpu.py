@@ -80,8 +80,10 @@ TINY = Sizes(
 
 
 def describe_card(sizes: Sizes, device_name: str, work: Path) -> dict[str, Any]:
-    """The card and the versions of what computes on it, and how fast it multiplies matrices in bf16."""
+    """The card and the versions of what computes on it, and how fast it multiplies matrices in 16 bits."""
     import torch
+
+    from nnunet_lite.networks.devices import has_bf16
 
     device, about = torch.device(device_name), {"torch": torch.__version__, "cuda": torch.version.cuda or "none"}
     if device.type == "cuda":
@@ -91,7 +93,8 @@ def describe_card(sizes: Sizes, device_name: str, work: Path) -> dict[str, Any]:
     else:
         about["card"] = device.type
     n = 8192 if sizes is FULL else 256
-    matrix = torch.randn(n, n, device=device, dtype=torch.bfloat16)
+    before_ampere = device.type == "cuda" and not has_bf16(device)
+    matrix = torch.randn(n, n, device=device, dtype=torch.float16 if before_ampere else torch.bfloat16)
     best = min(timed(lambda: matrix @ matrix, device) for _ in range(5))
     product = 2 * n**3 / best / 1e12
     peak = next((value for name, value in PEAKS.items() if re.search(rf"\b{name}\b", about["card"])), product)

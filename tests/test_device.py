@@ -186,6 +186,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "ignored voxels": {"plan": {"labels": Labels(names={"background": 0, "Anterior": 1}, ignore=2)}},
     "swap": {"augmentation.mirror_swap": [["Anterior", "Posterior"]], "optimizer.ema": 0.9},
     "adamw": {"optimizer.name": "adamw", "training.gradient_clip": None},
+    "muon": {"optimizer.name": "muon"},
     "cascade": {"augmentation.p_cascade_morphology": 1, "augmentation.p_cascade_removal": 0},
 }
 
@@ -215,9 +216,9 @@ def train_steps(run: Job) -> Tensor:
     """Do two steps, of which the second may not wait, and count hits of the pseudo-validation."""
     network = build_network(run.plan, run.configuration)
     set_deep_supervision(network, True)
-    own = make_learner(run, on_device(network), ComputeFormat())
     labels = run.plan.labels
     with WithoutDriver(network):
+        own = make_learner(run, on_device(network), ComputeFormat())
         for i in range(2):
             with NoWaiting(first_step=i == 0):
                 batch = make_batch(run, run.training, 0, i, augment=True)

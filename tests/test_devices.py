@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from nnunet_lite.networks.devices import (
     free_device_memory,
     pick_device,
     release_memory,
+    require_working,
     trains_unets,
     use_allowed_cpus,
 )
@@ -36,6 +38,14 @@ def test_devices_by_name() -> None:
     assert pick_device("cpu") == CPU
     expected = "cuda" if torch.cuda.is_available() else "cpu"
     assert pick_device(None).type == pick_device("auto").type == expected
+
+
+def test_a_device_that_does_not_compute_is_one_line() -> None:
+    """As a GPU for which torch has no code, or that others hold: it can be found, and tensors can be made on it."""
+    assert require_working(CPU) == CPU
+    with pytest.raises(UserError, match=r"^meta does not compute: .* no data.*--device cpu") as caught:
+        require_working(torch.device("meta"))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("threads", [1], indirect=True)
@@ -129,6 +139,10 @@ def test_too_little_memory_for_the_comparison_is_no_fault(monkeypatch: pytest.Mo
 
 def test_a_device_must_train_and_predict_to_be_offered(monkeypatch: pytest.MonkeyPatch) -> None:
     assert trains_unets(CPU) and not trains_unets(torch.device("meta"))  # which computes nothing
+    with monkeypatch.context() as patch:
+        error = RuntimeError("MPS: Unsupported Border padding mode")  # before torch 2.13
+        patch.setattr(F, "grid_sample", Mock(side_effect=error))
+        assert not trains_unets.__wrapped__(CPU)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(devices, "trains_unets", lambda device: False)
     with pytest.raises(UserError, match=r"--device mps: this PyTorch cannot train a 3D U-Net on it.*has: cpu"):

@@ -116,6 +116,29 @@ def test_a_compiled_network_makes_the_same_step(job: MakeJob, monkeypatch: pytes
     assert losses[0] == pytest.approx(losses[1], abs=1e-3) and losses[0][2] < losses[0][0]
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
+def test_a_step_in_fp16_that_overflows_changes_only_the_scale_of_the_loss(job: MakeJob, optimizer: str) -> None:
+    """As on a GPU without bf16: a scale that fits makes the step of fp32."""
+    norm = {"network.norm": "batch", "optimizer.name": optimizer, "optimizer.lr": 0.01}
+    run = job(**FP32 | norm | {"optimizer.weight_decay": 0})
+    batch, results = learner.make_batch(run, run.training, 0, 0, augment=False), []
+    for name, scale, fits in (("fp32", 1.0, True), ("fp16", 2.0**40, False), ("fp16", 2.0**8, True)):
+        network = make_network(run)
+        before = {key: value.clone() for key, value in network.state_dict().items()}
+        made = make_learner(run, network, ComputeFormat(name), scale)
+        loss, good = train_step(run, made, [batch], 0.01, 0)
+        after = network.state_dict()
+        changed = [key for key, value in after.items() if not torch.equal(value, before[key])]
+        assert bool(good) and bool(changed) == fits
+        assert made.scaler.get_scale() == (scale if fits else scale / 2)
+        results.append((loss, after))
+    (exact, wanted), _, (rounded, found) = results
+    assert float(rounded) == pytest.approx(float(exact), abs=1e-2)
+    weights = [key for key in before if "weight" in key]
+    steps = [torch.cat([(own[key] - before[key]).flatten() for key in weights]) for own in (wanted, found)]
+    assert torch.cosine_similarity(*steps, dim=0) > 0.9
+
+
 def test_a_compiler_that_fails_is_left_out_or_named(
     job: MakeJob, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

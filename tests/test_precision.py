@@ -37,6 +37,11 @@ def test_a_cpu_computes_in_bf16_if_it_has_instructions_for_it(
     assert [(a.precision, a.channels_last) for a in list_formats(CPU, "fp32", True)] == [("fp32", True)]
 
 
+def test_formats_of_devices_whose_time_is_not_measured() -> None:
+    assert list_formats(GPU, "auto", "auto") == [FP32]
+    assert list_formats(GPU, "fp16", True) == [ComputeFormat("fp16", channels_last=True)]
+
+
 def failing(error: Exception) -> Callable[[], None]:
     def work() -> None:
         raise error

@@ -31,7 +31,7 @@ from nnunet_lite.evaluation.selection import Selection, read_selection
 from nnunet_lite.files import read_json
 from nnunet_lite.models.bundle import is_imported
 from nnunet_lite.models.folder import model_folders, read_run
-from nnunet_lite.networks.devices import pick_device
+from nnunet_lite.networks.devices import pick_device, require_working
 from nnunet_lite.reporting.page import PAGE
 from nnunet_lite.settings import load_settings
 from nnunet_lite.training.splits import FoldRule, check_folds
@@ -192,7 +192,8 @@ def run(
     root = find_raw(str(data), place)
     dataset = read_dataset(root)
     paths = dataset_paths(place, dataset)
-    if recipe is None and scheduler is None and pick_device(device).type == "cpu" and not _begun(paths, "default"):
+    on_cpu = scheduler is None and require_working(pick_device(device)).type == "cpu"
+    if recipe is None and on_cpu and not _begun(paths, "default"):
         log.info("on a CPU with the recipe `cpu`, for models in minutes; --recipe default trains as nnU-Net does")
         resolved = load_settings("cpu", changed)
     dataset = choose_cases(dataset, exclude, accept, accept_geometry, paths.dataset)

@@ -48,7 +48,7 @@ from nnunet_lite.models.lookup import model_fingerprint, read_model
 from nnunet_lite.models.nnunet import nnunet_checkpoints, read_nnunet
 from nnunet_lite.networks.build import build_network
 from nnunet_lite.networks.cpu import speed_up_on_cpu
-from nnunet_lite.networks.devices import computes_bf16, has_bf16, pick_device, use_allowed_cpus
+from nnunet_lite.networks.devices import computes_bf16, has_bf16, pick_device, require_working, use_allowed_cpus
 from nnunet_lite.networks.precision import ComputeFormat, apply_format, list_formats, pick_fastest
 from nnunet_lite.networks.unet import set_deep_supervision
 from nnunet_lite.planning.schema import Configuration, Plan
@@ -302,7 +302,7 @@ def _load_model(
     settings = Settings.model_validate(trained.run["settings"])
     inference = with_changes(settings, changes, sections=("inference",)).inference
     use_allowed_cpus()
-    target, networks = pick_device(device), list(trained.networks.values())
+    target, networks = require_working(pick_device(device)), list(trained.networks.values())
     for network in networks:
         set_deep_supervision(network, False)
         if target.type == "cpu":

@@ -41,11 +41,30 @@ def pick_device(name: str | None) -> torch.device:
         elif name == "mps" and torch.backends.mps.is_available():
             reason = "this PyTorch cannot train a 3D U-Net on it"
         raise UserError(f"--device {name}: {reason}", fix=fix)
-    try:
-        torch.empty(1, device=name)
-    except RuntimeError as error:  # the GPU exists, but is taken by others or does not work
-        raise UserError(f"--device {name}: {str(error).splitlines()[0].rstrip('.')}", fix=fix) from None
     return torch.device(name)
+
+
+def require_working(device: torch.device) -> torch.device:
+    """Return a device that computes.
+
+    Raises
+    ------
+    UserError
+        It does not.
+    """
+    if fault := find_fault(device):
+        fix = "Use --device cpu or another GPU, end other programs, or install a build of torch for this GPU."
+        raise UserError(f"{device} does not compute: {fault}", fix=fix)
+    return device
+
+
+def find_fault(device: torch.device) -> str:
+    """Return why a device does not compute: it is taken by others, or this torch has no code for it; "" if it does."""
+    try:
+        torch.ones(1, device=device).add(1).cpu()
+    except RuntimeError as error:
+        return str(error).splitlines()[0].rstrip(".")
+    return ""
 
 
 def free_device_memory(device: torch.device) -> int:
@@ -152,15 +171,19 @@ def describe_wrong_bf16() -> str:
 
 
 def find_wrong_gpus() -> list[str]:
-    """Return a line for each GPU of this machine that computes the bf16 convolutions of a usual 3D patch wrongly."""
-    gpus = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
-    wrong = [gpu for gpu in gpus if has_bf16(gpu) and not computes_bf16(gpu, (1, 32, 128, 128, 128), (3, 3, 3))]
-    return [f"{gpu}: {describe_wrong_bf16()}; training uses fp16 instead" for gpu in wrong]
+    """Return a line for each GPU that does not compute, or the bf16 convolutions of a usual 3D patch wrongly."""
+    lines = []
+    for gpu in (torch.device("cuda", number) for number in range(torch.cuda.device_count())):
+        if fault := find_fault(gpu):
+            lines.append(f"{gpu} does not compute: {fault}")
+        elif has_bf16(gpu) and not computes_bf16(gpu, (1, 32, 128, 128, 128), (3, 3, 3)):
+            lines.append(f"{gpu}: {describe_wrong_bf16()}; training uses fp16 instead")
+    return lines
 
 
 @lru_cache
 def trains_unets(device: torch.device) -> bool:
-    """Return whether a step of training and a prediction of a small 3D U-Net work on a device, as on the CPU."""
+    """Return whether augmentation, a step of training and a prediction of a small 3D U-Net work on a device."""
     levels = ((1, 1, 1), (2, 2, 2))
     spec = Network(features=(4, 8), strides=levels, kernels=((3, 3, 3),) * 2, blocks=(1, 1), decoder_convolutions=(1,))
     generator = torch.Generator().manual_seed(0)
@@ -169,6 +192,9 @@ def trains_unets(device: torch.device) -> bool:
     try:
         for where in (torch.device("cpu"), device):
             network = copy.deepcopy(first).to(where)
+            for image in (x[:, 0], x):  # MPS has all of it since torch 2.13
+                grid = torch.zeros(len(image), *image.shape[2:], image.ndim - 2, device=where)
+                F.grid_sample(image.to(where), grid, padding_mode="border", align_corners=True)
             optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, nesterov=True)
             F.cross_entropy(network(x.to(where)), classes.to(where)).backward()
             torch.nn.utils.clip_grad_norm_(network.parameters(), 12.0)

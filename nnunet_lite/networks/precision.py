@@ -83,7 +83,7 @@ def list_formats(device: torch.device, precision: str, channels_last: str | bool
         overflow. On a CPU bf16 is first if the CPU has AVX512-BF16 or AMX, last if it has other AVX-512, and missing
         without AVX-512: oneDNN has only its reference code there, of which one step takes minutes.
     channels_last : bool or str
-        Whether to use the channels-last memory format; "auto" means both.
+        Whether to use the channels-last memory format; "auto" means both on CUDA GPUs and CPUs, else no.
 
     Returns
     -------
@@ -98,7 +98,8 @@ def list_formats(device: torch.device, precision: str, channels_last: str | bool
         precisions = ["bf16", "fp32"] if has_bf16(device) else ["fp32", "bf16"]
     else:
         precisions = ["fp32"]
-    layouts = [True, False] if channels_last == "auto" else [bool(channels_last)]
+    both = device.type in ("cuda", "cpu")  # the time of others is not measured
+    layouts = ([True, False] if both else [False]) if channels_last == "auto" else [bool(channels_last)]
     return [ComputeFormat(p, layout) for p in precisions for layout in layouts]
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nnunet_lite import log, system
 from nnunet_lite.errors import Lost, UserError
-from nnunet_lite.networks.devices import pick_device
+from nnunet_lite.networks.devices import pick_device, require_working
 from nnunet_lite.training.launch import RENDEZVOUS, Ranks, current_ranks
 
 T = TypeVar("T")
@@ -69,7 +69,7 @@ def join_group(device_name: str | None) -> tuple[Ranks, torch.device]:
         Another process has not come.
     """
     ranks = current_ranks()
-    device = rank_device(ranks, pick_device(device_name))
+    device = require_working(rank_device(ranks, pick_device(device_name)))
     if ranks.world == 1 or torch.distributed.is_initialized():
         return ranks, device
     if device.type == "cuda":

@@ -481,7 +481,8 @@ def _pseudo_validate(job: Job, learner: Learner, state: State, allowed: float) -
         counts = sum_over_ranks(counts)
     dice = [round(2 * tp / (2 * tp + fp + fn), 4) if tp + fn and finite else None for tp, fp, fn in counts.T.tolist()]
     shown = [d for d in dice if d is not None]
-    seconds = (time.monotonic() - begin) / done if job.device.type == "cuda" else median_low(times)
+    # the host does not wait for a GPU, so that the times of single batches mean nothing there
+    seconds = median_low(times) if job.device.type == "cpu" else (time.monotonic() - begin) / done
     state.pass_seconds = from_first(seconds / job.planned.batch_size, job.ranks)
     return {
         "validation_loss": _rounded(float(total) / done),
