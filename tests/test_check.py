@@ -88,6 +88,16 @@ def sheared(root: Path) -> None:
         rewrite_nifti(root / file, affine=affine)
 
 
+def sheared_sform(root: Path) -> None:
+    """The qform, which cannot state a tilt, is used: to copy it to the sform would only hide the tilt."""
+    image = nibabel.load(root / IMAGE)
+    affine = image.affine.copy()
+    image.set_qform(affine, 1)
+    affine[1, 2] = np.tan(np.radians(15))
+    image.set_sform(affine, 1)
+    nibabel.save(image, root / IMAGE)
+
+
 def hounsfield(root: Path) -> None:
     for path in (root / "imagesTr").iterdir():
         rewrite_nifti(path, lambda a: (a * (2000.0 / a.max()) - 1000).astype(np.int16))
@@ -137,8 +147,9 @@ PROBLEMS = [
     Bad("spacing", moved(scale=1.01), LABEL, ("1.01", "copy the image's header")),
     Bad("origin", moved(shift=0.01), LABEL, ("header", "--accept-geometry")),
     Bad("direction", moved(angle=0.01), LABEL, ("header", "--accept-geometry")),
-    Bad("grid", voxels(T2, lambda a: a[:, 1:]), T2, ("as hippocampus_001_0000.nii.gz", "one grid"), 2),
+    Bad("grid", voxels(T2, lambda a: a[:, 1:]), T2, ("as hippocampus_001_0000.nii.gz", "grid, that of its label"), 2),
     Bad("forms", shifted_qform, IMAGE, ("its qform places it up to 30 mm from where its other fields do",)),
+    Bad("forms", sheared_sform, IMAGE, ("its sform, sheared as by a tilted gantry, places it", "tilt of the gantry")),
     Bad("sheared", sheared, IMAGE, ("two axes are 15.0 degrees from a right angle", "tilt of the gantry")),
     Bad("nan", voxels(IMAGE, voxel(np.nan, np.float32)), IMAGE, ("1 voxel of channel MRI NaN or infinite",)),
     Bad("nan", voxels(IMAGE, voxel(np.inf, np.float32)), IMAGE, ("1 voxel of channel MRI",)),

@@ -34,6 +34,7 @@ _BYTES_PER_VOXEL = 12  # while a case is checked: float32 as read, stacked, and 
 _VALUES_SAMPLED = 10_000  # of a channel
 _SHEAR = 1.0  # degrees from a right angle that are not reported
 _HEADER_FIX = "If the voxels do match, copy the image's header to the label map, else resample it onto the image."
+_TILT_FIX = "Correct the tilt of the gantry: resample image and label map to a grid with right angles."
 _UNKNOWN_VALUE_FIX = (
     'Add it to the labels of dataset.json ("ignore" for voxels that are not annotated), or correct the file: resize '
     "label maps without interpolation."
@@ -209,7 +210,7 @@ def _check_images(
     for path, image in zip(case.images[1:], images[1:], strict=True):
         for what, value, expected in image.geometry.differences(images[0].geometry):
             kind, more = (what, _ACCEPT) if what in ACCEPTABLE else ("grid", "")
-            fix = "Register and resample all channels of a case to one grid." + more
+            fix = "Register and resample all channels of a case to one grid, that of its label map." + more
             expected = f"{expected} as {case.images[0].name}"
             found.problems.append(Problem(kind, str(path), f"{what} {value}", expected, fix))
     for path, image in zip(case.images, images, strict=True):
@@ -217,11 +218,11 @@ def _check_images(
         if conflict := form_conflict(path, image.geometry):
             keep, change = ("qform", "sform") if conflict.startswith("its sform") else ("sform", "qform")
             fix = f"Make them equal, for example with nibabel: image.set_{change}(image.get_{keep}())."
+            fix = _TILT_FIX if "sheared" in conflict else fix
             found.problems.append(Problem("forms", str(path), conflict, "", fix))
         if (degrees := image.geometry.shear) > _SHEAR:
             text = f"two axes are {degrees:.1f} degrees from a right angle; volumes and distances assume right angles"
-            fix = "Correct the tilt of the gantry: resample image and label map to a grid with right angles."
-            found.problems.append(Problem("sheared", str(path), text, "", fix))
+            found.problems.append(Problem("sheared", str(path), text, "", _TILT_FIX))
     if any(problem.kind == "grid" for problem in found.problems):
         return None
     channels = [channel for image in images for channel in image.array]

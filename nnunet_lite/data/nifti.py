@@ -39,6 +39,7 @@ _MILLIMETRES = (0, 2)  # of xyzt_units' low three bits: unknown, mm
 _LPS = np.array([-1.0, -1.0, 1.0])  # the axes of ITK in those of NIfTI, RAS
 _TOLERANCE = 1e-6  # of float32 matrices, relative
 _RIGHT_ANGLES = 1e-3  # of cosines
+_SHEARED = 0.02  # cosine of the angle of two axes, about 1 degree from a right angle
 _FORMS_TOLERANCE = 0.25  # of a voxel, between qform and sform; the rounding of a quaternion takes up to a tenth
 
 
@@ -401,7 +402,11 @@ def form_conflict(path: Path, geometry: Geometry) -> str | None:
         shifts = (corners @ (scale @ form - ras_affine(geometry)).T)[:, : geometry.dimensions]
         distance = float(np.linalg.norm(shifts, axis=1).max())
         if distance > _FORMS_TOLERANCE * min(geometry.spacing):
-            return f"its {name} places it up to {distance:.4g} mm from where its other fields do, which are used"
+            axes = form[:3, :3] / np.linalg.norm(form[:3, :3], axis=0)
+            sheared = ", sheared as by a tilted gantry," * bool(np.abs(axes.T @ axes - np.eye(3)).max() > _SHEARED)
+            return (
+                f"its {name}{sheared} places it up to {distance:.4g} mm from where its other fields do, which are used"
+            )
     return None
 
 
