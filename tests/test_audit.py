@@ -334,7 +334,8 @@ def test_the_report_shows_the_first_findings_until_their_labels_change(paths: Pa
 def test_weak_models_are_named(paths: Paths) -> None:
     for validation in paths.models.glob("*/fold_*/validation"):
         dice = 0.3 if validation.parents[1].name == "first" else 0.1
-        (validation / "summary.json").write_text(json.dumps({"foreground_mean": {"Dice": dice}}))
+        scored = {"prediction_file": f"{validation}.nii.gz", "metrics": {"1": {"Dice": dice}}}
+        (validation / "summary.json").write_text(json.dumps({"metric_per_case": [scored]}))
     assert audit(paths).notes == (
         "no model has a Dice above 0.30: below 0.6 they contradict correct labels too",
         "second left out: Dice below 90% of the best model's, 0.300",

@@ -62,6 +62,19 @@ def test_a_first_fold_is_named_where_nothing_is_trained(command: Command, worksp
     assert (code, out) == (2, "") and "has no configuration '3d_lowres'. It has: 2d, 3d_fullres." in err
 
 
+def test_a_label_that_a_fold_lacks_counts_once(command: Command, models: Path) -> None:
+    """The Dice of a model is that of `select` and the report, not a mean of folds of which one has no such label."""
+    for fold, dice in enumerate(((0.5, 0.9), (0.7, None), (float("nan"), None))):
+        validation = models / "tiny" / f"fold_{fold}" / "validation"
+        validation.mkdir(parents=True, exist_ok=True)
+        metrics = {label: {"Dice": value} for label, value in zip("12", dice, strict=True)}
+        means = {"foreground_mean": {"Dice": sum(filter(None, dice))}}
+        scored = {"prediction_file": f"/elsewhere/c{fold}.nii.gz", "metrics": metrics}
+        (validation / "summary.json").write_text(json.dumps(means | {"metric_per_case": [scored]}))
+    code, out, _ = command("list", cwd=models.parents[2])
+    assert code == 0 and out.splitlines()[1].split()[-1] == "0.7500"
+
+
 def test_the_states_of_a_fold(models: Path, capfd: pytest.CaptureFixture[str]) -> None:
     fold = models / "tiny" / "fold_0"
 

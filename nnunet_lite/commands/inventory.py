@@ -205,7 +205,7 @@ def list_workspace(*, dataset: options.OnlyDataset = None, workspace: options.Wo
         found = {folder.name: read_fold_states(folder) for folder in models.model_folders(paths)}
         folds = [{"model": model, "folds": [asdict(state) for state in states]} for model, states in found.items()]
         values.append({"dataset": paths.name, "planned": paths.plans.is_file(), "models": folds})
-        lines += [(paths.name, model, *_summary(states)) for model, states in found.items()]
+        lines += [(paths.name, model, *_summary(paths.models / model, states)) for model, states in found.items()]
         lines += [] if found else [(paths.name, "no model yet", "", "")]
     text = align(lines, left=3) if values else f"{place}: nothing is planned here"
     return options.About({"workspace": str(place), "datasets": values}, text)
@@ -218,14 +218,14 @@ def _datasets(workspace: Path, dataset: str | None) -> list[Paths]:
     return [Paths(workspace / name) for name in datasets_of(workspace)]
 
 
-def _summary(states: Sequence[FoldState]) -> tuple[str, str]:
-    """Return the folds of a model by their state, and the mean of their scores."""
+def _summary(folder: Path, states: Sequence[FoldState]) -> tuple[str, str]:
+    """Return the folds of a model by their state, and the Dice of all held-out cases."""
     by_state = defaultdict(list)
     for state in states:
         by_state[state.state].append(state.fold)
-    scores = [state.mean_dice for state in states if state.mean_dice is not None]
+    dice = models.held_out_dice(folder, (state.fold for state in states))
     folds = "; ".join(f"fold{'s' * (len(names) > 1)} {', '.join(names)} {state}" for state, names in by_state.items())
-    return folds or "none", f"{sum(scores) / len(scores):.4f}" if scores else ""
+    return folds or "none", "" if dice is None else f"{dice:.4f}"
 
 
 # ---------------------------------------------------------------------------------------------------------------- clean

@@ -36,10 +36,9 @@ from nnunet_lite.evaluation.contradictions import (
     dice_of_counts,
 )
 from nnunet_lite.evaluation.members import Member, find_members
-from nnunet_lite.evaluation.statistics import mean_of_known
 from nnunet_lite.files import hash_of, read_validated, to_csv, write_json, write_text
 from nnunet_lite.inference.cases import output_file
-from nnunet_lite.models.folder import VALIDATION, validation_dice
+from nnunet_lite.models.folder import VALIDATION, held_out_dice
 from nnunet_lite.system import cases_in_flight
 from nnunet_lite.training.splits import read_split
 from nnunet_lite.workspace import Paths
@@ -261,7 +260,7 @@ def changed_since(audit: Audit, paths: Paths, cases: Sequence[Case]) -> list[str
 
 def _leave_out_weak_models(members: Sequence[Member], notes: list[str]) -> list[Member]:
     """Return the models whose held-out Dice is near that of the best one, the best first."""
-    means = {one: mean_of_known(validation_dice(one.folder, fold) for fold in one.folds) for one in members}
+    means = {one: held_out_dice(one.folder, one.folds) for one in members}
     dice = {one: mean or 0.0 for one, mean in means.items()}
     best = max(dice.values())
     if best < _DOUBTFUL and any(mean is not None for mean in means.values()):

@@ -16,10 +16,12 @@ import platform
 import secrets
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -564,6 +566,26 @@ def validation_dice(folder: Path, fold: str) -> float | None:
         return None
     with understood(file, "Delete it: `nnlite train` makes it again."):
         return read_json(file)["foreground_mean"]["Dice"]
+
+
+def held_out_dice(folder: Path, folds: Iterable[str]) -> float | None:
+    """Return the foreground Dice of the held-out cases of several folds, as `select` and the report have it.
+
+    It is the mean over labels of their means over all cases: means of folds that lack a label cannot be averaged.
+    """
+    by_label, seen = defaultdict[str, list[float]](list), set[str]()
+    for fold in folds:
+        file = folder / f"fold_{fold}" / VALIDATION / SUMMARY
+        with understood(file, "Delete it: `nnlite train` makes it again."):
+            entries = read_json(file)["metric_per_case"] if file.is_file() else []
+            metrics_of = {Path(entry["prediction_file"]).name: entry["metrics"] for entry in entries}
+            for case in sorted(metrics_of.keys() - seen):
+                for label, values in metrics_of[case].items():
+                    if values["Dice"] is not None and isfinite(values["Dice"]):  # nnU-Net writes NaN
+                        by_label[label].append(values["Dice"])
+            seen |= metrics_of.keys()
+    means = [sum(values) / len(values) for values in by_label.values()]
+    return sum(means) / len(means) if means else None
 
 
 def other_folds(folder: Path, fold: str) -> list[str]:
