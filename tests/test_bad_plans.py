@@ -153,6 +153,9 @@ PLANS = {
     "no channel": whole_plan(setting(channels=[]), "channels"),
     "another normalisation": whole_plan(lambda p: p["channels"][0].update(normalization="magic"), "normalization"),
     "statistics of text": whole_plan(lambda p: p["channels"][0]["statistics"].update(mean="big"), "mean"),
+    "a configuration outside of the workspace": whole_plan(
+        lambda p: p["configurations"].update({"../mine": {"inherits_from": "3d_fullres"}}), "has the name '../mine'"
+    ),
     "no foreground label": whole_plan(lambda p: p["labels"].update(names={"background": 0}), "foreground"),
     "two labels of one value": whole_plan(lambda p: p["labels"].update(names={"a": 1, "b": 1}), "one value"),
     "a storage that is not there": whole_plan(setting(stored_as="float8"), "stored_as", "'float16' or 'float32'"),

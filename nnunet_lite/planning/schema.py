@@ -268,8 +268,10 @@ class Plan(_Model):
         return {**values, "configurations": {name: inherited(given, name) for name in given}}
 
     @model_validator(mode="after")
-    def _previous_stages_exist(self) -> Plan:
+    def _names_are_legal(self) -> Plan:
         for name, configuration in self.configurations.items():
+            if not name or Path(name).name != name or name.startswith("."):  # files are called so
+                raise ValueError(f"configurations has the name {name!r}; use letters, digits, '-' and '_'")
             others, previous = [other for other in self.configurations if other != name], configuration.previous_stage
             if previous not in (None, *others):
                 what = f"configurations.{name}.previous_stage = {previous!r} is no other configuration"
