@@ -268,6 +268,7 @@ def test_each_round_has_all_kinds_equally_often(n: int) -> None:
         assert set(numbers) == set(DEGRADATIONS) and max(numbers.values()) - min(numbers.values()) <= 2
 
 
+@pytest.mark.slow
 def test_a_slow_calibration_ends_after_a_round_and_is_kept(selected: Paths, tmp_path: Path) -> None:
     rows = read_rows(selected.calibration)
     numbers = Counter(row.kind for row in rows)

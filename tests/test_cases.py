@@ -237,6 +237,7 @@ def test_a_label_map_beside_the_channels_that_would_be_one_of_them(tmp_path: Pat
     check_output([images[0]], cases, tmp_path / "out", labels)
 
 
+@pytest.mark.slow  # one kill of a command is in test_store.py
 def test_killed_while_it_writes_maps_it_leaves_nothing_temporary(command: Command, place: Path, counts: Counts) -> None:
     """By SIGKILL in the middle of predictions with maps; the same command with --continue does the rest."""
     counts("faults survived", 1)

@@ -100,6 +100,7 @@ def test_a_case_that_is_broken_is_named_and_the_others_are_done(
     assert len(list((tmp_path / "ws" / "broken" / "preprocessed").glob("cases/*"))) == 4
 
 
+@pytest.mark.slow  # test_everything_is_done_on_workers trains there too
 def test_folds_train_on_workers_though_one_is_killed(scheduler: str, tiny_workspace: Path, tmp_path: Path) -> None:
     """SIGKILL for the worker of a fold that has a checkpoint: the networks are those that one process trains."""
     # its folds are its own: those of `tiny_model` may be there already

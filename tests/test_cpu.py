@@ -145,6 +145,7 @@ def test_parallel_samples_without_gradients_and_of_odd_batches(tiny_plan: Plan, 
     assert torch.get_num_threads() == 2
 
 
+@pytest.mark.slow  # slow under the checks of glibc
 def test_a_strided_kernel_of_one_voxel_with_few_channels_stays_in_its_memory() -> None:
     """As in a MedNeXt of 4 features: the gradient of oneDNN writes beyond its memory, as glibc can check."""
     code = """if True:

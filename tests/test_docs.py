@@ -35,7 +35,12 @@ REFERENCE = ROOT / "docs" / "reference"
 GENERATED = runpy.run_path(str(ROOT / "scripts" / "write_reference.py"))["PAGES"]  # test_cli parses their examples
 AT_TOP = [ROOT / f"{name}.md" for name in ("README", "AGENTS", "CONTRIBUTING", "SECURITY", "CODE_OF_CONDUCT")]
 TEXT = {page: page.read_text() for page in (*AT_TOP, *sorted((ROOT / "docs").rglob("*.md")))}
-PAGES = [page for page, text in TEXT.items() if "```" in text and page.name not in GENERATED]
+LONG = {"models.md", "training.md", "tutorial.md"}  # more than ten seconds each
+PAGES = [
+    pytest.param(page, marks=[pytest.mark.slow] * (page.name in LONG), id=page.name)
+    for page, text in TEXT.items()
+    if "```" in text and page.name not in GENERATED
+]
 BLOCK = re.compile(r"^(<!-- only parsed: .+ -->\n)?```([a-z]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 Run = Callable[..., tuple[int, str, str]]
 
@@ -126,7 +131,7 @@ def start(tmp_path_factory: pytest.TempPathFactory, tiny_workspace: Path, hippoc
     return folder
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES)
 def test_code_of_a_page(page: Path, start: Path, tmp_path: Path, command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands and Python in order, from top to bottom; commands that cannot run here are parsed."""
     shutil.copytree(start, tmp_path, dirs_exist_ok=True)

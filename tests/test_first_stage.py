@@ -259,6 +259,7 @@ def test_both_stages_and_the_pair_are_compared(trained: Path, workspace: Path, t
     assert {path.name for path in pair.glob("*.nii.gz")} == set(before)
 
 
+@pytest.mark.slow  # one kill of a training is in test_loop.py
 def test_a_killed_cascade_resumes(trained: Path, workspace: Path, changes: dict[str, Any], command: Command) -> None:
     """kill -9 while the first stage is trained: the same command finishes the rest, and nothing that was there."""
     options = [f"--set={key}={value}" for key, value in changes.items()]
@@ -309,6 +310,7 @@ def test_a_first_stage_that_is_missing_is_named(trained: Path, tmp_path: Path) -
     refused(rf"run\.json: does not name its first stage, a model of {FIRST}")
 
 
+@pytest.mark.slow
 def test_the_second_stage_learns_to_use_the_first(
     paths: Paths, tiny_cases: list[Any], changes: dict[str, Any], tmp_path: Path
 ) -> None:

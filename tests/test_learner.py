@@ -101,7 +101,8 @@ def test_on_a_cpu_nothing_is_timed_and_a_seed_means_fp32(job: MakeJob, monkeypat
         assert choose_format(run, make_network(run)) == ComputeFormat(expected, channels_last=True)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_a_compiled_network_makes_the_same_step(job: MakeJob, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     """With aot_eager the network and its gradients are traced. Only inductor generates code, which takes a minute."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))

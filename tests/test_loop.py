@@ -138,11 +138,13 @@ def test_the_duration_of_a_fold_is_announced_within_the_first_epoch(
     train(job("short", training__epochs=3, training__iterations=8))
     lines = [line for line in capfd.readouterr().err.splitlines() if "a fold" in line or line.startswith("epoch")]
     assert re.fullmatch(r"about \d+(\.\d)? s a fold on this CPU", lines[0]) and len(lines) == 4
-    run = job("long", training__epochs=10**7, training__iterations=8)
-    with pytest.raises(AssertionError, match="the first epoch"):
-        train_fold(replace(run, callbacks=(raise_after_an_epoch,)))
-    said = capfd.readouterr().err
-    assert re.search(r"about [\d,.]+ days a fold on this CPU; `--recipe cpu` gives a model in minutes\n", said)
+    for recipe, option in (("default", "--recipe cpu"), ("cpu", "--time-limit 30")):
+        run = job(recipe, training__epochs=10**7, training__iterations=8)
+        settings = run.settings.model_copy(update={"recipe": recipe})
+        with pytest.raises(AssertionError, match="the first epoch"):
+            train_fold(replace(run, settings=settings, callbacks=(raise_after_an_epoch,)))
+        said = capfd.readouterr().err
+        assert re.search(rf"about [\d,.]+ days a fold on this CPU; `{option}` gives a model in minutes\n", said)
 
 
 def test_the_time_left_is_that_of_steps_held_out_patches_and_windows(job: MakeJob) -> None:

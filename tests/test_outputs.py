@@ -233,6 +233,7 @@ for n_folds, n_classes, features, slices in (
 """
 
 
+@pytest.mark.slow  # large images; test_memory.py has the arithmetic
 def test_memory_is_as_planned_and_does_not_grow_with_the_image() -> None:
     """For one fold and three, few classes and many; the first prediction loads libraries too."""
     done = subprocess.run(

@@ -37,6 +37,7 @@ def arrays(root: Path) -> list[tuple[np.ndarray, np.ndarray, tuple[float, ...]]]
     return [(image.array[0], label, image.geometry.spacing) for image, label in cases if label is not None]
 
 
+@pytest.mark.slow
 def test_the_same_options_make_the_same_voxels(phantoms: Path, tmp_path: Path) -> None:
     for seed in (0, 1):
         SCRIPT["make_dataset"](tmp_path / str(seed), anatomy(), cases=1, seed=seed, **SMALL)

@@ -189,6 +189,7 @@ def test_other_settings_are_refused_before_anything_is_done(raw: Path, finished:
         run(raw, workspace, fold=[7], folds=None)
 
 
+@pytest.mark.slow  # one kill of a training is in test_loop.py
 def test_killed_in_the_middle_it_goes_on_to_the_same_networks(
     raw: Path, finished: tuple[Path, RunResult], tmp_path: Path
 ) -> None:

@@ -290,7 +290,8 @@ def _announce_duration(job: Job, state: State) -> None:
     """Log how long the fold takes, and what takes less on a CPU."""
     seconds, on_cpu = state.seconds + _seconds_left(job, state), job.device.type == "cpu"
     is_long = on_cpu and seconds > _LONG and job.settings.training.time_limit is None
-    advice = "; `--recipe cpu` gives a model in minutes" if is_long else ""
+    option = "--time-limit 30" if job.settings.recipe.startswith("cpu") else "--recipe cpu"
+    advice = f"; `{option}` gives a model in minutes" if is_long else ""
     log.info(f"about {log.duration(seconds)} a fold on this {'CPU' if on_cpu else 'GPU'}{advice}")
 
 
