@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
@@ -28,6 +28,7 @@ from nnunet_lite.inference.record import CaseResult, PredictionRecord, describe_
 from nnunet_lite.models.argument import as_model_folder, find_model
 from nnunet_lite.models.folder import (
     QUALITY,
+    Checkpoint,
     now_as_text,
     trained_folds,
     versions_in_use,
@@ -319,12 +320,7 @@ def predict(
         format=format, per_label=per_label, statistics=statistics, quality=quality, skip_existing=skip_existing,
         postprocess=_postprocessing(rules, plan.labels),
     )  # fmt: skip
-    words, order = {label: str(rule) for label, rule in rules.items()}, plan.labels.region_order
-    run = {
-        "date": now_as_text(), "versions": versions_in_use(), "checkpoint": checkpoint, "postprocessing": words,
-        "labels": plan.labels.to_json(), **({"regions_class_order": list(order)} if order else {}),
-    }  # fmt: skip
-
+    run = _describe_run(checkpoint, rules, plan.labels)
     if scheduler is None:
         how = f"{predictor} on {predictor.device}, {predictor.arithmetic.precision}"
         log.info(f"predicting {plural(len(cases), 'image')} with {how}")
@@ -336,14 +332,33 @@ def predict(
         files, failed = predict_all(outputs=outputs, accept_geometry=accept_geometry)
     for case, reason in failed.items():
         log.error(f"failed: {case}: {reason}")
-    judged = {name: record.judged[name] for name in map(case_of, files) if name in record.judged}
     is_calibrated = scheduler is None and quality and predictor.quality is not None
+    judged = _find_judged(files, record, is_calibrated)
+    _warn_of_black_pictures(files, plan.labels)
+    images, words = {case.id: case.images[0] for case in cases}, run["postprocessing"]
+    return Predictions(out, tuple(files), failed, tuple(folders), tuple(used), plan.labels, words, images, judged)
+
+
+def _describe_run(checkpoint: Checkpoint, rules: Mapping[str, Rule], labels: Labels) -> dict[str, Any]:
+    """Return what predictions.json says of a run besides the model."""
+    order = {"regions_class_order": list(labels.region_order)} if labels.region_order else {}
+    return {
+        "date": now_as_text(),
+        "versions": versions_in_use(),
+        "checkpoint": checkpoint,
+        "postprocessing": {label: str(rule) for label, rule in rules.items()},
+        "labels": labels.to_json(),
+        **order,
+    }
+
+
+def _find_judged(files: Sequence[Path], record: PredictionRecord, is_calibrated: bool) -> dict[str, CaseQuality]:
+    """Return the quality of label maps by their names, and log how many have none though others do or would."""
+    judged = {name: record.judged[name] for name in map(case_of, files) if name in record.judged}
     if (judged or is_calibrated) and (n_lacking := len(files) - len(judged)):
         what = f"nothing is known about the quality of {plural(n_lacking, 'label map')} kept by --continue"
         log.info(f"{what}; without it they are predicted again")
-    _warn_of_black_pictures(files, plan.labels)
-    images = {case.id: case.images[0] for case in cases}
-    return Predictions(out, tuple(files), failed, tuple(folders), tuple(used), plan.labels, words, images, judged)
+    return judged
 
 
 def _find_images(sources: Sequence[Path], plan: Plan, model: Path) -> list[Case]:

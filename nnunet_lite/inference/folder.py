@@ -6,13 +6,14 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryFile
 from traceback import format_exception
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -36,8 +37,6 @@ from nnunet_lite.inference.record import KEPT, CaseResult, read_statistics
 from nnunet_lite.inference.segmentation import SEGMENTATIONS, label_file, measure_labels, write_segmentation
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.system import cases_in_flight, cpus
-
-T = TypeVar("T")
 
 # changes a label map (z, y, x) of some spacing before it is written
 Postprocess = Callable[[np.ndarray, tuple[float, float, float]], np.ndarray]
@@ -159,18 +158,6 @@ def predict_cases(
         why = "files that are made with them are missing" if outputs.skip_existing else "--continue keeps them"
         log.info(f"{out}: {plural(n_replaced, 'label map')} will be replaced; {why}")
     failed: dict[str, str] = {}
-
-    def attempt(case: Case, action: Callable[[], T]) -> T | None:
-        """Whatever is wrong with one case, the others are predicted."""
-        try:
-            return action()
-        except Exception as error:
-            if lacks_space(error):  # then no other case can be written either
-                raise
-            log.detail("".join(format_exception(error)).rstrip())
-            failed[case.id] = describe(error)
-            return None
-
     read = partial(read_case_image, plan, accept_geometry=accept_geometry)
 
     def read_again(case: Case) -> np.ndarray:
@@ -179,40 +166,68 @@ def predict_cases(
 
     partial_cases = [case for case in cases if case.id in incomplete]
     for case in log.progress(partial_cases, len(partial_cases), "complete") if partial_cases else ():
-        attempt(case, partial(_complete_case, case, files[case.id], plan, outputs, read, report))
+        with _recorded(failed, case):
+            _complete_case(case, files[case.id], plan, outputs, read, report)
     n_readers = 1 if predictor.device.type == "cpu" else min(cpus(), _MOST_READERS)  # a CPU computes at the same time
-    turned, size = defaultdict[str, list[str]](list), _READING + _MEASURING * outputs.statistics
-    with (
-        ThreadPoolExecutor(n_readers) as reader,
-        ThreadPoolExecutor(1) as writer,
-        log.working("predict", len(todo)) as advance,
-    ):
-        queue = deque[tuple[Case, Future[None]]]()
-        for case, source in _read_ahead(
-            reader, lambda case: prepare_image(predictor, read(case)), todo, n_readers, size
-        ):
-            classes = None if stage_classes is None else partial(stage_classes, case.id)
-            prediction = attempt(case, partial(_predict_case, predictor, source, classes, outputs, out))
-            del source  # or the image would be in memory until the next one is read
-            if prediction is not None:
-                own = prediction.geometry.orientation
-                if own is not None and own != (plan.orientation or own):
-                    turned[own].append(case.id)
-                work = partial(_write_case, case, files[case.id], prediction, plan, outputs, read_again, report)
-                queue.append((case, writer.submit(work)))
-            if len(queue) > _MOST_WRITING:
-                written, writing = queue.popleft()
-                attempt(written, writing.result)
-            advance(1)
-        for case, writing in queue:
-            attempt(case, writing.result)
+    size = _READING + _MEASURING * outputs.statistics
+    with ThreadPoolExecutor(n_readers) as reader:
+        images = _read_ahead(reader, lambda case: prepare_image(predictor, read(case)), todo, n_readers, size)
+        predict = partial(_predict_case, predictor, stage_classes=stage_classes, outputs=outputs, out=out)
+        write = partial(_write_case, files=files, plan=plan, outputs=outputs, read=read_again, report=report)
+        turned = _predict_and_write(images, len(todo), predict, write, failed)
     for case in todo:
         if case.id in failed:
             report(CaseResult(files[case.id].label_map, case, f"failed: {failed[case.id]}"))
+    turned = {own: ids for own, ids in turned.items() if own != (plan.orientation or own)}
     if turned:
         stored = ", ".join(f"{plural(len(ids), 'image')} stored as {own} ({few(ids)})" for own, ids in turned.items())
         log.info(f"turned to {plan.orientation}, the orientation of the model: {stored}")
     return sorted(files[case.id].label_map for case in cases if case.id not in failed), failed
+
+
+@contextmanager
+def _recorded(failed: dict[str, str], case: Case) -> Iterator[None]:
+    """Note what is wrong with a case, so that the others are predicted; without disk space none can be written."""
+    try:
+        yield
+    except Exception as error:
+        if lacks_space(error):
+            raise
+        log.detail("".join(format_exception(error)).rstrip())
+        failed[case.id] = describe(error)
+
+
+def _predict_and_write(
+    images: Iterator[tuple[Case, Future[PreparedImage]]],
+    total: int,
+    predict: Callable[[Case, Future[PreparedImage]], _Prediction],
+    write: Callable[[Case, _Prediction], None],
+    failed: dict[str, str],
+) -> dict[str, list[str]]:
+    """Predict images in turn while a thread writes those before; return the ids of each orientation."""
+    oriented = defaultdict[str, list[str]](list)
+    queue = deque[tuple[Case, Future[None]]]()
+    with ThreadPoolExecutor(1) as writer, log.working("predict", total) as advance:
+        for case, source in images:
+            with _recorded(failed, case):
+                prediction = predict(case, source)
+                if own := prediction.geometry.orientation:
+                    oriented[own].append(case.id)
+                queue.append((case, writer.submit(write, case, prediction)))
+                del prediction
+            del source  # or image and maps would be in memory until the next image is predicted
+            if len(queue) > _MOST_WRITING:
+                _finish_writing(queue, failed)
+            advance(1)
+        while queue:
+            _finish_writing(queue, failed)
+    return oriented
+
+
+def _finish_writing(queue: deque[tuple[Case, Future[None]]], failed: dict[str, str]) -> None:
+    case, writing = queue.popleft()
+    with _recorded(failed, case):
+        writing.result()
 
 
 def _name_files(case: Case, out: Path, outputs: Outputs, labels: Labels) -> _CaseFiles:
@@ -278,8 +293,9 @@ def _complete_case(
 
 def _predict_case(
     predictor: Predictor,
+    case: Case,
     source: Future[PreparedImage],
-    stage_classes: Callable[[], np.ndarray] | None,
+    stage_classes: Callable[[str], np.ndarray] | None,
     outputs: Outputs,
     out: Path,
 ) -> _Prediction:
@@ -289,7 +305,7 @@ def _predict_case(
     calibrated, maps = predictor.quality if outputs.quality else None, outputs.maps
     if calibrated is not None:
         maps = predictor.add_quality_maps(maps)
-    classes = None if stage_classes is None else stage_classes()
+    classes = None if stage_classes is None else stage_classes(case.id)
     label_map, arrays = segment(predictor, prepared, classes, maps, partial(array_on_disk, out))
     judged = None
     if calibrated is not None:
@@ -301,25 +317,25 @@ def _predict_case(
 
 def _write_case(
     case: Case,
-    files: _CaseFiles,
     prediction: _Prediction,
+    files: Mapping[str, _CaseFiles],
     plan: Plan,
     outputs: Outputs,
     read: Callable[[Case], np.ndarray],
     report: Callable[[CaseResult], None],
 ) -> None:
     """Write all files of a case; the label map is the last one: if it exists, the case is complete."""
-    label_map, geometry = prediction.label_map, prediction.geometry
-    files.label_map.unlink(missing_ok=True)  # an older one beside new files would be taken for theirs
-    for name, file in files.maps.items():
+    of, label_map, geometry = files[case.id], prediction.label_map, prediction.geometry
+    of.label_map.unlink(missing_ok=True)  # an older one beside new files would be taken for theirs
+    for name, file in of.maps.items():
         with atomic(file) as temporary:
             write_nifti(temporary, prediction.maps[name], geometry, 1 / STEPS, case.images[0])
     if outputs.postprocess is not None:
         label_map = outputs.postprocess(label_map, geometry.spacing)
-    _write_masks(case, files, label_map, geometry, plan.labels)
+    _write_masks(case, of, label_map, geometry, plan.labels)
     sizes = _measure(label_map, read(case), geometry, plan) if outputs.statistics else None
-    report(CaseResult(files.label_map, case, "written", round(prediction.seconds, 2), sizes, prediction.quality))
-    write_segmentation(files.label_map, label_map, geometry, plan.labels, case.images[0])
+    report(CaseResult(of.label_map, case, "written", round(prediction.seconds, 2), sizes, prediction.quality))
+    write_segmentation(of.label_map, label_map, geometry, plan.labels, case.images[0])
 
 
 def _write_masks(case: Case, files: _CaseFiles, label_map: np.ndarray, geometry: Geometry, labels: Labels) -> None:
