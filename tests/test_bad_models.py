@@ -134,6 +134,7 @@ REFUSED = {
     "no model there": given("predict -i scan.nii.gz -o out -m nowhere", "nowhere: is no model folder (it does"),
     "a file for the model": given("predict -i scan.nii.gz -o out -m scan.nii.gz", "scan.nii.gz"),
     "no run.json": missing("run.json"),
+    "ONNX": file("onnx/onnx.json", "{}", "predict -i scan.nii.gz -o out -m onnx", "one as ONNX", "load_onnx"),
     "an empty run.json": file("model/run.json", "", PREDICT),
     "run.json is a list": file("model/run.json", "[1]", PREDICT),
     "run.json is nothing": file("model/run.json", "{}", PREDICT, "run.json", "format"),
