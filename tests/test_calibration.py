@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from nnunet_lite.data.dataset import stored_dataset
 from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import read_image
 from nnunet_lite.errors import UserError
-from nnunet_lite.evaluation import calibration_rows
+from nnunet_lite.evaluation import calibration, calibration_rows
 from nnunet_lite.evaluation.calibration import MIN_CASES, _what_lacks, fit_quality, split_by_case
 from nnunet_lite.evaluation.calibration_rows import Row, TrainingRanges, read_rows, training_ranges
 from nnunet_lite.evaluation.comparison import HeldOut, load_team
@@ -52,6 +53,14 @@ SHORT = {**TINY, "training.epochs": 1, "training.iterations": 50, "training.batc
          "training.patch_size": [40, 56, 40], "network.features_base": 4, "network.features_max": 16,
          "optimizer.name": "muon", "optimizer.lr": 5e-3, "schedule.name": "constant",
          "training.validation_iterations": 0}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_trees() -> Iterator[None]:
+    """A small forest: scikit-learn takes as long to begin a tree as to grow it."""
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setattr(calibration, "_TREES", 20)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -159,14 +159,22 @@ def test_it_starts_a_network_with_large_kernels(workspace: Path, capfd: pytest.C
     assert "depthwise kernels, such as 3x3x3 to 5x5x5 (UpKern)" in capfd.readouterr().err
 
 
-def test_it_predicts_and_travels_as_zip_and_onnx(workspace: Path, tmp_path: Path) -> None:
-    image = np.random.default_rng(0).normal(size=(20, 36, 20)).astype(np.float32)
+IMAGE = np.random.default_rng(0).normal(size=(20, 36, 20)).astype(np.float32)
+
+
+def test_it_predicts_and_travels_as_zip(workspace: Path, tmp_path: Path) -> None:
     model = workspace / "Task04_Hippocampus" / "models" / "mednext"
-    expected = nnunet_lite.load(model, device="cpu")(image, (1, 1, 1))
-    assert expected.shape == image.shape
+    expected = nnunet_lite.load(model, device="cpu")(IMAGE, (1, 1, 1))
+    assert expected.shape == IMAGE.shape
     zipped = nnunet_lite.export_model([model, tmp_path / "model.zip"], workspace=workspace)
-    assert np.array_equal(nnunet_lite.load(zipped, device="cpu")(image, (1, 1, 1)), expected)
-    graphs = nnunet_lite.export_model([model, tmp_path / "onnx"], format="onnx", workspace=workspace)
-    assert (load_onnx(graphs)(image, (1, 1, 1)) == expected).mean() > 0.9999
+    assert np.array_equal(nnunet_lite.load(zipped, device="cpu")(IMAGE, (1, 1, 1)), expected)
     with pytest.raises(UserError, match="a network that nnU-Net lacks: mednext_s with gelu"):
         nnunet_lite.export_model([model, tmp_path / "nnunet"], format="nnunet", workspace=workspace)
+
+
+@pytest.mark.slow  # test_onnx.py has a U-Net
+def test_it_travels_as_onnx(workspace: Path, tmp_path: Path) -> None:
+    model = workspace / "Task04_Hippocampus" / "models" / "mednext"
+    graphs = nnunet_lite.export_model([model, tmp_path / "onnx"], format="onnx", workspace=workspace)
+    expected = nnunet_lite.load(model, device="cpu")(IMAGE, (1, 1, 1))
+    assert (load_onnx(graphs)(IMAGE, (1, 1, 1)) == expected).mean() > 0.9999
