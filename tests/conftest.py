@@ -21,6 +21,11 @@ from samples import FAST, HIPPOCAMPUS, TINY, Command, Copy, Counts, as_options, 
 def pytest_configure() -> None:
     """Let Ctrl-C end the processes of tests, although a shell lets programs in its background ignore it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    gc.disable()  # pytest makes syntax trees of all files, in which collections look for garbage for twenty seconds
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
 
 
 def pytest_runtest_setup() -> None:
