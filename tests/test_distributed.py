@@ -410,15 +410,9 @@ class Impatient(Rank):
         super().run()
 
 
-@pytest.mark.parametrize(
-    ("lost", "how"),
-    [
-        (1, signal.SIGKILL),
-        pytest.param(0, signal.SIGKILL, marks=pytest.mark.slow),
-        pytest.param(0, signal.SIGSTOP, marks=pytest.mark.slow),
-        pytest.param(1, signal.SIGSTOP, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("lost", [0, 1])
 def test_a_lost_machine_ends_the_others_and_another_number_of_processes_resumes(
     tmp_path: Path, train_three: list[str], command: Command, lost: int, how: signal.Signals
 ) -> None:

@@ -34,7 +34,7 @@ PLAN = json.loads(plan_from_nnunet(json.loads((DATA / "nnunet_plans.json").read_
 
 # a folder for all examples of a test is enough: each writes its file again
 fuzzed = settings(
-    max_examples=150,
+    max_examples=100,
     derandomize=True,
     deadline=None,
     database=None,

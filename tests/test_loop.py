@@ -422,6 +422,7 @@ PLATEAU = {
 }  # drops twice
 
 
+@pytest.mark.slow
 def test_adamw_batch_norm_bf16_and_the_plateau_rule_resume_bit_by_bit(job: MakeJob) -> None:
     changes = {key.replace(".", "__"): value for key, value in (ADAMW | BF16 | PLATEAU).items()}
     parts, whole = (job(name, **changes | {"training__epochs": 6}) for name in ("parts", "whole"))

@@ -251,6 +251,7 @@ def test_windows_of_zeros_are_background_as_with_torch(make_model: MakeModel, tm
     assert (replace(exported, skip_empty=False)(array, spacing) != exported(array, spacing)).any(), "it counts"
 
 
+@pytest.mark.slow
 def test_a_cascade_takes_its_first_stage_along(make_model: MakeModel, tmp_path: Path) -> None:
     coarse = planned((8, 8, 8)).model_dump(mode="json") | {"spacing": [3.0, 3.0, 3.0]}
     fine = {**coarse, "spacing": [1.5, 1.5, 1.5], "previous_stage": "3d_lowres"}
