@@ -174,11 +174,11 @@ def predict_cases(
         images = _read_ahead(reader, lambda case: prepare_image(predictor, read(case)), todo, n_readers, size)
         predict = partial(_predict_case, predictor, stage_classes=stage_classes, outputs=outputs, out=out)
         write = partial(_write_case, files=files, plan=plan, outputs=outputs, read=read_again, report=report)
-        turned = _predict_and_write(images, len(todo), predict, write, failed)
+        oriented = _predict_and_write(images, len(todo), predict, write, failed)
     for case in todo:
         if case.id in failed:
             report(CaseResult(files[case.id].label_map, case, f"failed: {failed[case.id]}"))
-    turned = {own: ids for own, ids in turned.items() if own != (plan.orientation or own)}
+    turned = {own: ids for own, ids in oriented.items() if own != (plan.orientation or own)}
     if turned:
         stored = ", ".join(f"{plural(len(ids), 'image')} stored as {own} ({few(ids)})" for own, ids in turned.items())
         log.info(f"turned to {plan.orientation}, the orientation of the model: {stored}")
