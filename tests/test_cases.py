@@ -80,6 +80,14 @@ def test_a_picture_of_other_colours_is_answered_with_the_ones_to_save(model: Pre
         model(picture)
 
 
+def test_a_series_over_time_is_answered_with_what_to_do(command: Command, place: Path) -> None:
+    image = nibabel.load(place / "scan.nii.gz")
+    series = np.stack([np.asarray(image.dataobj)] * 3, axis=-1)
+    nibabel.save(nibabel.Nifti1Image(series, image.affine), place / "bold.nii.gz")
+    code, _, err = command("predict", "-i", "bold.nii.gz", "-o", "o", "-m", "model", "--device", "cpu", cwd=place)
+    assert code == 2 and "has 3 channels, the model expects 1 (MRI). Of a series over time (cine, fMRI)" in err
+
+
 def test_arrays_of_every_kind_give_the_same(model: Predictor, scans: list[Path]) -> None:
     image = read_image(scans[0])
     whole, spacing = image.array[0].astype(np.int16), image.geometry.spacing

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image as Pillow
 from samples import blocks, described, save_maps
 
 from nnunet_lite.data.check import check_dataset
 from nnunet_lite.data.dataset import read_dataset
+from nnunet_lite.data.images import read_label
 from nnunet_lite.data.problems import Problem
 
 
@@ -98,6 +102,35 @@ def test_255_in_some_and_1_in_others(tmp_path: Path, others: tuple[int, ...], la
         assert {problem.kind for problem in found} <= {"label_void", "label_value"}
         assert any("255" in problem.found and '"ignore"' in problem.fix for problem in found)
         assert not any("255 is read as 1" in p.found for p in check_dataset(read_dataset(tmp_path), workers=0).problems)
+
+
+@pytest.mark.parametrize("quality", [95, 30])
+def test_masks_that_were_jpeg_once(tmp_path: Path, quality: int) -> None:
+    """Values near 0 and 255 are no classes; `nnlite init` does not name them either."""
+    save(tmp_path, *(blocks((255,)) for _ in range(5)), ending=".png")
+    for path in (tmp_path / "labels").iterdir():
+        with io.BytesIO() as buffer:
+            Pillow.open(path).save(buffer, "JPEG", quality=quality)
+            Pillow.open(buffer).save(path)
+    assert kinds(tmp_path) == {"label_levels"}
+    values = sorted({int(v) for path in (tmp_path / "labels").iterdir() for v in np.unique(read_label(path)[0])} - {0})
+    table = described("grey", labels={"background": 0, **{f"label_{v}": v for v in values}}, file_ending=".png")
+    (tmp_path / "dataset.json").write_text(json.dumps(table))
+    assert kinds(tmp_path) == {"label_levels"}
+
+
+def test_palettes_that_give_a_number_other_colours(tmp_path: Path) -> None:
+    save(tmp_path, *(blocks((1,)) for _ in range(5)), ending=".png")
+    for number, path in enumerate(sorted((tmp_path / "labels").iterdir())):
+        picture = Pillow.fromarray(np.asarray(Pillow.open(path)), "P")
+        picture.putpalette([0, 0, 0, 255, 0, 0, 9, 9, 9][: 6 + number])
+        picture.save(path)
+    assert kinds(tmp_path) == set()
+    picture.putpalette([255, 0, 0, 0, 0, 0])
+    picture.save(path)
+    (found,) = problems(tmp_path)
+    assert (found.kind, found.file) == ("palettes", "labels/c4.png")
+    assert found.found == "the number 0 is the colour #ff0000, and #000000 in c0.png"
 
 
 def test_255_as_ignore(tmp_path: Path) -> None:

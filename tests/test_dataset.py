@@ -246,6 +246,20 @@ def test_images_deeper_in_case_folders(tmp_path: Path, scan: Path) -> None:
     assert names == [(case, ["anat"] * 2) for case in ("sub-01", "sub-02_v1", "sub-02_v2")]
 
 
+def test_the_folder_of_one_patient_names_the_case(tmp_path: Path, scan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folders would give all patients one name, such as anat, and a cohort of one patient is no patient."""
+    copies(scan, tmp_path / "P1" / "sub-01" / "anat", "T1w")
+    copies(scan, tmp_path / "in" / "sub-02" / "ses-1" / "anat", "T1w")
+    copies(scan, tmp_path / "in" / "sub-02" / "ses-2" / "anat", "T1w")
+    copies(scan, tmp_path / "in" / "sub-03" / "DICOM", "scan")
+    sources = [tmp_path / "P1" / "sub-01", *sorted((tmp_path / "in").iterdir())]
+    names = ["sub-01", "sub-02_ses-1", "sub-02_ses-2", "sub-03"]
+    assert [case.id for case in find_cases(sources, 1)] == names
+    assert [case.id for case in find_cases([tmp_path / "P1", tmp_path / "in"], 1)] == names
+    monkeypatch.chdir(tmp_path / "P1" / "sub-01")
+    assert [case.id for case in find_cases([Path()], 1)] == ["sub-01"]
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_numbered_files_that_each_contain_all_channels_are_cases(tmp_path: Path, channels: int) -> None:
     picture = np.zeros((16, 20) if channels == 1 else (16, 20, 3), np.uint8)

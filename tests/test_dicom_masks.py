@@ -7,13 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from highdicom.seg import Segmentation, SegmentDescription
 from pydicom import Dataset, dcmread
 from pydicom.dataset import FileMetaDataset
+from pydicom.sr.codedict import codes
 from pydicom.uid import ExplicitVRLittleEndian, RTStructureSetStorage, generate_uid
 from test_dicom import GRID, save_series
 
 from nnunet_lite.data.dicom_masks import convert_masks
-from nnunet_lite.data.dicom_writers import write_dicom_seg
+from nnunet_lite.data.dicom_writers import _source_images, write_dicom_seg
 from nnunet_lite.data.discovery import files_below
 from nnunet_lite.data.images import read_geometry, read_image, read_label
 from nnunet_lite.data.labels import Labels
@@ -95,6 +97,25 @@ def test_a_segmentation_becomes_the_label_map_that_it_was(tmp_path: Path, truth:
     assert labels == {"background": 0, "Anterior": 1, "Posterior": 2} and not notes and not left_out
     np.testing.assert_array_equal(maps, [np.roll(truth, 1, axis=1), np.roll(truth, 2, axis=1)])
     assert sorted(path.name for path in (tmp_path / "labels").iterdir()) == ["P_1.nii.gz", "P_2.nii.gz"]
+
+
+@pytest.mark.parametrize("kind", ["LABELMAP", "FRACTIONAL"])
+def test_segmentations_of_other_programs(tmp_path: Path, truth: np.ndarray, kind: str) -> None:
+    """A label map has the background as a segment too; half a voxel and more is inside."""
+    series = patient(tmp_path / "data")
+    segments = [
+        SegmentDescription(number, name, codes.SCT.Organ, codes.SCT.Liver, "MANUAL")
+        for number, name in enumerate("AB", 1)
+    ]
+    shares = np.stack([truth == 1, truth == 2], -1) * 0.6 + 0.2
+    file = Segmentation(
+        _source_images(series, SMALL.shape), truth if kind == "LABELMAP" else shares, kind, segments,
+        generate_uid(), 1, generate_uid(), 1, "maker", "model", "1", "1",
+    )  # fmt: skip
+    file.save_as(series.parent / "masks.dcm")
+    maps, labels, _, _ = convert(tmp_path / "data")
+    assert labels == {"background": 0, "A": 1, "B": 2}
+    np.testing.assert_array_equal(maps[0], truth)
 
 
 @pytest.mark.parametrize("turn", [1, -1])

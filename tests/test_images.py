@@ -293,6 +293,14 @@ def test_labels_as_grey_rgb_and_as_floats(tmp_path: Path) -> None:
     assert label.dtype == np.uint8 and np.array_equal(label, np.rint(noisy).T)
 
 
+@pytest.mark.parametrize("colour", [0, 255])
+def test_a_mask_in_the_alpha_channel_is_no_empty_or_full_one(tmp_path: Path, colour: int) -> None:
+    mask = integers((8, 9), 1) * np.uint8(255)
+    path = save(tmp_path / "mask.png", np.dstack([np.full_like(mask, colour)] * 3 + [mask]))
+    with pytest.raises(UserError, match=r"the mask is in its alpha channel\. Save"):
+        read_label(path)
+
+
 # ----------------------------------------------------------------------------------------------------------- bad files
 
 

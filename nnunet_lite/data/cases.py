@@ -33,6 +33,7 @@ _NAMING = (
 )
 _CHANNEL = re.compile(r"^(.+)_(\d{4})$")
 _PART = re.compile(r"\d+|[^\W\d_]+")  # of a name: a number or a word
+_PART_OF_CASE = re.compile("anat|func|dwi|fmap|perf|pet|ses-.+|dicom", re.IGNORECASE)  # folders in that of a patient
 _DEPTH = 4  # levels of folders that are searched for images: patient, visit, modality, and one more
 _MOST_CHANNELS = 8  # of one case in separate files; more files of one name are a series of cases
 _ALSO_DICOM = f"{SUPPORTED} and DICOM series."
@@ -144,7 +145,8 @@ def find_cases(sources: Sequence[Path], channels: int, names: Sequence[str] = ()
     """Find the cases to predict in files, folders of files, and folders of case folders.
 
     A file is an image, one of several channel files, or a file of a DICOM series. A folder contains any mix of
-    supported files, or one DICOM series, or folders that contain one case each and give it their name.
+    supported files, or one DICOM series, or folders that contain one case each and give it their name. It names the
+    case itself if its folders are those of one patient, such as anat or ses-01.
 
     Parameters
     ----------
@@ -187,7 +189,8 @@ def _cases_of(source: Path, channels: int, names: Sequence[str]) -> list[Case]:
             log.warn(f"{source}: the DICOM series in {few(series)} are not read, since the folder holds images too")
     else:
         skipped: list[Path] = []
-        cases = _case_folders(source, channels, names, skipped)
+        is_case = all(_PART_OF_CASE.fullmatch(folder.name) for folder in folders_in(source))
+        cases = (_nested_cases if is_case else _case_folders)(source, channels, names, skipped, _DEPTH)
         if skipped:
             files = few([str(path.relative_to(source)) for path in skipped])
             log.warn(f"{source}: {files} are not predicted: by their names they are label maps")
@@ -289,7 +292,8 @@ def _nested_cases(folder: Path, channels: int, names: Sequence[str], skipped: li
     maps = [case for case in found if has_label_word(case.images[0].relative_to(folder))]
     skipped += [path for case in maps for path in case.images]
     found = [case for case in found if case not in maps]
-    return [Case(folder.name if len(found) == 1 else f"{folder.name}_{case.id}", case.images) for case in found]
+    name = folder.resolve().name if folder.name in ("", "..") else folder.name
+    return [Case(name if len(found) == 1 else f"{name}_{case.id}", case.images) for case in found]
 
 
 def _named_files(files: Sequence[Path], names: Sequence[str]) -> tuple[Path, ...]:

@@ -22,8 +22,8 @@ from nnunet_lite.data.cases import (
 from nnunet_lite.data.dataset import Dataset
 from nnunet_lite.data.geometry import Geometry, common_orientation
 from nnunet_lite.data.images import read_label
-from nnunet_lite.data.labels import BACKGROUND
-from nnunet_lite.data.names import stem
+from nnunet_lite.data.labels import BACKGROUND, palette_colours
+from nnunet_lite.data.names import PICTURES, stem, suffix_of
 from nnunet_lite.data.problems import Problem, few, plural
 from nnunet_lite.files import read_json
 from nnunet_lite.workspace import IMAGE_FOLDERS
@@ -206,10 +206,24 @@ def check_consistency(dataset: Dataset, findings: Sequence[CaseFindings[Any]]) -
         if first is not case:
             fix = "Remove one: the same patient in training and validation makes scores too good."
             yield Problem("duplicate_case", str(case.images[0]), f"holds the same image as case {first.id}", "", fix)
+    yield from _unlike_palettes([problem for found in findings for problem in found.problems])
     if len(dataset.cases) < FOLDS:
         text, expected = plural(len(dataset.cases), "case"), f"at least {FOLDS} for {FOLDS}-fold cross-validation"
         fix = "Train on all of them (fold `all`), or add cases."
         yield Problem("few_cases", str(dataset.root), text, expected, fix)
+
+
+def _unlike_palettes(problems: Sequence[Problem]) -> Iterator[Problem]:
+    """Report the first label map whose palette gives a number another colour than the palettes before."""
+    seen: dict[str, tuple[str, str]] = {}
+    for problem in problems:
+        for number, colour in palette_colours(problem.found) if problem.kind == "understood" else ():
+            other, file = seen.setdefault(number, (colour, problem.file))
+            if other != colour:
+                text = f"the number {number} is the colour {colour}, and {other} in {Path(file).name}"
+                fix = "If the colours are what the labels mean, save all label maps with one palette, or as grey."
+                yield Problem("palettes", problem.file, text, "", fix)
+                return
 
 
 def _unlikely_channel(dataset: Dataset, name: str, ranges: Sequence[ChannelRange]) -> Iterator[Problem]:
@@ -296,14 +310,21 @@ def check_labels(dataset: Dataset, found: Sequence[set[int] | None]) -> Iterator
     instances = _instances(dataset, found)
     if instances:
         yield instances
-    elif dataset.layout == "plain":
+    elif not _are_named(dataset):
         yield from _unlikely_classes(dataset, union)
+
+
+def _are_named(dataset: Dataset) -> bool:
+    """Return whether somebody chose names for the labels: those of `nnlite init` are numbers."""
+    names = dataset.labels.names.items()
+    return dataset.layout != "plain" and any(name not in (BACKGROUND, f"label_{value}") for name, value in names)
 
 
 def _unlikely_classes(dataset: Dataset, union: set[int]) -> Iterator[Problem]:
     """Report values without a name that are rarely classes: of smoothed masks, images, voxels without annotation."""
     low, high, between = min(union, default=0), max(union, default=0), union - {0, 255}
     smoothed = len(between) > 64 or (len(between) > 5 and 254 not in between)  # FreeSurfer has labels 251 to 255
+    smoothed |= 254 in between and any(case.label and suffix_of(case.label) in PICTURES for case in dataset.cases)
     if len(union) > _MOST_CLASSES or (high == 255 and smoothed and max(between) > 200):
         text = f"label maps hold {len(union)} values from {low} to {high}, as an image or a smoothed mask does"
         fix = "Export them without interpolation and not as JPEG. If they are labels, name them in a dataset.json."
@@ -347,9 +368,7 @@ def _instances(dataset: Dataset, found: Sequence[set[int] | None]) -> Problem | 
         return None
     text = f"label maps hold {counts[-1]} to {counts[0]} values, each of which is one piece, as instance masks do"
     fix = "Set every value above 0 to 1 if they number cells. If they are classes, name them in dataset.json."
-    names = dataset.labels.names.items()  # those of `nnlite init` are no names that somebody chose
-    chosen = dataset.layout != "plain" and any(name not in (BACKGROUND, f"label_{value}") for name, value in names)
-    named = chosen and union <= set(dataset.labels.values)
+    named = _are_named(dataset) and union <= set(dataset.labels.values)
     kind = "instances_likely" if named else "instances"
     return Problem(kind, str(maps[0][0].parent), text, "a value per class", fix)
 

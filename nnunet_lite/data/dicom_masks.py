@@ -185,10 +185,10 @@ def _read_masks(path: Path, geometry: Geometry) -> dict[str, np.ndarray]:
     affine = np.eye(4)
     affine[:3, :3] = np.reshape(geometry.direction, (3, 3))[:, ::-1] * geometry.spacing
     affine[:3, 3] = geometry.origin
-    volume = (
-        segread(path).get_volume().match_geometry(VolumeGeometry(affine, geometry.shape, "PATIENT"), tol=_SAME_GRID)
-    )
-    return _united(zip(_segment_names(header), np.moveaxis(volume.array, 3, 0) >= 0.5, strict=True))
+    file = segread(path)
+    volume = file.get_volume().match_geometry(VolumeGeometry(affine, geometry.shape, "PATIENT"), tol=_SAME_GRID)
+    names = [file.get_segment_description(number).segment_label.strip() for number in file.segment_numbers]
+    return _united(zip(names, np.moveaxis(volume.array, 3, 0) >= 0.5, strict=True))  # without a background segment
 
 
 def _fill_contours(path: Path, header: Any, geometry: Geometry) -> dict[str, np.ndarray]:

@@ -195,7 +195,11 @@ def read_label_image(path: str | Path, like: Geometry | None = None) -> Image:
         As `read_label`.
     """
     path = Path(path)
-    image, alpha_notes = _without_alpha(_read(path, resolve_palette=False), None)
+    stored = _read(path, resolve_palette=False)
+    image, alpha_notes = _without_alpha(stored, None)
+    if alpha_notes and np.ptp(stored.array[-1]) and not np.ptp(image.array):
+        fix = "Save the mask as grey values: 0 for background, 1, 2, ... for the labels."
+        raise UserError("is transparent in parts and of one colour: the mask is in its alpha channel", path, fix)
     array, notes = image.array, [*image.notes, *alpha_notes]
     if array.shape[0] > 1:
         if any(not np.array_equal(array[0], channel) for channel in array[1:]):

@@ -8,6 +8,7 @@ outputs of the network: one per class, or one per region if labels are overlappi
 from __future__ import annotations
 
 import colorsys
+import re
 from functools import cached_property
 from typing import Any
 
@@ -28,6 +29,7 @@ _COLOURS: tuple[Colour, ...] = (
     (86, 180, 233), (255, 157, 77), (52, 211, 162), (255, 143, 207), (240, 228, 66),
     (143, 208, 255), (182, 155, 240), (214, 161, 150), (180, 224, 90), (229, 231, 235),
 )  # fmt: skip
+_PALETTE = "palette picture read as the numbers of its colours"
 _PIECE = 1 << 20  # voxels
 _WIDEST = 1 << 20  # encoding uses a table of all values from the lowest to the highest
 
@@ -61,7 +63,12 @@ def palette_note(colours: np.ndarray) -> str:
         Red, green and blue of each number, 0 to 255.
     """
     first = ", ".join(f"{i} is #{red:02x}{green:02x}{blue:02x}" for i, (red, green, blue) in enumerate(colours[:3]))
-    return f"palette picture read as the numbers of its colours: {first}"
+    return f"{_PALETTE}: {first}"
+
+
+def palette_colours(note: str) -> list[tuple[str, str]]:
+    """Return the numbers and colours of a `palette_note`; none of another note."""
+    return re.findall(r"(\d+) is (#\w{6})", note) if note.startswith(_PALETTE) else []
 
 
 def label_colours(n: int) -> list[Colour]:

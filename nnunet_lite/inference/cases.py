@@ -128,6 +128,8 @@ def check_channels(image: Image, plan: Plan, path: Path | None = None, fix: str 
         who = "" if path else "the image "
         if not fix and image.geometry.dimensions == 2:
             fix = f"Save the picture as {'RGB' if expected == 3 else 'grey' if expected == 1 else names} first."
+        if not fix and found > 1 and path:
+            fix = "Of a series over time (cine, fMRI), predict one volume: save it as a file of its own."
         raise UserError(f"{who}has {plural(found, 'channel')}, the model expects {expected} ({names})", path, fix)
 
 
