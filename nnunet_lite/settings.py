@@ -166,9 +166,7 @@ class TrainingSettings(_Section):
         None, ge=0, description="threads that prepare batches; 0: only the main thread; none: 0 on a CPU, 2 on a GPU"
     )
     seed: int | None = Field(
-        None,
-        ge=0,
-        description="random seed; two runs on a CPU without a time limit are identical; none: a new one",
+        None, ge=0, description="random seed; two runs on a CPU without a time limit are identical; none: a new one"
     )
     init: str | None = Field(
         None, description="model to start from: name, folder, zip or checkpoint, nnU-Net's too; none: random weights"
@@ -183,9 +181,7 @@ class TrainingSettings(_Section):
         "none", description="program that gets the metrics of each epoch too; needs the extra of that name"
     )
     max_bad_steps: int = Field(
-        20,
-        ge=1,
-        description="steps of an epoch with a non-finite loss at which the run ends; fewer are skipped",
+        20, ge=1, description="steps of an epoch with a non-finite loss at which the run ends; fewer are skipped"
     )
 
     @model_validator(mode="before")
@@ -226,8 +222,7 @@ class NetworkSettings(_Section):
         None, description="activation function after each convolution; none: as planned"
     )
     factory: Factory | None = Field(
-        None,
-        description='"file.py:function", of (planned network, inputs, outputs); none: the planned U-Net',
+        None, description='"file.py:function", of (planned network, inputs, outputs); none: the planned U-Net'
     )
 
 
@@ -300,8 +295,7 @@ class AugmentationSettings(_Section):
 
     enabled: bool = Field(True, description="whether patches are changed at all")
     pipeline: Literal["native", "batchgenerators"] = Field(
-        "native",
-        description="native: in batches, on the training device; batchgenerators: as nnU-Net v1, on the CPU",
+        "native", description="native: in batches, on the training device; batchgenerators: as nnU-Net v1, on the CPU"
     )
     extra: tuple[dict[str, Any], ...] = Field(
         (),

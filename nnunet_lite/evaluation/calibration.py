@@ -20,13 +20,7 @@ from sklearn.model_selection import GroupKFold
 from nnunet_lite import log
 from nnunet_lite.data.dataset import Dataset
 from nnunet_lite.data.problems import few, plural
-from nnunet_lite.evaluation.calibration_rows import (
-    Row,
-    TrainingRanges,
-    predict_rows,
-    training_ranges,
-    write_rows,
-)
+from nnunet_lite.evaluation.calibration_rows import Row, TrainingRanges, predict_rows, training_ranges, write_rows
 from nnunet_lite.evaluation.comparison import HeldOut, Team, weights_of
 from nnunet_lite.evaluation.members import find_members
 from nnunet_lite.evaluation.selection import Selection

@@ -9,13 +9,7 @@ from pathlib import Path
 from nnunet_lite.data.dataset import Dataset
 from nnunet_lite.errors import UserError
 from nnunet_lite.models.bundle import is_imported
-from nnunet_lite.models.folder import (
-    MODEL,
-    first_training,
-    model_folders,
-    stage_path,
-    trained_folds,
-)
+from nnunet_lite.models.folder import MODEL, first_training, model_folders, stage_path, trained_folds
 from nnunet_lite.models.lookup import read_model
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.training.splits import load_splits, read_split, refuse_other_cases

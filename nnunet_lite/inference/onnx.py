@@ -34,12 +34,7 @@ _NEEDED = ("onnx", "onnxscript", "onnxruntime")
 
 
 def export_onnx(
-    model: Path,
-    out: Path,
-    *,
-    checkpoint: Checkpoint = "final",
-    trust_code: bool = False,
-    workspace: Path | None = None,
+    model: Path, out: Path, *, checkpoint: Checkpoint = "final", trust_code: bool = False, workspace: Path | None = None
 ) -> dict[str, float]:
     """Write the network of each trained fold as ONNX, without deep supervision, and compare what each graph computes.
 

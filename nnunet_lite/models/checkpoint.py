@@ -82,10 +82,7 @@ def snapshot_checkpoint(
 
 
 def load_checkpoint(
-    file: Path,
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    average: dict[str, Tensor] | None = None,
+    file: Path, network: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor] | None = None
 ) -> dict[str, Any]:
     """Restore in place what `snapshot_checkpoint` wrote, and return its `state`.
 

@@ -30,17 +30,7 @@ from nnunet_lite.data.geometry import Turn
 from nnunet_lite.data.problems import plural
 from nnunet_lite.data.raw_files import RawCase, read_stamps, scan_raw_cases, unchanged_cases, write_stamps
 from nnunet_lite.errors import UserError, describe
-from nnunet_lite.files import (
-    SPARE,
-    hash_of,
-    lacks_space,
-    locked,
-    no_space,
-    read_json,
-    size_of,
-    sweep,
-    write_json,
-)
+from nnunet_lite.files import SPARE, hash_of, lacks_space, locked, no_space, read_json, size_of, sweep, write_json
 from nnunet_lite.planning.schema import Configuration, Plan, exact_storage
 from nnunet_lite.preprocessing import pipeline
 from nnunet_lite.preprocessing.resampling import one_blas_thread
