@@ -28,12 +28,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.inference.sliding_window import average_windows
-from nnunet_lite.inference.windows import LabelSwap, schedule
+from nnunet_lite.inference.windows import schedule
 from nnunet_lite.networks.build import build_network
 from nnunet_lite.networks.precision import ComputeFormat
 from nnunet_lite.networks.unet import UNet, set_deep_supervision
 from nnunet_lite.planning.memory import BATCHES, training_memory
 from nnunet_lite.planning.schema import Configuration
+from nnunet_lite.planning.swaps import ClassSwap
 from nnunet_lite.preprocessing.resampling import blocks
 from nnunet_lite.training import augmentation, dataloader, learner, loss
 from nnunet_lite.training.cache import load_case, move_case
@@ -333,13 +334,17 @@ def test_the_backward_pass_does_not_wait(job: MakeJob, kind: str) -> None:
 # ---------------------------------------------------------------------------------------------------------- predicting
 
 WINDOWS: dict[str, tuple[Configuration, int, dict[str, Any]]] = {
-    "3d": (planned((16, 16, 16)), 4, {"mirror_axes": (0, 1, 2), "swap": LabelSwap(2, (0, 2, 1, 3))}),
+    "3d": (planned((16, 16, 16)), 4, {"mirror_axes": (0, 1, 2), "swap": ClassSwap(2, (0, 2, 1, 3), (0, 2, 1, 3))}),
     "2d": (planned((16, 16)), 4, {"mirror_axes": (0, 1)}),
-    "features": (planned((16, 16, 16)), 40, {"mirror_axes": (2,), "swap": LabelSwap(2, (0, 2, 1, *range(3, 40)))}),
+    "features": (
+        planned((16, 16, 16)),
+        40,
+        {"mirror_axes": (2,), "swap": ClassSwap(2, *[(0, 2, 1, *range(3, 40))] * 2)},
+    ),
     "cascade": (
         planned((16, 16, 16)),
         3,
-        {"n_classes": 3, "mirror_axes": (2,), "swap": LabelSwap(2, *[(0, 2, 1)] * 2)},
+        {"n_classes": 3, "mirror_axes": (2,), "swap": ClassSwap(2, *[(0, 2, 1)] * 2)},
     ),
 }
 

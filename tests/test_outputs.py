@@ -45,9 +45,9 @@ from nnunet_lite.inference.outputs import (
 )
 from nnunet_lite.inference.predictor import load
 from nnunet_lite.inference.sliding_window import SlidingWindow
-from nnunet_lite.inference.windows import LabelSwap
 from nnunet_lite.networks.devices import is_out_of_memory
 from nnunet_lite.planning.schema import Configuration, Resampling
+from nnunet_lite.planning.swaps import ClassSwap
 from nnunet_lite.preprocessing.pipeline import (
     Placement,
     decode_logits,
@@ -142,7 +142,7 @@ def test_two_dimensions(n_classes: int, at_once: int, monkeypatch: pytest.Monkey
 )
 def test_other_axes_mirrored_copies_and_swapped_labels(n_classes: int, options: dict[str, Any]) -> None:
     if options.pop("swap", False):
-        options["swap"] = LabelSwap(2, (0, 2, 1, *range(3, n_classes)))
+        options["swap"] = ClassSwap(2, *[(0, 2, 1, *range(3, n_classes))] * 2)
     place = placed((20, 18, 22), (25, 30, 20), order=options.pop("order", (0, 1, 2)))
     assert agreement(CUBE, place, labels_of(n_classes), **options) > 0.9999
 

@@ -32,10 +32,10 @@ from nnunet_lite.inference.predictor import (
     PreparedImage,
     _choose_arithmetic,
     _Trained,
-    label_swap,
     load,
     trained_folds,
 )
+from nnunet_lite.planning.swaps import swap_of
 from nnunet_lite.preprocessing.pipeline import Preprocessed, preprocess_image
 from nnunet_lite.settings import AugmentationSettings, InferenceSettings
 
@@ -135,7 +135,7 @@ class Copied(nn.Module):
 def test_left_and_right_change_places_in_mirrored_copies(model: Predictor, swapped: bool) -> None:
     """As they did in training; or the copies would contradict each other."""
     settings = AugmentationSettings(mirror_swap=(("Anterior", "Posterior"),) if swapped else ())
-    sides = label_swap(model.plan, model.configuration_name, settings)
+    sides = swap_of(model.plan, settings, 3)
     assert (sides is not None) is swapped
     mirroring = model.settings.model_copy(update={"mirroring": True})
     image = np.zeros((1, 24, 32, 24), np.float32)
@@ -150,13 +150,13 @@ def test_classes_of_a_first_stage_change_places_with_their_channels(model: Predi
     """A second stage sees, in a copy mirrored from left to right, the left organ on the other side and called right."""
     stages = {"3d_cascade_fullres": model.configuration.model_copy(update={"previous_stage": "3d_fullres"})}
     plan = model.plan.model_copy(update={"configurations": {**model.plan.configurations, **stages}})
-    sides = label_swap(plan, "3d_cascade_fullres", AugmentationSettings(mirror_swap=(("Anterior", "Posterior"),)))
-    assert sides is not None and sides.classes == (0, 2, 1, 3)
+    sides = swap_of(plan, AugmentationSettings(mirror_swap=(("Anterior", "Posterior"),)), 3)
+    assert sides is not None and sides.table == (0, 2, 1, 3)
     mirroring = model.settings.model_copy(update={"mirroring": True})
     second = replace(model, plan=plan, configuration_name="3d_cascade_fullres", settings=mirroring, swap=sides)
     previous = np.random.default_rng(0).integers(0, 3, (30, 33, 26)).astype(np.uint8)
     for wrong in (False, True):
-        seen = replace(sides, classes=(0, 1, 2, 3)) if wrong else sides
+        seen = replace(sides, table=(0, 1, 2, 3)) if wrong else sides
         copied = replace(second, networks=(Copied(),), swap=seen)
         logits = predict_preprocessed(copied, np.zeros((1, *previous.shape), np.float32), previous)
         assert bool((logits.argmax(0).numpy() == previous).all()) is not wrong

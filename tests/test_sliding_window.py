@@ -18,7 +18,8 @@ from torch import Tensor
 from nnunet_lite.inference import onnx_runner
 from nnunet_lite.inference.predictor import load
 from nnunet_lite.inference.sliding_window import SlidingWindow, _cut_window
-from nnunet_lite.inference.windows import LabelSwap, gaussian_weight, mirrorings, schedule, spans, tile, window_starts
+from nnunet_lite.inference.windows import gaussian_weight, mirrorings, schedule, spans, tile, window_starts
+from nnunet_lite.planning.swaps import ClassSwap
 from nnunet_lite.preprocessing.resampling import blocks
 
 # ------------------------------------------------------------------------------------------------------------- windows
@@ -36,9 +37,9 @@ def test_windows_cover_every_voxel_with_at_most_the_step(step: float) -> None:
             assert len(starts) == max(1, min(most, size - patch + 1))
 
 
-def cut(image: np.ndarray, place: Any, flip: tuple[int, ...] = (), swap: LabelSwap | None = None) -> np.ndarray:
+def cut(image: np.ndarray, place: Any, flip: tuple[int, ...] = (), swap: ClassSwap | None = None) -> np.ndarray:
     """A window, which is the same of tensors and, for ONNX, of numpy arrays."""
-    table = torch.tensor(swap.classes).float() if swap is not None and swap.classes and swap.axis in flip else None
+    table = torch.tensor(swap.table).float() if swap is not None and swap.axis in flip else None
     window = _cut_window(torch.from_numpy(image[:, place[0].inside]), place, flip, table).numpy()
     np.testing.assert_array_equal(onnx_runner._cut_window(image, place, flip, swap), window)
     return window
@@ -82,7 +83,7 @@ def test_mirrored_windows() -> None:
     assert len(mirrorings((0, 1, 2))) == 8
     image = noise((4, 4, 4), channels=2)
     image[1] = np.random.default_rng(1).integers(0, 3, (4, 4, 4))
-    place, swap = [spans(4, 4, 0.5)[0]] * 3, LabelSwap(2, (0, 2, 1), (0, 2, 1))
+    place, swap = [spans(4, 4, 0.5)[0]] * 3, ClassSwap(2, (0, 2, 1), (0, 2, 1))
     mirrored = cut(image, place, (0, 2), swap)
     np.testing.assert_array_equal(mirrored[0], np.flip(image[0], (0, 2)))
     np.testing.assert_array_equal(mirrored[1] == 1, np.flip(image[1], (0, 2)) == 2)
@@ -171,7 +172,7 @@ def test_features_are_summed_if_there_are_more_classes() -> None:
         (7, 1, None, 8),
         (8, 1, None, 7),
         (20, 3, None, 19),
-        (20, 2, LabelSwap(2, (1,)), 21),
+        (20, 2, ClassSwap(2, (1,), (1,)), 21),
     ]:
         networks = random_networks(configuration, n_classes, folds)
         window = sliding(networks, configuration, n_classes, mirror_axes=(2,), swap=swap)

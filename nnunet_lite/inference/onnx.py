@@ -13,7 +13,6 @@ import json
 import logging
 import warnings
 from copy import deepcopy
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -71,6 +70,7 @@ def export_onnx(
 
 def _write(predictor: Predictor, out: Path) -> dict[str, float]:
     """Write all files of a model, and of its first stage."""
+    swap = predictor.swap
     about = {
         "format": FORMAT,
         "made_by": f"nnunet_lite {nnunet_lite.__version__}",
@@ -80,7 +80,7 @@ def _write(predictor: Predictor, out: Path) -> dict[str, float]:
         "mirror_axes": predictor.mirror_axes if predictor.settings.mirroring else (),
         "of_nnunet": predictor.of_nnunet,
         "skip_empty": predictor.skip_empty,
-        "sides": None if predictor.swap is None else asdict(predictor.swap),
+        "sides": swap and {"axis": swap.axis, "channels": swap.channels, "classes": swap.table},
     }
     write_text(out / "plans.json", predictor.plan.to_json())
     write_json(out / ABOUT, about)

@@ -24,8 +24,9 @@ from nnunet_lite.data.images import Image
 from nnunet_lite.errors import UserError, naming
 from nnunet_lite.files import read_json
 from nnunet_lite.inference.cases import as_classes, as_image, check_channels
-from nnunet_lite.inference.windows import Flip, LabelSwap, Place, gaussian_weight, mirrorings, tile
+from nnunet_lite.inference.windows import Flip, Place, gaussian_weight, mirrorings, tile
 from nnunet_lite.planning.schema import Configuration, Plan
+from nnunet_lite.planning.swaps import ClassSwap
 from nnunet_lite.preprocessing.pipeline import Placement, preprocess_image, require_finite, restore_segmentation
 from nnunet_lite.system import cpus
 
@@ -58,7 +59,7 @@ class OnnxPredictor:
         Distance of two windows, as a share of the patch.
     mirror_axes : tuple of int
         Axes of the patch along which mirrored copies are averaged; () for none.
-    swap : LabelSwap, optional
+    swap : ClassSwap, optional
         Labels that change places in mirrored copies.
     of_nnunet : bool
         The classes of a first stage go by way of the image's own grid, as in nnU-Net.
@@ -74,7 +75,7 @@ class OnnxPredictor:
     sessions: tuple[Any, ...]
     step_size: float
     mirror_axes: tuple[int, ...]
-    swap: LabelSwap | None = None
+    swap: ClassSwap | None = None
     of_nnunet: bool = False
     skip_empty: bool = False
     first_stage: OnnxPredictor | None = None
@@ -127,6 +128,7 @@ class OnnxPredictor:
         patch, shape = self.configuration.patch_size, image.shape[1:]
         weight = gaussian_weight(patch)
         flips = mirrorings([axis + flat for axis in self.mirror_axes])
+        class_swap = None if self.first_stage is None else self.swap
         total = np.zeros((self.plan.labels.n_channels, *shape), np.float32)
         weights = np.zeros(shape, np.float32)
         places = list(itertools.product(*tile(shape, patch, self.step_size)))
@@ -136,7 +138,7 @@ class OnnxPredictor:
         size = int(np.clip(_VOXELS // np.prod(patch), 1, 64))
         for start in range(0, len(copies), size):
             batch = copies[start : start + size]
-            windows = [_cut_window(image, place, flip, self.swap) for place, flip in batch]
+            windows = [_cut_window(image, place, flip, class_swap) for place, flip in batch]
             for (place, flip), output in zip(batch, self._run(np.stack(windows)), strict=True):
                 inside, within = (tuple(getattr(span, part) for span in place) for part in ("inside", "within"))
                 share = weight[within[-weight.ndim :]] / len(flips)
@@ -157,16 +159,19 @@ class OnnxPredictor:
         return outputs[:, :, None] if flat else outputs
 
 
-def _cut_window(image: np.ndarray, place: Place, flip: Flip, swap: LabelSwap | None) -> np.ndarray:
-    """Cut a window (channels, z, y, x) out of an image, with zeros outside, and mirror it."""
+def _cut_window(image: np.ndarray, place: Place, flip: Flip, swap: ClassSwap | None) -> np.ndarray:
+    """Cut a window (channels, z, y, x) out of an image, with zeros outside, and mirror it.
+
+    `swap`: of the classes in the last channel, if it has any.
+    """
     window = np.pad(image[:, *(span.inside for span in place)], [(0, 0), *(span.outside for span in place)])
     window = np.flip(window, tuple(axis + 1 for axis in flip))
-    if swap is not None and swap.classes is not None and swap.axis in flip:
-        window[-1] = np.asarray(swap.classes, window.dtype)[window[-1].astype(np.intp)]
+    if swap is not None and swap.axis in flip:
+        window[-1] = np.asarray(swap.table, window.dtype)[window[-1].astype(np.intp)]
     return window
 
 
-def _mirror_back(output: np.ndarray, flip: Flip, swap: LabelSwap | None) -> np.ndarray:
+def _mirror_back(output: np.ndarray, flip: Flip, swap: ClassSwap | None) -> np.ndarray:
     """Return the logits (channels, *patch) of a flipped window as those of the window itself."""
     out = np.flip(output, tuple(axis + 1 for axis in flip))
     return out[list(swap.channels)] if swap is not None and swap.axis in flip else out
@@ -210,7 +215,7 @@ def load_onnx(
         sessions=tuple(start_session(folder / f"fold_{fold}.onnx", providers) for fold in names),
         step_size=about["step_size"],
         mirror_axes=tuple(about["mirror_axes"]),
-        swap=swap and LabelSwap(swap["axis"], *(v and tuple(v) for v in (swap["channels"], swap["classes"]))),
+        swap=swap and ClassSwap(swap["axis"], tuple(swap["classes"] or ()), tuple(swap["channels"])),
         of_nnunet=about.get("of_nnunet", True),
         skip_empty=about.get("skip_empty", False),
         first_stage=load_onnx(folder / PREVIOUS, None, providers) if is_second else None,

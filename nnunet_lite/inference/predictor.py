@@ -30,7 +30,6 @@ from nnunet_lite.inference.outputs import ExtraMaps, NewMap, parse_label_names, 
 from nnunet_lite.inference.quality import Quality, read_quality
 from nnunet_lite.inference.segmentation import Segmentation
 from nnunet_lite.inference.sliding_window import SlidingWindow
-from nnunet_lite.inference.windows import LabelSwap
 from nnunet_lite.models.argument import find_model, unpacked
 from nnunet_lite.models.checkpoint import load_weights
 from nnunet_lite.models.folder import (
@@ -52,9 +51,9 @@ from nnunet_lite.networks.devices import computes_bf16, has_bf16, pick_device, r
 from nnunet_lite.networks.precision import ComputeFormat, apply_format, list_formats, pick_fastest
 from nnunet_lite.networks.unet import set_deep_supervision
 from nnunet_lite.planning.schema import Configuration, Plan
-from nnunet_lite.planning.swaps import swap_of
+from nnunet_lite.planning.swaps import ClassSwap, swap_of
 from nnunet_lite.preprocessing.pipeline import Placement, Preprocessed, preprocess_image
-from nnunet_lite.settings import AugmentationSettings, InferenceSettings, Settings, with_changes
+from nnunet_lite.settings import InferenceSettings, Settings, with_changes
 from nnunet_lite.system import GB
 from nnunet_lite.training.splits import ALL
 from nnunet_lite.workspace import is_model_of, workspace_folder
@@ -88,7 +87,7 @@ class Predictor:
         Precision and memory format.
     first_stage : Predictor, optional
         Of a cascade: it predicts an image before this model does.
-    swap : LabelSwap, optional
+    swap : ClassSwap, optional
         Labels that change places in mirrored copies.
     partners : tuple of Predictor
         Models whose probabilities are averaged with those of this one.
@@ -112,7 +111,7 @@ class Predictor:
     device: torch.device
     arithmetic: ComputeFormat
     first_stage: Predictor | None = None
-    swap: LabelSwap | None = None
+    swap: ClassSwap | None = None
     partners: tuple[Predictor, ...] = ()
     of_nnunet: bool = False
     fingerprint: str = ""
@@ -313,8 +312,8 @@ def _load_model(
         apply_format(network, arithmetic, trained.configuration.dimensions)
     if inference.compile:
         networks = [cast(nn.Module, torch.compile(network)) for network in networks]
-    augmentation = settings.augmentation
-    mirror_axes = augmentation.mirrored_axes(trained.configuration.dimensions)
+    dimensions = trained.configuration.dimensions
+    mirror_axes = settings.augmentation.mirrored_axes(dimensions)
     if inference.mirroring and "inference.mirroring" in changes and not mirror_axes:
         log.warn(f"{path.name} was trained without mirrored images: --mirroring changes nothing")
     return Predictor(
@@ -328,7 +327,7 @@ def _load_model(
         device=target,
         arithmetic=arithmetic,
         first_stage=first_stage,
-        swap=label_swap(trained.plan, trained.run["configuration"], augmentation),
+        swap=swap_of(trained.plan, settings.augmentation, dimensions),
         of_nnunet=trained.of_nnunet,
         fingerprint=fingerprint,
         quality=quality,
@@ -423,16 +422,6 @@ def check_vote(plan: Plan, other: Plan, path: Path, other_path: Path) -> None:
     )
     if differing := [what for what in one if one[what] != another[what]]:
         raise UserError(f"has other {differing[0]} than {path}", other_path, fix)
-
-
-def label_swap(plan: Plan, configuration: str, augmentation: AugmentationSettings) -> LabelSwap | None:
-    """Return the labels that changed places in training when left and right did."""
-    planned = plan.configuration(configuration)
-    swap = swap_of(plan, augmentation, planned.dimensions)
-    if swap is None:
-        return None
-    classes = None if planned.previous_stage is None else swap.table
-    return LabelSwap(swap.axis, swap.channels, classes)
 
 
 def _choose_arithmetic(trained: _Trained, settings: InferenceSettings, device: torch.device) -> ComputeFormat:

@@ -23,11 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nnunet_lite.inference.windows import Flip, LabelSwap, Place, Span, gaussian_weight, mirrorings, schedule, tile
+from nnunet_lite.inference.windows import Flip, Place, Span, gaussian_weight, mirrorings, schedule, tile
 from nnunet_lite.networks.precision import DTYPES, ComputeFormat
 from nnunet_lite.networks.unet import EncoderDecoder, one_hot
 from nnunet_lite.networks.winograd import thread_pool
 from nnunet_lite.planning.schema import Configuration
+from nnunet_lite.planning.swaps import ClassSwap
 from nnunet_lite.planning.topology import EXPANSION
 from nnunet_lite.preprocessing.resampling import Block
 
@@ -55,7 +56,7 @@ class SlidingWindow:
         Where the networks are.
     mirror_axes : tuple of int
         Axes of the patch along which mirrored copies are averaged.
-    swap : LabelSwap, optional
+    swap : ClassSwap, optional
         Labels that change places in mirrored copies.
     n_classes : int, optional
         Number of classes of a first stage, if the last input channel contains them; networks get them one-hot.
@@ -72,7 +73,7 @@ class SlidingWindow:
     arithmetic: ComputeFormat
     device: torch.device
     mirror_axes: tuple[int, ...] = ()
-    swap: LabelSwap | None = None
+    swap: ClassSwap | None = None
     n_classes: int | None = None
     sums: torch.dtype = torch.float32
     compiled: bool = False
@@ -122,10 +123,11 @@ class SlidingWindow:
 
     @cached_property
     def _swap_tables(self) -> tuple[Tensor | None, Tensor | None]:
-        """The `channels` and the `classes` of the swapped labels, on the device; None for nothing to swap."""
-        swap = self.swap or LabelSwap(0, ())
-        channels = None if self.swap is None else torch.tensor(swap.channels).to(self.device)
-        return channels, None if swap.classes is None else torch.tensor(swap.classes).float().to(self.device)
+        """The `channels` of the swapped labels, and their `table` if an input has classes, on the device, or None."""
+        if self.swap is None:
+            return None, None
+        table = None if self.n_classes is None else torch.tensor(self.swap.table).float().to(self.device)
+        return torch.tensor(self.swap.channels).to(self.device), table
 
     @property
     def outputs(self) -> int:

@@ -22,25 +22,6 @@ _HALF_SCALE = 10  # the largest weight in float16; with 1, most weights are too 
 
 
 @dataclass(frozen=True)
-class LabelSwap:
-    """The labels that change places in copies mirrored from left to right, as in training.
-
-    Parameters
-    ----------
-    axis : int
-        The axis (of three) from left to right.
-    channels : tuple of int
-        For each output channel, the one that takes its place.
-    classes : tuple of int, optional
-        For each class in the last input channel the one that takes its place, if that channel contains classes.
-    """
-
-    axis: int
-    channels: tuple[int, ...]
-    classes: tuple[int, ...] | None = None
-
-
-@dataclass(frozen=True)
 class Span:
     """One window along one axis.
 
