@@ -21,12 +21,11 @@ from nnunet_lite import log
 from nnunet_lite.data.cases import Case
 from nnunet_lite.data.dataset import Dataset, read_case
 from nnunet_lite.data.geometry import triple
-from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.evaluation.comparison import HeldOut, Team, load_team, weights_of
 from nnunet_lite.evaluation.cross_validation import read_reference
 from nnunet_lite.evaluation.degradation import DEGRADATIONS, Labelled
-from nnunet_lite.evaluation.masks import disjoint_regions, pair_masks
+from nnunet_lite.evaluation.masks import count_overlap
 from nnunet_lite.evaluation.statistics import mean_of_known
 from nnunet_lite.files import append, hash_of, understood, write_text
 from nnunet_lite.inference.cases import use_trained_unit
@@ -270,16 +269,12 @@ def predict_pair(predictor: Predictor, pair: Labelled, case: str, kind: str) -> 
     prepared = prepare_image(predictor, pair.image)
     label_map, maps = segment(predictor, prepared, maps=predictor.add_quality_maps())
     features = describe_prediction(prepared.arrays[0], label_map, maps, labels)
-    return Row(case=case, kind=kind, features=features, dice=_dice(label_map, pair.reference, labels))
-
-
-def _dice(label_map: np.ndarray, reference: np.ndarray, labels: Labels) -> dict[str, float | None]:
-    dice: dict[str, float | None] = {}
-    for group in disjoint_regions(labels):
-        pair = pair_masks(label_map, reference, [labels.region_values[i] for i in group], labels.ignore)
-        for i, (tp, fp, fn) in zip(group, pair.overlap().tolist(), strict=True):
-            dice[labels.region_names[i]] = 2 * tp / (2 * tp + fp + fn) if tp + fp + fn else None
-    return dice
+    overlap = count_overlap(label_map, pair.reference, labels).tolist()
+    dice = {
+        name: 2 * tp / (2 * tp + fp + fn) if tp + fp + fn else None
+        for name, (tp, fp, fn) in zip(labels.region_names, overlap, strict=True)
+    }
+    return Row(case=case, kind=kind, features=features, dice=dice)
 
 
 def training_ranges(held_out: HeldOut, plan: Plan) -> TrainingRanges:

@@ -153,6 +153,25 @@ def disjoint_regions(labels: Labels) -> list[list[int]]:
     return [[i] for i in regions] if labels.has_regions else [list(regions)]
 
 
+def count_overlap(prediction: np.ndarray, reference: np.ndarray, labels: Labels) -> np.ndarray:
+    """Count true positive, false positive and false negative voxels of each label or region.
+
+    Parameters
+    ----------
+    prediction, reference : ndarray, shape (z, y, x)
+        Label values.
+    labels : Labels
+        Labels of the dataset.
+
+    Returns
+    -------
+    ndarray, shape (regions, 3)
+        In the order of `labels.region_names`.
+    """
+    groups = [[labels.region_values[i] for i in group] for group in disjoint_regions(labels)]
+    return np.concatenate([pair_masks(prediction, reference, masks, labels.ignore).overlap() for masks in groups])
+
+
 def is_picture(shape: tuple[int, ...], spacing: Spacing) -> bool:
     """Return whether an array is a slice without a thickness; its spacing[0] is a mark (see `Geometry`), no length.
 

@@ -30,7 +30,7 @@ from pydantic import BaseModel, Field
 from nnunet_lite.data.geometry import Spacing, bounding_box, slices
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.problems import plural
-from nnunet_lite.evaluation.masks import disjoint_regions, is_picture, number_masks, pair_masks
+from nnunet_lite.evaluation.masks import count_overlap, disjoint_regions, is_picture, number_masks
 from nnunet_lite.evaluation.statistics import mean_of_labels, p_of_gain
 from nnunet_lite.log import map_in_threads
 from nnunet_lite.system import pairs_at_once
@@ -346,12 +346,6 @@ def _reference_sizes(read: Callable[[], tuple[np.ndarray, Spacing]], labels: Lab
     return sizes
 
 
-def _overlap(prediction: np.ndarray, reference: np.ndarray, labels: Labels) -> np.ndarray:
-    """Count true positive, false positive and false negative voxels (regions, 3)."""
-    groups = [[labels.region_values[i] for i in group] for group in disjoint_regions(labels)]
-    return np.concatenate([pair_masks(prediction, reference, masks, labels.ignore).overlap() for masks in groups])
-
-
 def _try_rules(
     read: Callable[[], CasePair], labels: Labels, rules: Mapping[str, Rule], candidates: Mapping[int, Sequence[Rule]]
 ) -> np.ndarray:
@@ -362,7 +356,7 @@ def _try_rules(
     """
     prediction, reference, spacing = read()
     prediction = apply_rules(prediction, spacing, labels, rules)
-    overlap, masks = _overlap(prediction, reference, labels), [labels.region_values[i] for i in candidates]
+    overlap, masks = count_overlap(prediction, reference, labels), [labels.region_values[i] for i in candidates]
     components, voxel = find_components(prediction, masks), voxel_size(prediction.shape, spacing)
     removed = [removed_components(components, kth, voxel) for kth in zip_longest(*candidates.values())]
     if not np.any(removed):
@@ -372,8 +366,8 @@ def _try_rules(
     component, before, true = (
         a[changed][None, None] for a in (components.numbers, prediction[components.box], reference[components.box])
     )
-    after, unchanged = _replaced(before, labels, masks), overlap - _overlap(before, true, labels)
-    with_rules = [unchanged + _overlap(np.where(one[component], after, before), true, labels) for one in removed]
+    after, unchanged = _replaced(before, labels, masks), overlap - count_overlap(before, true, labels)
+    with_rules = [unchanged + count_overlap(np.where(one[component], after, before), true, labels) for one in removed]
     return np.stack([overlap, *with_rules])
 
 

@@ -13,7 +13,6 @@ from math import prod
 import numpy as np
 import torch
 
-from nnunet_lite.data.geometry import triple
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError
@@ -21,8 +20,8 @@ from nnunet_lite.inference.sliding_window import SlidingWindow
 from nnunet_lite.inference.windows import Span, schedule
 from nnunet_lite.networks.devices import free_device_memory
 from nnunet_lite.planning.schema import Resampling
-from nnunet_lite.preprocessing.pipeline import Placement, output_values
-from nnunet_lite.preprocessing.resampling import Block, blocks, coarse_axis
+from nnunet_lite.preprocessing.pipeline import Placement, logits_orders, output_values
+from nnunet_lite.preprocessing.resampling import Block, blocks
 from nnunet_lite.system import FREE_SHARE, cpus, free_memory, in_units
 
 _CUDNN_BYTES = 500_000_000  # what cuDNN may need for its fastest algorithms; an allowance, not a count
@@ -55,9 +54,7 @@ class PredictionTask:
     @property
     def orders(self) -> tuple[int, int, int]:
         """The spline order of each axis when logits are resampled to the original image."""
-        axis = coarse_axis(self.placement.new_spacing, self.placement.spacing, self.resampling.separate_z)
-        orders = self.resampling
-        return triple(orders.logits_order_z if a == axis else orders.logits_order for a in range(3))
+        return logits_orders(self.placement, self.resampling)
 
 
 @dataclass(frozen=True)

@@ -142,10 +142,7 @@ class PredictionRecord:
         run : mapping
             What the call was given, when, and what predicted the case, from `describe_predictor`.
         """
-        if result.quality is not None:
-            self.judged[case_of(result.file)] = result.quality
-        elif result.result != KEPT:
-            self.judged.pop(case_of(result.file), None)
+        _replace_quality(self.judged, result)
         self._waiting.append((result, run))
         if (began := time.monotonic()) >= self._due:
             self._write()
@@ -165,10 +162,7 @@ class PredictionRecord:
                 if self.begins and result.result != KEPT:
                     _add_entry(content, result, run)
                 statistics.pop(case_of(result.file), None)  # those of an older label map
-                if result.result != KEPT:
-                    judged.pop(case_of(result.file), None)
-                if result.quality is not None:
-                    judged[case_of(result.file)] = result.quality
+                _replace_quality(judged, result)
                 if result.statistics is not None:
                     statistics[case_of(result.file)] = result.statistics
             if self.begins:
@@ -201,6 +195,14 @@ class PredictionRecord:
             content = dict(read_json(file))
             must_be_known(content["format"], FORMAT, file)
             return {**content, "runs": list(content["runs"]), "predictions": dict(content["predictions"])}
+
+
+def _replace_quality(judged: dict[str, CaseQuality], result: CaseResult) -> None:
+    """Put what is expected of a case in the place of what was expected of an older label map."""
+    if result.result != KEPT:
+        judged.pop(case_of(result.file), None)
+    if result.quality is not None:
+        judged[case_of(result.file)] = result.quality
 
 
 def _add_entry(content: dict[str, Any], result: CaseResult, run: Mapping[str, Any]) -> None:

@@ -200,25 +200,11 @@ class _PlainNorm(torch.autograd.Function):
         return dx.to(x.dtype), sum_product.sum((0, *axes)), sum_grad.sum((0, *axes)), None
 
 
-class PlainInstanceNorm2d(nn.InstanceNorm2d):
-    """`nn.InstanceNorm2d` in plain operations, see `_PlainNorm`."""
+class PlainInstanceNorm(nn.InstanceNorm3d):
+    """Instance normalisation, of two or three dimensions, in plain operations, see `_PlainNorm`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return _PlainNorm.apply(x, self.weight, self.bias, self.eps)
-
-
-class PlainInstanceNorm3d(nn.InstanceNorm3d):
-    """`nn.InstanceNorm3d` in plain operations, see `_PlainNorm`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _PlainNorm.apply(x, self.weight, self.bias, self.eps)
-
-
-_PLAIN: dict[type[nn.Module], type[nn.Module]] = {
-    nn.InstanceNorm2d: PlainInstanceNorm2d,
-    nn.InstanceNorm3d: PlainInstanceNorm3d,
-}
-_TORCHS = {plain: torchs for torchs, plain in _PLAIN.items()}
 
 
 def apply_format(network: nn.Module, compute: ComputeFormat, dimensions: int) -> None:
@@ -234,6 +220,7 @@ def apply_format(network: nn.Module, compute: ComputeFormat, dimensions: int) ->
         Of the images, 2 or 3.
     """
     network.to(memory_format=compute.memory_format(dimensions))  # type: ignore[call-overload]
-    classes = _PLAIN if compute.plain_norm else _TORCHS
+    of_torch = nn.InstanceNorm2d if dimensions == 2 else nn.InstanceNorm3d
     for layer in network.modules():
-        layer.__class__ = classes.get(type(layer), type(layer))
+        if type(layer) in (of_torch, PlainInstanceNorm):
+            layer.__class__ = PlainInstanceNorm if compute.plain_norm else of_torch

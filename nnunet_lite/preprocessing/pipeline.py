@@ -297,11 +297,15 @@ def restore_segmentation(
     def write(start: int, slab: Any) -> None:
         inner[start : start + slab.shape[1]] = values[decode_logits(slab, labels)]
 
-    axis = coarse_axis(placement.new_spacing, placement.spacing, resampling.separate_z)
-    orders = [resampling.logits_order_z if a == axis else resampling.logits_order for a in range(3)]
     size = int(np.clip(_SLAB_VALUES // (logits.shape[0] * inner[0].size), 1, 16))
-    resample_slabs(logits, cropped_shape(placement.box), orders, write, size=size)
+    resample_slabs(logits, cropped_shape(placement.box), logits_orders(placement, resampling), write, size=size)
     return out
+
+
+def logits_orders(placement: Placement, resampling: Resampling) -> tuple[int, int, int]:
+    """Return the spline order of each axis when logits are resampled to the original image."""
+    axis = coarse_axis(placement.new_spacing, placement.spacing, resampling.separate_z)
+    return triple(resampling.logits_order_z if a == axis else resampling.logits_order for a in range(3))
 
 
 def empty_map(placement: Placement, fill: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:

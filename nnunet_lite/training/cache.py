@@ -9,7 +9,6 @@ keeps as many of their pages in RAM as fit, once for all processes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -84,13 +83,12 @@ def load_cases(
         case = load_case(open_case(case_id))
         return move_case(case, device) if cache == "device" else case  # at once: RAM may not hold all of them
 
-    with ThreadPoolExecutor(cpus()) as pool:
-        try:
-            return list(log.progress(pool.map(load, case_ids), len(case_ids), "loading cases"))
-        except RuntimeError as error:
-            if device.type == "cpu" or not is_out_of_memory(error):
-                raise
-            raise UserError(f"the memory of {device} is too small for the cases", fix="Use --cache ram.") from None
+    try:
+        return log.map_in_threads(load, case_ids, cpus(), "loading cases")
+    except RuntimeError as error:
+        if device.type == "cpu" or not is_out_of_memory(error):
+            raise
+        raise UserError(f"the memory of {device} is too small for the cases", fix="Use --cache ram.") from None
 
 
 def choose_cache(needed: int, device: torch.device, reserve_gb: float) -> tuple[Cache, str]:

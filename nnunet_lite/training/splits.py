@@ -17,7 +17,6 @@ import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -448,9 +447,7 @@ def stratify_by_labels(dataset: Dataset, n_folds: int) -> dict[str, str]:
         values, counts = np.unique(label[np.isin(label, foreground)], return_counts=True)
         return case.id, (tuple(values.tolist()), float(counts.sum() * np.prod(geometry.spacing)))
 
-    with ThreadPoolExecutor(min(_READERS, cpus())) as pool:
-        results = pool.map(measure, dataset.cases)
-        contents = dict(log.progress(results, len(dataset.cases), "labels"))
+    contents = dict(log.map_in_threads(measure, dataset.cases, min(_READERS, cpus()), "labels"))
     for value, n in sorted(Counter(value for values, _ in contents.values() for value in values).items()):
         if n < n_folds:
             log.warn(f"label {value} occurs in {n} of {len(contents)} cases: not every fold can hold it out")
