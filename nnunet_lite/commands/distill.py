@@ -36,15 +36,10 @@ def distill(
     ] = "all",
     recipe: options.Recipe = "distill",
     epochs: Annotated[int | None, options.length(help="Number of epochs.", show_default="the recipe's")] = None,
-    time_limit: Annotated[
-        str | float | None,
-        options.length(help="Length of the training, such as 8h or 90m.", show_default="the recipe's"),
-    ] = None,
+    time_limit: options.TimeLimit = None,
     seed: options.Seed = None,
     device: options.Device = None,
-    name: Annotated[
-        str | None, options.output(help="Name of the model folder.", show_default="CONFIGURATION-RECIPE")
-    ] = None,
+    name: options.ModelName = None,
     restart: Annotated[bool, options.resuming("--restart", help="Move the earlier run aside, start again.")] = False,
     settings: options.SettingOverrides = None,
     dataset: options.DatasetName = None,

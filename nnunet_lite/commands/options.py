@@ -80,6 +80,15 @@ TrustCode = Annotated[
 ]
 Precision = Annotated[str | None, hardware(help="auto, fp32, bf16 or fp16.", show_default="the recipe's")]
 Seed = Annotated[int | None, setting(help="Random seed; makes two runs identical on the CPU.")]
+TimeLimit = Annotated[
+    str | float | None,
+    length(help="Length of a fold, such as 8h, 90m or 20s (plain: minutes); the schedule fits itself to it."),
+]
+PatchSize = Annotated[
+    str | Sequence[int] | None,
+    setting(parser=str, metavar="SIZE", help="Patch in voxels, such as 40x56x40, instead of the planned one."),
+]
+ModelName = Annotated[str | None, output(help="Name of the model folder.", show_default="CONFIGURATION-RECIPE")]
 AcceptGeometry = Annotated[
     bool,
     data("--accept-geometry", help="Take files of a case by their voxels if origin or direction differ."),

@@ -147,12 +147,7 @@ def plan(
         ),
     ] = None,
     plans: Annotated[str | Path | None, options.setting(help="Adopt this plans.json, ours or nnU-Net's.")] = None,
-    patch_size: Annotated[
-        str | Sequence[int] | None,
-        options.setting(
-            parser=str, metavar="SIZE", help="Patch in voxels, such as 40x56x40, instead of the planned one."
-        ),
-    ] = None,
+    patch_size: options.PatchSize = None,
     batch_size: Annotated[int | None, options.setting(min=1, help="Patches per step, instead of the planned.")] = None,
     configuration: Annotated[
         str | Sequence[str] | None,

@@ -114,10 +114,7 @@ def run(
         options.setting("-f", "--fold", help='Folds to train, as in 0,1; "all": on every case.', show_default="each"),
     ] = None,
     epochs: Annotated[int | None, options.length(help="Epochs of a fold.", show_default="the recipe's")] = None,
-    time_limit: Annotated[
-        str | float | None,
-        options.length(help="Length of a fold, such as 8h, 90m or 20s (plain: minutes); the schedule fits itself."),
-    ] = None,
+    time_limit: options.TimeLimit = None,
     seed: options.Seed = None,
     folds: options.Folds = None,
     group_by: options.GroupBy = None,

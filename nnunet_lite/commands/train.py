@@ -47,13 +47,7 @@ from nnunet_lite.preprocessing.stored_case import open_array
 from nnunet_lite.settings import Settings, load_settings, time_text
 from nnunet_lite.system import process_age
 from nnunet_lite.training.cache import load_cases
-from nnunet_lite.training.distributed import (
-    from_first,
-    join_group,
-    leave_group,
-    report_lost_peer,
-    wait_for_first,
-)
+from nnunet_lite.training.distributed import from_first, join_group, leave_group, report_lost_peer, wait_for_first
 from nnunet_lite.training.job import Job, smaller_patches
 from nnunet_lite.training.launch import Ranks, current_ranks
 from nnunet_lite.training.limits import ValidationPlan, announce_validation, limit_seconds, validation_step_sizes
@@ -107,17 +101,9 @@ def train(
     iterations: Annotated[
         int | None, options.length(help="Training steps per epoch.", show_default="the recipe's")
     ] = None,
-    time_limit: Annotated[
-        str | float | None,
-        options.length(help="Length of a fold, such as 8h or 90m (plain: minutes); the schedule fits itself to it."),
-    ] = None,
+    time_limit: options.TimeLimit = None,
     batch_size: Annotated[int | None, options.setting(help="Patches per step.", show_default="the recipe's")] = None,
-    patch_size: Annotated[
-        str | Sequence[int] | None,
-        options.setting(
-            parser=str, metavar="SIZE", help="Patch in voxels, such as 40x56x40.", show_default="the recipe's"
-        ),
-    ] = None,
+    patch_size: options.PatchSize = None,
     lr: Annotated[float | None, options.setting(help="Initial learning rate.", show_default="the recipe's")] = None,
     precision: options.Precision = None,
     seed: options.Seed = None,
@@ -139,9 +125,7 @@ def train(
     gpus: Annotated[int, options.hardware(min=1, help="Train on this many GPUs of this machine.")] = 1,
     scheduler: options.Scheduler = None,
     device: options.Device = None,
-    name: Annotated[
-        str | None, options.output(help="Name of the model folder.", show_default="CONFIGURATION-RECIPE")
-    ] = None,
+    name: options.ModelName = None,
     resume: Annotated[bool, options.resuming("--resume", help="Only resume an earlier run; begin none.")] = False,
     force: Annotated[bool, options.resuming("--force", help="Resume although settings were changed.")] = False,
     restart: Annotated[bool, options.resuming("--restart", help="Move the earlier run aside, start again.")] = False,

@@ -22,7 +22,7 @@ from nnunet_lite.data.images import Image, read_geometry, read_images, read_labe
 from nnunet_lite.data.labels import BACKGROUND, Labels
 from nnunet_lite.data.names import PICTURES, ending_of, stem, suffix_of
 from nnunet_lite.errors import UserError
-from nnunet_lite.files import read_json, understood
+from nnunet_lite.files import first_problem, read_json, understood
 
 MASK_NOTE = "label maps hold 0 and 255: 255 is read as 1, and predictions hold 1"
 _LABELS_FORM = (
@@ -402,12 +402,8 @@ def labels_of(content: Mapping[str, Any], table: Path | None) -> Labels:
         return Labels.from_json(content["labels"], content.get("regions_class_order"))
     except (TypeError, ValueError) as error:  # pydantic's is a ValueError
         wrong = f" {content['labels']} are not names with integers"
-        what = f": {_first_message(error)}" if isinstance(error, ValidationError) else wrong
+        what = f": {first_problem(error)}" if isinstance(error, ValidationError) else wrong
         raise UserError(f"labels{what}", table, _LABELS_FORM) from None
-
-
-def _first_message(error: ValidationError) -> str:
-    return str(error.errors()[0]["msg"]).removeprefix("Value error, ")
 
 
 def _explicit_cases(root: Path, entries: dict[str, Any], channels: int, table: Path) -> list[Case]:
@@ -575,4 +571,4 @@ def labels_in(paths: Sequence[Path]) -> tuple[Labels, dict[int, int] | None]:
     try:
         return Labels(names={BACKGROUND: 0, **names}), value_map
     except ValidationError as error:
-        raise UserError(_first_message(error), paths[0].parent, fix) from None
+        raise UserError(first_problem(error), paths[0].parent, fix) from None

@@ -34,7 +34,7 @@ _PIECE = 1 << 20  # voxels
 _WIDEST = 1 << 20  # encoding uses a table of all values from the lowest to the highest
 
 
-def smallest_dtype(low: int, high: int) -> type[np.integer]:
+def smallest_dtype(low: int, high: int) -> np.dtype[Any]:
     """Return the smallest integer type for a range of values, unsigned if possible.
 
     Parameters
@@ -44,14 +44,10 @@ def smallest_dtype(low: int, high: int) -> type[np.integer]:
 
     Returns
     -------
-    type
-        Such as numpy.uint8.
+    dtype
+        Such as that of numpy.uint8.
     """
-    kinds = (np.uint8, np.uint16, np.uint32) if low >= 0 else (np.int8, np.int16, np.int32)
-    for kind in kinds:
-        if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max:
-            return kind
-    return np.int64
+    return np.min_scalar_type(min(low, -high - 1) if low < 0 else high)
 
 
 def palette_note(colours: np.ndarray) -> str:

@@ -27,6 +27,7 @@ from typing import Any, Literal
 
 import numpy as np
 from pydantic import ValidationError
+from scipy.ndimage import affine_transform
 
 from nnunet_lite import log
 from nnunet_lite.data.cases import Case
@@ -38,6 +39,7 @@ from nnunet_lite.data.names import case_of, stem
 from nnunet_lite.data.nifti import nifti_bytes, ras_affine
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.evaluation.scores import described_labels
+from nnunet_lite.files import first_problem
 from nnunet_lite.planning.schema import Channel
 from nnunet_lite.reporting.pictures import ERROR_COLOURS, fullest_slices, grey_levels, planes_of
 
@@ -317,13 +319,7 @@ def _on_grid(name: str, classes: np.ndarray, geometry: Geometry, grid: Geometry)
     # the image's geometry if the file of the label map has no spacing
     geometry = geometry if geometry.calibrated else replace(grid, shape=geometry.shape)
     matrix = (np.linalg.inv(ras_affine(geometry)) @ ras_affine(grid))[[2, 1, 0, 3]][:, [2, 1, 0, 3]]
-    moved = np.zeros(grid.shape, classes.dtype)
-    y, x = np.indices(grid.shape[1:])
-    for z, plane in enumerate(moved):
-        places = np.tensordot(matrix[:3], np.stack([np.full_like(x, z), y, x, np.ones_like(x)]), 1)
-        nearest = np.floor(places + 0.5).astype(int)
-        inside = ((nearest >= 0) & (nearest < np.reshape(classes.shape, (3, 1, 1)))).all(axis=0)
-        plane[inside] = classes[tuple(nearest[:, inside])]
+    moved: np.ndarray = affine_transform(classes, matrix, output_shape=grid.shape, order=0, mode="grid-constant")
     return moved
 
 
@@ -398,7 +394,7 @@ def _numbered_labels(maps: Sequence[np.ndarray]) -> Labels:
     try:
         return Labels(names={BACKGROUND: 0, **{f"label {value}": value for value in found or [1]}})
     except ValidationError as error:
-        raise UserError(str(error.errors()[0]["msg"]).removeprefix("Value error, ")) from None
+        raise UserError(first_problem(error)) from None
 
 
 # ----------------------------------------------------------------------------------------------------------- the server
