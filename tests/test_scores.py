@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from samples import HIPPOCAMPUS, Command, displaced, save_arrays
+from samples import HIPPOCAMPUS, Command, displaced, move_nifti, save_arrays
 from scipy.stats import bootstrap
 
 from nnunet_lite.data.geometry import Geometry
@@ -292,6 +292,25 @@ def test_images_are_predicted_and_scored(tiny_model: Path, scans: list[Path], co
         path.write_bytes(b"")
     code, _, err = command(*arguments, cwd=tmp_path)
     assert code == 2 and err.endswith("error: images: no image could be predicted.\n")
+
+
+def test_all_pairs_on_other_grids_are_named(folders: tuple[Path, Path], command: Command, tmp_path: Path) -> None:
+    predictions, references = folders
+    first, second, third, *_ = sorted(predictions.iterdir())
+    array, geometry, _ = read_label(first)
+    write_label(first, array[1:], replace(geometry, shape=array[1:].shape))
+    move_nifti(second, shift=3)
+    third.write_bytes(third.read_bytes()[:500])
+    (predictions / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "front": 1}}))
+    code, out, err = command("evaluate", predictions, references, "--no-surface", cwd=tmp_path)
+    assert code == 2 and not out
+    head, *lines, last, _ = err[err.index("error: ") :].split("\n")
+    assert head == f"error: 3 of {len(REFERENCES)} pairs cannot be compared:"
+    for line, file in zip((*lines, last), (first, second, third), strict=True):
+        assert line.startswith(f"  {file.name.partition('.')[0]}: ")
+    assert f": shape {array[1:].shape}, the reference shape {array.shape}" in lines[0]
+    assert "origin" in lines[1] and "shape" not in lines[1], "only what differs is shown"
+    assert "nearest neighbour" in last and "--accept-geometry" in last
 
 
 def test_two_files_mixed_formats_and_masks(folders: tuple[Path, Path], tmp_path: Path) -> None:

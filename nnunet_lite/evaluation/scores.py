@@ -373,8 +373,15 @@ def score_files(
         notes = [*notes, f"no {looked}: the labels are {whose}, {', '.join(labels.region_names)}"]
     known = labels
 
-    def score(case: str) -> tuple[CaseScore, list[_Remark]]:
-        predicted, true, geometry, remarks = _read_pair(*pairs[case], known, accept_geometry)
+    failed: dict[str, UserError] = {}
+
+    def score(case: str) -> tuple[CaseScore, list[_Remark]] | None:
+        try:
+            predicted, true, geometry, remarks = _read_pair(*pairs[case], known, accept_geometry)
+        except UserError as error:
+            failed[case] = error
+        if failed:  # the other pairs are read, so that the error names each that is wrong
+            return None
         spacing = geometry.spacing if geometry.calibrated else None
         if surface and is_coarse(tolerance, geometry.spacing):
             remarks.append(
@@ -383,7 +390,10 @@ def score_files(
         metrics = score_case(predicted, true, known, spacing, tolerance, surface, threads)
         return CaseScore(case, *pairs[case], metrics, geometry.calibrated), remarks
 
-    results = map_in_threads(score, pairs, at_once, "evaluate")
+    found = map_in_threads(score, pairs, at_once, "evaluate")
+    if failed:
+        raise _describe_failed({case: failed[case] for case in pairs if case in failed}, len(pairs))
+    results = [one for one in found if one is not None]
     scores = Scores(tuple(row for row, _ in results), labels, tolerance)
     files_of: dict[str, list[str]] = defaultdict(list)
     for row, remarks in results:
@@ -391,6 +401,16 @@ def score_files(
         for remark, file in remarks + assumed:
             files_of[remark].append(file)
     return replace(scores, notes=(*notes, *(f"{remark} ({few(files)})" for remark, files in files_of.items())))
+
+
+def _describe_failed(failed: dict[str, UserError], n_pairs: int) -> UserError:
+    """Return the error of a pair; of several, one that has a line for each."""
+    first = next(iter(failed.values()))
+    if len(failed) == 1:
+        return first
+    lines = "".join(f"\n  {case}: {error.what}" for case, error in failed.items())
+    fixes = dict.fromkeys(error.fix for error in failed.values())
+    return UserError(f"{len(failed)} of {n_pairs} pairs cannot be compared:{lines}", None, " ".join(fixes))
 
 
 _Remark = tuple[str, str]  # what is special about a file, and its name
@@ -515,12 +535,14 @@ def _read_pair(
     """Read a prediction and its reference (z, y, x), the better known of their geometries, and remarks."""
     predicted, grid, remarks = _read(prediction, labels)
     true, true_grid, more = _read(reference, labels, grid)
-    if differing := [what for what, _, _ in grid.differences(true_grid)]:
+    if differences := grid.differences(true_grid):
+        differing = [what for what, _, _ in differences]
         acceptable = set(differing) <= set(ACCEPTABLE)
         if not (acceptable and accept_geometry):
             accept = " If the voxels do match, --accept-geometry compares them as they are." if acceptable else ""
+            numbers = ", ".join(f"{what} {own}, the reference {what} {true}" for what, own, true in differences)
             raise UserError(
-                f"is on another grid than {reference}: {grid.describe()}, the reference {true_grid.describe()}",
+                f"is on another grid than {reference}: {numbers}",
                 prediction,
                 f"Resample one to the grid of the other, with nearest neighbour.{accept}",
             )
