@@ -518,3 +518,36 @@ def test_how_a_selection_reads() -> None:
     assert lines[3:] == [f"postprocessing of left: the largest component, {gain}", "note: x"]
     html = found._repr_html_()
     assert "a&lt;b + c" in html and "a<b" not in html and html.startswith("<table>")
+
+
+def test_a_zip_and_what_is_imported_from_it_postprocess_too(
+    paths: Paths, scan: Path, tmp_path: Path, command: Command
+) -> None:
+    chosen, there = selected(paths), tmp_path / "there"
+    raw = nnunet_lite.load(paths.models / "tiny", [0], "cpu")(scan)
+    clean = apply_rules(raw, (1.0, 1.0, 1.0), LABELS, chosen.postprocessing)
+
+    def run(*words: object) -> str:
+        code, _, err = command(*words, cwd=tmp_path)
+        assert code == 0, err
+        return err
+
+    run("export", paths.models / "tiny", "tiny.zip")
+    imported = there / paths.name / "models" / "tiny"
+    run("import", "tiny.zip", "-w", there)
+    for options in (["-m", "tiny.zip"], ["-w", there], ["-m", imported]):
+        err = run("predict", "-i", scan, "-o", "out", "--device", "cpu", *options)
+        assert np.array_equal(read_label(tmp_path / "out" / scan.name)[0], clean), options
+        assert "postprocessing: Anterior: the largest component; Posterior: no component below 1e+06 mm3\n" in err
+    run_of_last = read_json(tmp_path / "out" / "predictions.json")["runs"][-1]
+    assert run_of_last["postprocessing"]["Anterior"] == "the largest component"
+    run("predict", "-i", scan, "-o", "raw", "-m", "tiny.zip", "--no-postprocess", "--device", "cpu")
+    assert np.array_equal(read_label(tmp_path / "raw" / scan.name)[0], raw)
+    assert "nnunet has no place for the postprocessing of `nnlite predict`: Anterior: the largest" in run(
+        "export", imported, "--format", "nnunet", "-o", "of_nnunet"
+    )
+    manifest = read_json(imported / "manifest.json")
+    manifest["about"]["postprocessing"]["Anterior"] = {"smallest": True}
+    write_json(imported / "manifest.json", manifest)
+    code, _, err = command("predict", "-i", scan, "-o", "out", "-w", there, cwd=tmp_path)
+    assert code == 2 and f"error: {imported / 'manifest.json'}: is not as nnlite writes it" in err

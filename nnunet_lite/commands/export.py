@@ -13,6 +13,7 @@ import typer
 from nnunet_lite import log
 from nnunet_lite.commands import options
 from nnunet_lite.errors import UserError
+from nnunet_lite.evaluation.selection import choose_models, describe_rules
 from nnunet_lite.inference.onnx import export_onnx
 from nnunet_lite.models.argument import as_model_folder, find_model, find_models, unpacked
 from nnunet_lite.models.bundle import is_zip, pack, read_manifest, unpack
@@ -226,6 +227,9 @@ def export_model(
         folder = find_model(source, root, dataset, configuration)
     else:
         folder = choose_model(select_dataset(workspace, dataset, needs_plan=False), configuration)
+    _, _, rules = choose_models(None, [folder], [], None, postprocess=True)
+    if rules and format != "zip":
+        log.warn(f"{format} has no place for the postprocessing of `nnlite predict`: {describe_rules(rules)}")
     if format == "onnx":
         differences = export_onnx(folder, target, checkpoint=checkpoint, trust_code=trust_code, workspace=root)
         log.info(f"logits differ from torch's by {max(differences.values()):.1e} at most; see docs/howto/models.md")
@@ -234,7 +238,8 @@ def export_model(
         if format == "nnunet":
             export_nnunet(converted, target)
         else:
-            pack(converted, target, licence=licence, note=note)
+            stored = {label: rule.model_dump(mode="json") for label, rule in rules.items()}
+            pack(converted, target, licence=licence, note=note, postprocessing=stored)
     program = ["nnlite", "import"] if format == "zip" else ["nnUNetv2_predict_from_modelfolder", "-m"]
     log.info(f"use it with: {shlex.join([*program, str(target)])}")
     return target

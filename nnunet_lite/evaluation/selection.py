@@ -19,7 +19,8 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.postprocessing import Gain, Rule
 from nnunet_lite.evaluation.scores import four_digits
 from nnunet_lite.evaluation.statistics import Margin, summarize
-from nnunet_lite.files import read_validated
+from nnunet_lite.files import read_validated, understood
+from nnunet_lite.models.bundle import MANIFEST, Manifest, is_zip, read_manifest
 from nnunet_lite.models.folder import is_finished, weights_fingerprint
 from nnunet_lite.models.lookup import choose_model, read_model
 from nnunet_lite.workspace import Paths
@@ -165,8 +166,19 @@ def describe_selection(models: Sequence[str], folds: Sequence[str], rules: Mappi
     rules : dict
         Label or region -> rule.
     """
-    postprocessing = "; ".join(f"{label}: {rule}" for label, rule in rules.items()) or "none"
-    return f"{' and '.join(models)}, fold{'s' * (len(folds) > 1)} {', '.join(folds)}; postprocessing: {postprocessing}"
+    trained = f"{' and '.join(models)}, fold{'s' * (len(folds) > 1)} {', '.join(folds)}"
+    return f"{trained}; postprocessing: {describe_rules(rules) or 'none'}"
+
+
+def describe_rules(rules: Mapping[str, Rule]) -> str:
+    """Write rules in a line.
+
+    Parameters
+    ----------
+    rules : dict
+        Label or region -> rule.
+    """
+    return "; ".join(f"{label}: {rule}" for label, rule in rules.items())
 
 
 def read_selection(paths: Paths) -> Selection | None:
@@ -195,7 +207,7 @@ def choose_models(
 ) -> tuple[list[Path], list[str] | None, dict[str, Rule]]:
     """Choose the models that predict: the given ones, otherwise the selected ones, otherwise the trained one.
 
-    The selected postprocessing is done only if exactly the selected models predict.
+    The selected postprocessing is done only if exactly the selected models predict. A zip contains that of its model.
 
     Parameters
     ----------
@@ -229,7 +241,8 @@ def choose_models(
     in_dataset = all(folder.absolute().parent == paths.models for folder in folders)
     selection = read_selection(paths) if in_dataset else None
     if selection is None or (folders and {folder.name for folder in folders} != set(selection.models)):
-        return folders or [choose_model(paths)], folds, {}
+        folders = folders or [choose_model(paths)]
+        return folders, folds, _packed_rules(folders) if postprocess else {}
     selected = [paths.models / Path(name).name for name in selection.models]
     for folder, fold in product([] if folders else selected, selection.folds):
         if not is_finished(folder / f"fold_{fold}"):
@@ -250,6 +263,20 @@ def choose_models(
         what = f"{' and '.join(changed)} changed since that was selected ({selection.made})"
         log.warn(f"{what}; `nnlite select` compares them again")
     return folders or selected, folds, rules
+
+
+def _packed_rules(folders: Sequence[Path]) -> dict[str, Rule]:
+    """Return the postprocessing in a zip, or in that from which a model was imported; none for several models."""
+    folder, fix = folders[0], "Export the model again."
+    if len(folders) > 1 or not (is_zip(folder) or (folder / MANIFEST).is_file()):
+        return {}
+    own = None if is_zip(folder) else read_validated(folder / MANIFEST, Manifest, "is no manifest of a model", fix)
+    with understood(folder / MANIFEST, fix):
+        stored = (own or read_manifest(folder)).about.get("postprocessing", {})
+        rules = {label: Rule.model_validate(rule) for label, rule in stored.items()}
+    if rules:
+        log.info(f"{folder}: postprocessing: {describe_rules(rules)}")
+    return rules
 
 
 def changed_models(paths: Paths, selection: Selection) -> list[str]:

@@ -75,7 +75,8 @@ class Manifest(BaseModel, frozen=True):
     models : tuple of str
         Folder names: the model, then its first stage if it has one.
     about : dict
-        Configuration, channels, labels, and the mean Dice of each fold's held-out cases.
+        Configuration, channels, labels, the mean Dice of each fold's held-out cases, and the postprocessing if there is
+        any.
     licence : str, optional
         An SPDX identifier, or the text.
     training_data : str, optional
@@ -97,7 +98,14 @@ class Manifest(BaseModel, frozen=True):
 # ------------------------------------------------------------------------------------------------------------- packing
 
 
-def pack(folder: Path, out: Path, *, licence: str | None = None, note: str | None = None) -> Manifest:
+def pack(
+    folder: Path,
+    out: Path,
+    *,
+    licence: str | None = None,
+    note: str | None = None,
+    postprocessing: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Manifest:
     """Write the trained folds of a model folder, and of a cascade's first stage, into a zip.
 
     Equal models make equal files, to the byte.
@@ -113,6 +121,8 @@ def pack(folder: Path, out: Path, *, licence: str | None = None, note: str | Non
         which the model was imported.
     note : str, optional
         On the training data; the same default.
+    postprocessing : mapping, optional
+        Label or region -> rule, as inference.json has them.
 
     Raises
     ------
@@ -140,7 +150,8 @@ def pack(folder: Path, out: Path, *, licence: str | None = None, note: str | Non
             dataset=plan.dataset,
             models=tuple(model.name for model in folders),
             about={key: about[key] for key in _ABOUT}
-            | {"mean_dice": {fold: state["mean_dice"] for fold, state in about["folds"].items()}},
+            | {"mean_dice": {fold: state["mean_dice"] for fold, state in about["folds"].items()}}
+            | ({"postprocessing": postprocessing} if postprocessing else {}),
             licence=licence or imported.get("licence"),
             training_data=note or imported.get("training_data"),
             files=files,
