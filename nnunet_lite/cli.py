@@ -67,6 +67,7 @@ _VERBOSE = Annotated[bool, options.general("-v", "--verbose", help="Print times,
 _EXAMPLES = """\
 nnlite run Task04_Hippocampus --recipe cpu
 nnlite predict -i scan.nii.gz -o label.nii.gz"""
+_HOME = re.compile(r"(?<![^=])~[/\\].*", re.DOTALL)  # shells leave the ~ in --output=~/x
 _LICENCE = f"""\
 nnunet_lite {__version__} is licensed under the Apache License 2.0 (http://www.apache.org/licenses/LICENSE-2.0).
 With it come NiiVue (BSD-2-Clause) and, in tests/data of its repository, MRIs of the hippocampus from the Medical
@@ -153,7 +154,8 @@ def main() -> None:
     try:
         system.raise_on_interrupt()
         warnings.showwarning = _show_warning
-        code = app(sys.argv[1:] or ["--help"], prog_name="nnlite", standalone_mode=False)
+        arguments = [_HOME.sub(lambda found: str(Path(found[0]).expanduser()), word) for word in sys.argv[1:]]
+        code = app(arguments or ["--help"], prog_name="nnlite", standalone_mode=False)
         if code == system.INTERRUPTED:  # typer keeps the KeyboardInterrupt to itself
             raise KeyboardInterrupt
         sys.exit(code)

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -236,6 +237,17 @@ def test_a_mistake_is_reported_in_one_line(command: Command, tmp_path: Path, arg
     assert (code, out) == (2, "")
     assert says in one_line(err)
     assert list(tmp_path.iterdir()) == [], "a mistake leaves nothing behind"
+
+
+def test_a_home_that_the_shell_leaves_in_an_option(
+    command: Command, hippocampus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--output=~/x would make a folder called ~ here."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home" / "labels").mkdir(parents=True)
+    label = shutil.copy(next((hippocampus / "labelsTr").iterdir()), tmp_path / "home" / "labels")
+    code, _, err = command("evaluate", "~/labels", Path(label).parent, "--output=~/scores.json", cwd=tmp_path)
+    assert (code, err) == (0, "") and (tmp_path / "home" / "scores.json").is_file() and not (tmp_path / "~").exists()
 
 
 def test_mistake_in_a_real_process(nnlite: Command, tmp_path: Path) -> None:

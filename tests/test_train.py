@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from samples import TINIEST, rewrite_nifti
+from samples import TINIEST, Copy, rewrite_nifti
 
 import nnunet_lite
 from nnunet_lite.commands import train as commands
@@ -338,6 +339,28 @@ def test_labels_are_renamed_under_models(
     plan = Plan.read(models / "3d_fullres-default" / "plans.json")
     assert plan.labels.region_names == ("front", "Posterior")
     assert nnunet_lite.select(**nnlite).folds == ("0", "1", "2")
+
+
+def test_raw_data_that_were_edited_are_reported(
+    copy_dataset: Copy, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Labels, channels and cases count only after `plan`; other voxels of a planned case are trained on."""
+    raw, workspace = copy_dataset(6), tmp_path / "workspace"
+    nnunet_lite.plan(raw, workspace=workspace, exclude=["hippocampus_001"], workers=0)
+    train_all = partial(train, workspace, "all", settings={"training.workers": 0})
+    train_all(restart=True)
+    assert "warning:" not in capfd.readouterr().err
+    table = read_json(raw / "dataset.json")
+    table["labels"] = {"0": "background", "1": "Posterior", "2": "Anterior"}
+    (raw / table["training"].pop()["label"]).unlink()
+    write_json(raw / "dataset.json", table)
+    label = raw / table["training"][1]["label"]
+    rewrite_nifti(label, lambda array: array[::-1])
+    with pytest.raises(UserError, match="does not exist any more"):
+        train_all(restart=True)
+    err = capfd.readouterr().err
+    assert "its labels and cases are not those of the plan, which are trained; `nnlite plan` takes them up" in err
+    assert f"the raw files of case {label.name.removesuffix('.nii.gz')} have changed, and are preprocessed again" in err
 
 
 def test_the_start_of_the_process_counts_as_time_but_leaves_some_to_train(

@@ -279,8 +279,8 @@ def predict(
         inference__max_memory=max_memory,
     )  # fmt: skip
     settings = {**_SPEEDS[speed or "best"], **settings}
-    out, root = Path(output), workspace_folder(workspace)
-    sources = [Path(path) for path in _as_list(input)]
+    out, root = Path(output).expanduser(), workspace_folder(workspace)
+    sources = [Path(path).expanduser() for path in _as_list(input)]
     if not sources:
         raise UserError("no image is given to predict")
     if part_id not in range(num_parts) and (part_id, num_parts) != (None, 1):

@@ -28,7 +28,7 @@ from nnunet_lite.commands.training_run import (
     preprocessing_step,
     training_step,
 )
-from nnunet_lite.data.dataset import stored_dataset
+from nnunet_lite.data.dataset import Dataset, read_dataset, stored_dataset
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.cross_validation import validate_fold
 from nnunet_lite.evaluation.scores import Scores, four_digits, read_summary
@@ -471,6 +471,7 @@ def _announce(run: TrainingRun) -> None:
     """Log how the network differs from the plan, and which folds are not used."""
     name, settings = run.configuration, run.settings
     chosen = settings.plan
+    _warn_of_edits(run.dataset)
     if (chosen.preset, chosen.memory, chosen.spacing) != (None, None, None):
         spacing = run.plan.configuration(name).spacing
         lengths = f"{join_by_x(spacing)} {length_unit(run.plan)}"
@@ -498,6 +499,20 @@ def _announce(run: TrainingRun) -> None:
         warn_of_lost_swaps(teacher.folder.name, theirs, own, run.plan, run.plan.configuration(name).dimensions)
     if run.split.name != ALL and run.rule == DEFAULT_RULE:
         check_folds(run.paths.splits, run.dataset, run.rule)
+
+
+def _warn_of_edits(planned: Dataset) -> None:
+    """Warn of raw data whose description has changed since they were planned; images are not compared."""
+    try:  # without dataset.json all label maps would be read
+        now = planned if planned.layout == "plain" else read_dataset(planned.root)
+    except UserError:  # the raw data may be gone
+        return
+    before, after = ({case.id for case in cases} for cases in ((*planned.cases, *planned.excluded), now.cases))
+    changes = {"labels": now.labels != planned.labels, "channels": now.channels != planned.channels}
+    changes["cases"] = before != after
+    if words := " and ".join(word for word, is_other in changes.items() if is_other):
+        what = f"its {words} are not those of the plan, which are trained"
+        log.warn(f"{planned.root}: {what}; `nnlite plan` takes them up")
 
 
 def _in_words(key: str, before: Any, after: Any) -> str:

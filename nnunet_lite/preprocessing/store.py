@@ -27,7 +27,7 @@ from nnunet_lite import log, system
 from nnunet_lite.data.cases import Case
 from nnunet_lite.data.dataset import Dataset, read_case
 from nnunet_lite.data.geometry import Turn
-from nnunet_lite.data.problems import plural
+from nnunet_lite.data.problems import name_cases, plural
 from nnunet_lite.data.raw_files import RawCase, read_stamps, scan_raw_cases, unchanged_cases, write_stamps
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.files import SPARE, hash_of, lacks_space, locked, no_space, read_json, size_of, sweep, write_json
@@ -161,6 +161,8 @@ def preprocess_dataset(
         estimate = sum(case.disk(plan) for case in missing)
         system.require_space(folder, estimate)
         made = sum(len(case.folders) for case in missing)
+        if changed := [case for case, now in raw.items() if case in known and known[case].digests != now.digests]:
+            log.info(f"the raw files of {name_cases(changed)} have changed, and are preprocessed again")
         if missing:
             log.info(f"{made} arrays to make, about {system.in_units(estimate)} of disk")
             if plan.stored_as == "float16" and exact_storage(plan.channels) == "float32":
