@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -23,7 +24,7 @@ from nnunet_lite.models.checkpoint import save_weights
 from nnunet_lite.models.folder import read_weights_header
 from nnunet_lite.models.lookup import choose_model, first_common_fold, read_model
 from nnunet_lite.training.finetune import open_source
-from nnunet_lite.workspace import planned_paths
+from nnunet_lite.workspace import Paths, planned_paths
 
 
 @pytest.fixture
@@ -62,6 +63,23 @@ def test_a_configuration_without_a_model_is_the_one_to_train(tiny_model: Path) -
     for configuration, fix in (("2d", "Run `nnlite train 2d 0"), ("3d_lowres", "Trained: tiny (3d_fullres).")):
         with pytest.raises(UserError, match=re.escape(f"is trained. {fix}")):
             choose_model(paths, configuration)
+
+
+def test_one_lucky_fold_does_not_make_the_best_model(tiny_model: Path, tmp_path: Path) -> None:
+    paths = Paths(tmp_path / "Task04_Hippocampus")
+    for name, scores in {"steady": (0.8, 0.8), "lucky": (0.9, 0.4)}.items():
+        for fold, dice in enumerate(scores):
+            place = shutil.copytree(tiny_model / "fold_0", paths.models / name / f"fold_{fold}")
+            edit(place / "validation" / "summary.json", partial(score, f"{name}{fold}", dice))
+        for file in ("run.json", "plans.json"):
+            shutil.copy(tiny_model / file, paths.models / name)
+    assert choose_model(paths).name == "steady"
+
+
+def score(case: str, dice: float, summary: dict[str, Any]) -> None:
+    """Let a fold have one held-out case with this Dice."""
+    values = {"prediction_file": f"{case}.nii.gz", "metrics": {"1": {"Dice": dice}, "2": {"Dice": dice}}}
+    summary.update(metric_per_case=[values], foreground_mean={"Dice": dice})
 
 
 OWN = """

@@ -91,7 +91,7 @@ def _read_fold_state(folder: Path, run: dict[str, Any], fold: str) -> FoldState:
     files = (place / models.MODEL, place / models.CHECKPOINT)
     model, checkpoint = (models.read_weights_header(file) if file.is_file() else {} for file in files)
     trained, reached = model.get("epochs") or 0, checkpoint.get("epoch", 0)
-    dice, training = models.validation_dice(folder, fold), run["settings"]["training"]
+    dice, training = models.held_out_dice(folder, [fold]), run["settings"]["training"]
     state: State = "not started"
     if is_locked(place):
         state = "training"

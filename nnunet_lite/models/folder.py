@@ -559,17 +559,8 @@ def trained_folds(folder: Path, checkpoint: Checkpoint = "final") -> list[str]:
     return [fold for fold in folds if fold != "all"] or folds
 
 
-def validation_dice(folder: Path, fold: str) -> float | None:
-    """Return the foreground Dice of the held-out cases of a fold; None if it was not validated."""
-    file = folder / f"fold_{fold}" / VALIDATION / SUMMARY
-    if not file.is_file():
-        return None
-    with understood(file, "Delete it: `nnlite train` makes it again."):
-        return read_json(file)["foreground_mean"]["Dice"]
-
-
 def held_out_dice(folder: Path, folds: Iterable[str]) -> float | None:
-    """Return the foreground Dice of the held-out cases of several folds, as `select` and the report have it.
+    """Return the foreground Dice of the held-out cases of folds, as `select` and the report have it; None if unknown.
 
     It is the mean over labels of their means over all cases: means of folds that lack a label cannot be averaged.
     """

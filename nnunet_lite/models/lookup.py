@@ -15,13 +15,13 @@ from nnunet_lite.models.folder import (
     Checkpoint,
     add_weights,
     first_training,
+    held_out_dice,
     is_finished,
     model_folders,
     other_folds,
     read_run,
     read_weights_header,
     trained_folds,
-    validation_dice,
     weight_files,
 )
 from nnunet_lite.planning.schema import Plan
@@ -71,7 +71,7 @@ def describe_folder(folder: Path) -> dict[str, Any]:
         with understood(file):
             state = read_weights_header(file)
             folds[fold] = {"epochs": state["epochs"], "seconds": float(state["seconds"]), **state}
-        folds[fold]["mean_dice"] = validation_dice(folder, fold)
+        folds[fold]["mean_dice"] = held_out_dice(folder, [fold])
     return {
         "dataset": plan.dataset,
         "configuration": run["configuration"],
@@ -113,7 +113,7 @@ def choose_model(paths: Paths, configuration: str | None = None) -> Path:
     for folder in model_folders(paths):
         try:
             if folds := trained_folds(folder):
-                dice_of[folder] = max(validation_dice(folder, fold) or 0.0 for fold in folds)
+                dice_of[folder] = held_out_dice(folder, folds) or 0.0
                 runs[folder] = read_run(folder)
         except UserError as error:
             log.warn(f"model {folder.name} is left out: {error}")
