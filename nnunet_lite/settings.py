@@ -73,6 +73,8 @@ Preset = Literal["default", "resenc_m", "resenc_l", "resenc_xl", "mednext_s", "m
 NumberFormat = Literal["auto", "fp32", "bf16", "fp16"]
 Auto = Literal["auto"] | bool
 Logger = Literal["none", "tensorboard", "wandb", "mlflow"]
+Cache = Literal["auto", "device", "ram", "disk"]
+Part = Literal["encoder", "all-but-head"]  # of a network
 Factory = Annotated[str, AfterValidator(_to_absolute)]
 
 
@@ -159,7 +161,7 @@ class TrainingSettings(_Section):
         True, description="whether the coarser stages of the decoder have outputs with a loss too"
     )
     compile: Auto = Field("auto", description="whether torch.compile translates the network; auto: on a GPU, if faster")
-    cache: Literal["auto", "device", "ram", "disk"] = Field(
+    cache: Cache = Field(
         "auto", description="where preprocessed cases are kept; device: on the GPU; auto: the first that has space"
     )
     workers: int | None = Field(
@@ -171,7 +173,7 @@ class TrainingSettings(_Section):
     init: str | None = Field(
         None, description="model to start from: name, folder, zip or checkpoint, nnU-Net's too; none: random weights"
     )
-    freeze: Literal["encoder", "all-but-head"] | None = Field(
+    freeze: Part | None = Field(
         None, description="weights that are not trained; all-but-head: only the output layers are; none: all are"
     )
     teachers: tuple[str, ...] = Field(

@@ -118,13 +118,13 @@ def read_dataset(root: Path) -> Dataset:
     return _plain(root)
 
 
-def read_case(case: Case, dataset: Dataset) -> tuple[Image, np.ndarray | None]:
+def read_case(case: Case, dataset: Dataset) -> tuple[Image, np.ndarray]:
     """Read the image and the label map of a case.
 
     Parameters
     ----------
     case : Case
-        A case of the dataset.
+        A case with a reference, as every one of a planned dataset.
     dataset : Dataset
         Its dataset.
 
@@ -132,8 +132,8 @@ def read_case(case: Case, dataset: Dataset) -> tuple[Image, np.ndarray | None]:
     -------
     image : Image
         With all channels.
-    label : ndarray of int, shape (z, y, x), or None
-        Values of the dataset; None for a case without label map.
+    label : ndarray of int, shape (z, y, x)
+        Values of the dataset.
 
     Raises
     ------
@@ -143,8 +143,6 @@ def read_case(case: Case, dataset: Dataset) -> tuple[Image, np.ndarray | None]:
     image = read_images(case.images, len(dataset.channels), dataset.accept_geometry)
     if image.array.shape[0] != len(dataset.channels):
         raise UserError(f"has {image.array.shape[0]} channels, {len(dataset.channels)} are expected", case.images[0])
-    if case.label is None:
-        return image, None
     label, geometry = read_annotation(case, dataset, image.geometry)
     if geometry.shape != image.geometry.shape:
         raise UserError(f"has shape {geometry.shape}, its image {image.geometry.shape}", case.label)

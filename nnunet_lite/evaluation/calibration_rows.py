@@ -249,7 +249,6 @@ def read_labelled(predictor: Predictor, case: Case, dataset: Dataset) -> Labelle
         The dataset of the case.
     """
     image, reference = read_case(case, dataset)
-    assert reference is not None  # every case of a planned dataset has one
     return Labelled(use_trained_unit(predictor.plan, image, case.images[0]), reference)
 
 

@@ -439,12 +439,9 @@ def _match(prediction: Path, reference: Path) -> tuple[dict[str, tuple[Path, Pat
     maps = maps or label_maps(references.values(), predicted)  # a name may end in a word, as case_0_mask
     pairs = {case: (predicted[case], maps[case][0]) for case in sorted(maps) if len(maps[case]) == 1}
     if not pairs:
-        raise UserError(
-            f"no prediction has the name of a reference in {reference}: predictions {few(sorted(predicted), 10)}, "
-            f"references {few(sorted(references), 10)}",
-            prediction,
-            "Give both the same names; endings may differ.",
-        )
+        names = f"predictions {few(sorted(predicted), 10)}, references {few(sorted(references), 10)}"
+        what = f"no prediction has the name of a reference in {reference}: {names}"
+        raise UserError(what, prediction, "Give both the same names; endings may differ.")
     used = {path for _, path in pairs.values()}
     missing = sorted(name for name, path in references.items() if path not in used)
     extra = sorted(predicted.keys() - pairs.keys())
@@ -541,11 +538,8 @@ def _read_pair(
         if not (acceptable and accept_geometry):
             accept = " If the voxels do match, --accept-geometry compares them as they are." if acceptable else ""
             numbers = ", ".join(f"{what} {own}, the reference {what} {true}" for what, own, true in differences)
-            raise UserError(
-                f"is on another grid than {reference}: {numbers}",
-                prediction,
-                f"Resample one to the grid of the other, with nearest neighbour.{accept}",
-            )
+            fix = f"Resample one to the grid of the other, with nearest neighbour.{accept}"
+            raise UserError(f"is on another grid than {reference}: {numbers}", prediction, fix)
         more = [*more, (f"another {' and '.join(differing)} than the reference, accepted", prediction.name)]
     geometry = grid if grid.calibrated and not true_grid.calibrated else true_grid
     return predicted, true, geometry, remarks + more

@@ -102,11 +102,8 @@ def use_trained_unit(plan: Plan, image: Image, path: Path) -> Image:
         trained_on = f"and the model was trained on voxels of {' x '.join(f'{s:.4g}' for s in finest)} mm"
         if geometry.dimensions == 2 and any(len(spacing) == 3 for spacing in planned):
             raise UserError(f"is a picture without a spacing, {trained_on}", path, "Give a volume.")
-        raise UserError(
-            f"states no spacing, {trained_on}",
-            path,
-            'Give a TIFF file, and put <case>.json into its folder: {"spacing": [z, y, x]} in mm.',
-        )
+        fix = 'Give a TIFF file, and put <case>.json into its folder: {"spacing": [z, y, x]} in mm.'
+        raise UserError(f"states no spacing, {trained_on}", path, fix)
     if geometry.dimensions == 3 and set(finest) != {1.0}:
         log.warn(f"{path}: no spacing known, 1x1x1 mm is used")
     return image

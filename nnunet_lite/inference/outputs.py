@@ -282,8 +282,5 @@ def _entropy(shares: Any, regions: bool) -> Any:
 
 
 def _as_steps(values: Any) -> np.ndarray:
-    return np.rint(_to_numpy(values) * STEPS).astype(np.uint8)
-
-
-def _to_numpy(values: Any) -> np.ndarray:
-    return values if isinstance(values, np.ndarray) else values.cpu().numpy()
+    array = values if isinstance(values, np.ndarray) else values.cpu().numpy()
+    return np.rint(array * STEPS).astype(np.uint8)

@@ -326,12 +326,11 @@ def label_vector(
 
 def _shape_vector(usual: Mapping[str, Usual], found: Values) -> np.ndarray:
     """Return the largest deviation in each group of features of a label."""
-    return np.array(
-        [
-            max(abs(usual[name].deviation(found[name])) if name in usual else _FARTHEST for name in names)
-            for names in _SHAPE.values()
-        ]
-    )
+
+    def size(name: str) -> float:
+        return abs(usual[name].deviation(found[name])) if name in usual else _FARTHEST
+
+    return np.array([max(map(size, names)) for names in _SHAPE.values()])
 
 
 def mahalanobis(case: np.ndarray, location: np.ndarray, precision: np.ndarray) -> float:

@@ -181,14 +181,13 @@ def read_nnunet_fold(file: Path, checkpoint: Json | None = None) -> NnunetFold:
     run = {"configuration": configuration, "seed": 0, "settings": settings.model_dump(mode="json")}
     if planned.previous_stage is not None:
         run["previous"] = _first_folder(file.absolute().parents[1], planned.previous_stage)
+    n_inputs, n_outputs = plan.n_inputs(configuration), plan.labels.n_channels
     return NnunetFold(
         name=str(checkpoint["init_args"].get("fold", "0")),
         plan=plan,
         dataset=dataset,
         run={**run, "imported_from": "nnU-Net"},
-        network=network_from_nnunet(
-            checkpoint[WEIGHTS], spec, plan.n_inputs(configuration), plan.labels.n_channels, file
-        ),
+        network=network_from_nnunet(checkpoint[WEIGHTS], spec, n_inputs, n_outputs, file),
         training=_training(checkpoint),
     )
 

@@ -73,16 +73,14 @@ def free_device_memory(device: torch.device) -> int:
     The allocator of torch keeps freed memory for the next tensors, so what it has reserved and not allocated is free
     too, although the driver counts it as used. On the CPU it is what `free_memory` returns.
     """
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + cached
+    if device.type in ("cuda", "xpu"):
+        backend = getattr(torch, device.type)
+        cached = backend.memory_reserved(device) - backend.memory_allocated(device)
+        return int(backend.mem_get_info(device)[0] + cached)
     if device.type == "mps":  # its memory is that of the machine
         allocated = torch.mps.current_allocated_memory()
         cached = torch.mps.driver_allocated_memory() - allocated
         return max(0, min(torch.mps.recommended_max_memory() - allocated, free_memory() + cached))
-    if device.type == "xpu":
-        cached = torch.xpu.memory_reserved(device) - torch.xpu.memory_allocated(device)
-        return int(torch.xpu.mem_get_info(device)[0]) + cached
     return free_memory()
 
 

@@ -23,7 +23,16 @@ from pydantic import BaseModel, ValidationError, model_validator
 
 from nnunet_lite.data.check import check_dataset
 from nnunet_lite.data.dataset import Dataset
-from nnunet_lite.data.geometry import Geometry, Shape, Spacing, common_orientation, nonzero_box, slices, turn_between
+from nnunet_lite.data.geometry import (
+    Geometry,
+    Shape,
+    Spacing,
+    common_orientation,
+    nonzero_box,
+    slices,
+    triple,
+    turn_between,
+)
 from nnunet_lite.data.problems import Report
 from nnunet_lite.errors import UserError, naming
 from nnunet_lite.files import first_problem, read_json
@@ -167,7 +176,7 @@ def fingerprint_case(
         Shape, spacing and drawn intensities.
     """
     box = nonzero_box(channels)
-    shape, inside = tuple(high - low for low, high in box), slices(box)
+    shape, inside = triple(high - low for low, high in box), slices(box)
     mask = foreground[inside]
     drawn, position = [], 0
     for channel in channels:
@@ -175,7 +184,7 @@ def fingerprint_case(
         counts, position = random.draw(values.size, samples, position)
         drawn.append(_bound(_distinct(values, counts)))
     relative = float(np.prod(shape) / np.prod(geometry.shape))
-    return CaseFingerprint(geometry.orientation, geometry.spacing, shape, relative, tuple(drawn))  # type: ignore[arg-type]
+    return CaseFingerprint(geometry.orientation, geometry.spacing, shape, relative, tuple(drawn))
 
 
 class Collector:

@@ -158,8 +158,7 @@ def activation_values(network: Network, patch: tuple[int, ...], inputs: int) -> 
 
     A convolution keeps its input, a normalisation its input, an in-place activation its output. So each convolution
     leaves its own output and, where a normalisation follows, the activated one, which is also the next one's input. A
-    GELU keeps its input too.
-    Parameters are those of `network_layers`.
+    GELU keeps its input too. Parameters are those of `network_layers`.
     """
     kept = inputs * prod(patch)
     for layer in network_layers(network, patch, inputs, outputs=0):

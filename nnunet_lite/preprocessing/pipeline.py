@@ -114,8 +114,8 @@ class Preprocessed:
     image : ndarray, shape (channels, z, y, x)
         float32.
     classes : ndarray or None, shape (z, y, x)
-        None for a case without label. Where a channel is normalised inside the nonzero mask, background outside of
-        that mask has the class `Labels.outside_class`.
+        None for an image that is predicted. Where a channel is normalised inside the nonzero mask, background outside
+        of that mask has the class `Labels.outside_class`.
     placement : Placement
         Where the array is in its image.
     """

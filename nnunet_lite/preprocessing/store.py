@@ -360,7 +360,7 @@ def make_case(missing: MissingCase, dataset: Dataset, plan: Plan, threads: int =
 def _read_and_prepare(case: Case, dataset: Dataset, plan: Plan) -> pipeline.Preprocessed:
     """A function of its own, so that the image as read is freed when it returns."""
     image, values = read_case(case, dataset)
-    return pipeline.prepare(image, None if values is None else plan.labels.encode(values), plan)
+    return pipeline.prepare(image, plan.labels.encode(values), plan)
 
 
 def _failure(failed: Mapping[str, Exception], dataset: Dataset) -> UserError:

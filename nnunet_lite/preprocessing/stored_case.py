@@ -1,8 +1,8 @@
 """One preprocessed case on disk: a folder that exists whole or not at all.
 
 image.b2nd       blosc2, (channels, z, y, x) of the plan's `stored_as`; float32 where float16 would overflow
-label.b2nd       blosc2, (z, y, x) classes, uint8 (wider only for more than 256); absent for a case without label;
-                 where a channel is normalised inside the nonzero mask, `Labels.outside_class` outside of it
+label.b2nd       blosc2, (z, y, x) classes, uint8 (wider only for more than 256); where a channel is normalised inside
+                 the nonzero mask, `Labels.outside_class` outside of it
 foreground.npy   int16 or int32 (n, 3), voxels of each class or region, then those that are not ignored
 case.json        how many voxels each has, the placement, and size and checksum of the other files
 
@@ -49,8 +49,8 @@ class CaseArrays:
         Its id.
     image : array, shape (channels, z, y, x)
         float16 or float32.
-    label : array or None, shape (z, y, x)
-        Classes; None for a case without label.
+    label : array, shape (z, y, x)
+        Classes.
     foreground : dict of int to ndarray, shape (n, 3)
         Voxels of each class but the background, or of each region counted from 1; see `sample_voxels`.
     annotated : ndarray or None, shape (n, 3)
@@ -120,8 +120,8 @@ def read_stored_case(folder: Path, case_id: str) -> StoredCase:
             foreground[number] = voxels[start : start + count]
             start += count
     annotated = foreground.pop(_ANNOTATED, None)
-    label = open_array(folder / "label.b2nd") if description["labelled"] else None
-    placement, image = Placement.from_json(description["placement"]), open_array(folder / "image.b2nd")
+    image, label = (open_array(folder / f"{name}.b2nd") for name in ("image", "label"))
+    placement = Placement.from_json(description["placement"])
     return StoredCase(case_id, image, label, foreground, annotated, placement=placement, key=folder.name)
 
 
@@ -157,26 +157,23 @@ def write_stored_case(
 
 
 def _write_files(folder: Path, case: Preprocessed, labels: Labels, patch: Sequence[int], precision: Precision) -> None:
+    assert case.classes is not None  # every case of a planned dataset has a reference
     files: dict[str, tuple[int, int]] = {}
 
     def write(name: str, content: bytes) -> None:
         (folder / name).write_bytes(content)
         files[name] = len(content), zlib.crc32(content)
 
-    voxels: list[tuple[int, np.ndarray]] = []
-    if case.classes is not None:
-        voxels, stored = sample_voxels(case.classes, labels), io.BytesIO()
-        np.save(stored, np.concatenate([np.zeros((0, 3), np.int16), *(v for _, v in voxels)]))
-        write("foreground.npy", stored.getvalue())
+    voxels, stored = sample_voxels(case.classes, labels), io.BytesIO()
+    np.save(stored, np.concatenate([np.zeros((0, 3), np.int16), *(v for _, v in voxels)]))
+    write("foreground.npy", stored.getvalue())
     image, largest = case.image, max(-float(case.image.min()), float(case.image.max()))
     if precision == "float16" and largest <= float(np.finfo(np.float16).max):
         image = image.astype(np.float16)
     write("image.b2nd", compress_array(image, patch))
-    if case.classes is not None:
-        dtype = np.min_scalar_type(labels.outside_class)
-        write("label.b2nd", compress_array(case.classes.astype(dtype, copy=False), patch))
+    dtype = np.min_scalar_type(labels.outside_class)
+    write("label.b2nd", compress_array(case.classes.astype(dtype, copy=False), patch))
     description = {
-        "labelled": case.classes is not None,
         "foreground": [(number, len(v)) for number, v in voxels],
         "placement": asdict(case.placement),
         "files": files,

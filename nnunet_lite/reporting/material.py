@@ -535,7 +535,7 @@ def draw_case(
             image, label = read_case(case, dataset)
             out.geometry = _as_planned(image.geometry, plan)
             oriented = OrientedImage(image, plan)
-            reference = None if label is None else oriented.turn.apply(label)
+            reference = oriented.turn.apply(label)
             if tile:
                 out.tile = oriented.tile(reference)
                 out.intensities = _sample_intensities(image.array, label, plan)
@@ -583,20 +583,18 @@ def draw_finding(material: Material, case: Case, file: Path, finding: Finding) -
     image, reference = read_case(case, material.dataset)
     prediction, _, _ = read_label(file, image.geometry)
     oriented = OrientedImage(image, material.plan)
-    assert reference is not None  # every case of a planned dataset has one
     own, other = oriented.turn.apply(reference), oriented.turn.apply(prediction)
     at = oriented.turn.apply_to_voxel(finding.place, image.geometry.shape)
     box = box_around(oriented.foreground_of(own) | oriented.foreground_of(other))
     return [oriented.draw(plane, at, box, _FINDING_SIZE, own, other) for plane in oriented.planes]
 
 
-def _sample_intensities(image: np.ndarray, label: np.ndarray | None, plan: Plan) -> dict[str, np.ndarray]:
+def _sample_intensities(image: np.ndarray, label: np.ndarray, plan: Plan) -> dict[str, np.ndarray]:
     """Take evenly spaced voxels of each region and of the nonzero image; z-scores where the plan normalizes so."""
     flat = image.reshape(len(image), -1)
     nonzero = (flat != 0).any(axis=0)
-    masks = {"image": nonzero}
-    if label is not None:
-        masks |= {name: np.isin(label.reshape(-1), members) for name, members in plan.labels.regions.items()}
+    masks = {name: np.isin(label.reshape(-1), members) for name, members in plan.labels.regions.items()}
+    masks = {"image": nonzero, **masks}
     samples = {}
     for name, mask in masks.items():
         inside = np.flatnonzero(mask)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from math import prod
 from pathlib import Path
 from shutil import disk_usage
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,9 +24,9 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.files import atomic, locked
 from nnunet_lite.networks.devices import free_device_memory, is_out_of_memory
 from nnunet_lite.preprocessing.stored_case import CaseArrays, StoredCase
+from nnunet_lite.settings import Cache
 from nnunet_lite.system import GB, allow_open_files, cpus, free_memory, in_units
 
-Cache = Literal["auto", "device", "ram", "disk"]
 _SHARE = 0.5  # of the free memory, at most, is used for cases
 _ARRAYS = ("image", "label", "previous", "teacher")  # of a case
 _PLACES = {"device": "kept on {device}", "ram": "kept in RAM", "disk": "read from disk"}

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,10 +31,9 @@ from nnunet_lite.planning.memory import with_memory
 from nnunet_lite.planning.schema import Plan, exact_storage
 from nnunet_lite.planning.swaps import warn_of_lost_swaps
 from nnunet_lite.planning.topology import join_by_x
-from nnunet_lite.settings import AugmentationSettings, Settings
+from nnunet_lite.settings import AugmentationSettings, Part, Settings
 from nnunet_lite.training.job import Job
 
-Part = Literal["encoder", "all-but-head"]
 Names = tuple[Sequence[str], Sequence[str]]  # of the trained network, and of this one
 _FROZEN: dict[str, tuple[str, ...]] = {"encoder": ("stem.", "encoder."), "all-but-head": ("",)}
 _HEADS = "heads."
@@ -231,15 +229,10 @@ def start_from(network: nn.Module, job: Job) -> None:
     if random := [name for name, value in before.items() if value.ndim > 1 and torch.equal(value, now[name])]:
         what = f"--freeze {training.freeze} would keep random weights, which the model lacks: {few(random)}"
         raise UserError(what, source.file, "Freeze less, or nothing.")
-    lines = report if source.licence is None else {"licence": source.licence, **report}
-    log.info(
-        "\n".join(
-            [
-                f"starting from {f'fold {source.fold}' if source.fold else 'the encoder'} of {training.init}",
-                *(f"  {what:<16}  {text}" for what, text in lines.items()),
-            ]
-        )
-    )
+    report = report if source.licence is None else {"licence": source.licence, **report}
+    part = f"fold {source.fold}" if source.fold else "the encoder"
+    lines = (f"  {what:<16}  {text}" for what, text in report.items())
+    log.info("\n".join([f"starting from {part} of {training.init}", *lines]))
 
 
 def adopt_weights(network: nn.Module, state: Mapping[str, Tensor], inputs: Names, outputs: Names) -> dict[str, str]:
