@@ -401,6 +401,16 @@ def test_expected_dice_intervals_and_flags_hold_for_other_cases() -> None:
     assert any("blurred" in flag for flag in blurred.flags)
 
 
+def test_few_held_out_cases_do_not_make_usual_ones_unusual() -> None:
+    """What is usual in a handful of cases fits these better than others, so the threshold comes from others."""
+    alarms = []
+    for seed in range(5):
+        quality = fit_quality(made_up_rows(12, seed), RANGES, {"model": {"0": "f"}}, ("CT",))
+        usual = [row for row in made_up_rows(60, seed + 100) if row.kind == "clean"]
+        alarms += [judge(quality, row.features).unusual >= 0.5 for row in usual]
+    assert np.mean(alarms) < 0.05
+
+
 def test_the_report_has_other_words_for_copies_of_pictures(tiny_workspace: Path) -> None:
     rows, kinds = made_up_rows(12), {"noise": "bias field", "blur": "thick slices"}
     quality = fit_quality(rows, RANGES, {"model": {"0": "f"}}, ("RGB",))

@@ -25,7 +25,6 @@ from nnunet_lite.evaluation.comparison import HeldOut, Team, weights_of
 from nnunet_lite.evaluation.members import find_members
 from nnunet_lite.evaluation.selection import Selection
 from nnunet_lite.files import write_json
-from nnunet_lite.inference.features import CaseFeatures
 from nnunet_lite.inference.quality import (
     N_MONOTONE,
     Quality,
@@ -186,14 +185,17 @@ def fit_quality(
     channels : tuple of str
         Names of the channels.
     """
-    image, labels = _usual_values([row.features for row in rows if row.kind == "clean"])
+    image, labels = _usual_values(rows)
     cases = np.array([case_vector(image, labels, row.features) for row in rows])
     is_clean = np.array([row.kind == "clean" for row in rows])
     suspicion = _fit_suspicion(cases, is_clean, rows)
     scores = np.empty((len(rows), 2))  # distance and score, by what was fitted without the case
     for train, test in split_by_case(rows):
-        held_out = _fit_suspicion(cases[train], is_clean[train], [rows[i] for i in train])
-        scores[test] = [held_out.score(cases[i]) for i in test]
+        others = [rows[i] for i in train]
+        usual = _usual_values(others)
+        by_others = np.array([case_vector(*usual, row.features) for row in rows])
+        held_out = _fit_suspicion(by_others[train], is_clean[train], others)
+        scores[test] = [held_out.score(by_others[i]) for i in test]
     threshold = _upper_percentile(scores[is_clean, 1], 1 - _FALSE_ALARMS)
     x, dice, of = _label_table(rows, labels, cases, scores)
     expected = np.empty(len(dice))
@@ -214,8 +216,9 @@ def fit_quality(
     )  # fmt: skip
 
 
-def _usual_values(clean: Sequence[CaseFeatures]) -> tuple[dict[str, Usual], dict[str, dict[str, Usual]]]:
-    """Return the usual values of each feature of the image, and of each label."""
+def _usual_values(rows: Sequence[Row]) -> tuple[dict[str, Usual], dict[str, dict[str, Usual]]]:
+    """Return the usual values of each feature of the image, and of each label, in the clean cases among the rows."""
+    clean = [row.features for row in rows if row.kind == "clean"]
     image = defaultdict[str, list[float]](list)
     labels = defaultdict[str, dict[str, list[float]]](lambda: defaultdict(list))
     for features in clean:
