@@ -520,6 +520,17 @@ def test_how_a_selection_reads() -> None:
     assert "a&lt;b + c" in html and "a<b" not in html and html.startswith("<table>")
 
 
+def test_a_changed_reference_is_named(paths: Paths, capfd: pytest.CaptureFixture[str]) -> None:
+    """Its old scores are stored, and look as good as new ones."""
+    assert select(paths).candidates and "changed since" not in capfd.readouterr().err
+    stamps = read_json(paths.raw)
+    cases = stored_dataset(paths.dataset).cases
+    stamps[cases[1].id]["files"][-1] |= {"changed": 0, "digest": "0" * 64}  # as if the file were another one by now
+    write_json(paths.raw, stamps)
+    assert select(paths).candidates
+    assert f"warning: {cases[1].label} changed since it was planned, and scores may be" in capfd.readouterr().err
+
+
 def test_a_zip_and_what_is_imported_from_it_postprocess_too(
     paths: Paths, scan: Path, tmp_path: Path, command: Command
 ) -> None:

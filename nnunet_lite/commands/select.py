@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+from nnunet_lite import log
 from nnunet_lite.commands import options
 from nnunet_lite.data.dataset import stored_dataset
+from nnunet_lite.data.raw_files import first_change
 from nnunet_lite.evaluation.comparison import select_models
 from nnunet_lite.evaluation.selection import Selection
 from nnunet_lite.models.argument import find_model
@@ -72,6 +74,9 @@ def select(
     """
     paths = select_dataset(workspace, dataset)
     planned = stored_dataset(paths.dataset)
+    if paths.raw.is_file() and (changed := first_change(planned.cases, paths.raw)):
+        what = f"{changed} changed since it was planned, and scores may be of the former file"
+        log.warn(f"{what}; `nnlite plan` with the same options deletes these, and `nnlite select` makes them again")
     selection = select_models(
         paths, planned, options.names_of(configuration), ensembles=ensembles, postprocess=postprocess, device=device,
         workers=workers,
