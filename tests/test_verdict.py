@@ -55,9 +55,8 @@ def verdict(tiny_workspace: Path, tiny_model: Path, tmp_path: Path) -> Any:
         run["settings"]["training"] |= {"epochs": 50, **training}
         write_json(paths.models / "tiny" / "run.json", run)
         plan, scores = Plan.read(paths.plans), Scores((), Plan.read(paths.plans).labels)
-        _, text, command = judge_training(
-            ModelResults(paths.models / "tiny", "tiny", run, plan, (fold, *more), scores, {}), paths, folds
-        )
+        model = ModelResults(paths.models / "tiny", "tiny", run, plan, (fold, *more), scores, {})
+        _, text, command = judge_training(model, folds)
         return text, command
 
     return judge

@@ -202,7 +202,7 @@ def view(
     nnlite view scan.nii.gz label.nii.gz -m model.zip
     """
     names, root = options.names_of(model) or [], workspace_folder(workspace)
-    maps = [segmentations] if isinstance(segmentations, str | Path) else list(segmentations or ())
+    maps = [Path(path) for path in options.list_of(segmentations)]
     file = None if case is None else Path(case)
     if file is not None and file.exists() and not maps and find_models(file, root, required=False):
         raise UserError("is a model", file, f"See what it predicts: `nnlite view CASE -m {file}`.")
@@ -211,7 +211,7 @@ def view(
         labels = models[0][1].plan.labels if models else None
         if dataset:
             labels = stored_dataset(select_dataset(workspace, dataset, only_reads=True).dataset).labels
-        scene = open_at(read_file_scene(file, [Path(path) for path in maps], labels, models), at)
+        scene = open_at(read_file_scene(file, maps, labels, models), at)
         page = serve(lambda _: scene, {file.name: None}, file.name)
     else:
         page = _serve_dataset(select_dataset(workspace, dataset, only_reads=True), case, names, root, at)

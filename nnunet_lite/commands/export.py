@@ -258,7 +258,7 @@ def _source_and_target(
     UserError
         One of them is given twice, or there is no target.
     """
-    given = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths or [])]
+    given = [Path(path) for path in options.list_of(paths)]
     names_model = len(given) == 1 and model is None and output is None and not is_zip(given[0])
     names_model = names_model and bool(find_models(given[0], workspace, required=False))
     n_models = int(names_model or len(given) > 1 or (output is not None and bool(given)))

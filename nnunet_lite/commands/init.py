@@ -97,7 +97,7 @@ def init(
     existing = read_json(table) if table.is_file() else None
     if existing is None and (source / "dataset.json").is_file():
         raise UserError("is a dataset already", source, f"Run `nnlite plan {_for_shell(source)}`.")
-    images, chosen = ([value] if isinstance(value, str) else list(value or ()) for value in (image, label))
+    images, chosen = map(options.list_of, (image, label))
     files = None if source.is_file() else files_below(source, (place, root))
     if files is not None and files.masks:
         if existing is not None:  # the numbers of structures may be others now

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -165,12 +165,16 @@ def where(dataset: str | None, workspace: str | Path | None) -> list[str]:
     return [*([] if dataset is None else ["-d", dataset]), *([] if workspace is None else ["-w", str(workspace)])]
 
 
+def list_of(value: Any) -> list[Any]:
+    """Return one value, several, or None for none as a list."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
+
+
 def names_of(value: object) -> list[str] | None:
     """Return names that are given one by one, or several in a text with commas; None if there is no name."""
-    if value is None:
-        return None
-    items = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-    return [name.strip() for item in items for name in str(item).split(",") if name.strip()] or None
+    return [name.strip() for item in list_of(value) for name in str(item).split(",") if name.strip()] or None
 
 
 def overrides_of(settings: Mapping[str, Any] | None, **options: Any) -> dict[str, Any]:

@@ -119,9 +119,8 @@ def choose_cases(
     kinds += ACCEPTABLE if accept_geometry else ()
     known = {case.id for case in dataset.cases}
     gone = tuple(case for case in earlier.excluded if case.id not in known) if exclude is None else ()
-    given = [case.id for case in earlier.excluded if case.id in known] if exclude is None else exclude
-    texts = [given] if isinstance(given, str) else given
-    left_out = [name for text in texts for name in ([text] if text in known else options.names_of(text) or [])]
+    given = [case.id for case in earlier.excluded if case.id in known] if exclude is None else options.list_of(exclude)
+    left_out = [name for text in given for name in ([text] if text in known else options.names_of(text) or [])]
     chosen = exclude_cases(dataset, left_out)
     return replace(chosen, excluded=chosen.excluded + gone, accept=tuple(dict.fromkeys(kinds)))
 

@@ -280,14 +280,14 @@ def predict(
     )  # fmt: skip
     settings = {**_SPEEDS[speed or "best"], **settings}
     out, root = Path(output).expanduser(), workspace_folder(workspace)
-    sources = [Path(path).expanduser() for path in _as_list(input)]
+    sources = [Path(path).expanduser() for path in options.list_of(input)]
     if not sources:
         raise UserError("no image is given to predict")
     if part_id not in range(num_parts) and (part_id, num_parts) != (None, 1):
         raise UserError(f"--num-parts {num_parts} needs a --part-id from 0 to {num_parts - 1}")
 
     configurations = options.names_of(configuration) or []
-    pairs = product(_as_list(model or ()), configurations or [None])  # type: ignore[list-item]
+    pairs = product(options.list_of(model or None), configurations or [None])  # type: ignore[list-item]
     models = list(dict.fromkeys(find_model(path, root, dataset, name) for path, name in pairs))
     paths = None if models else select_dataset(workspace, dataset, needs_plan=False)
     folders, folds, rules = choose_models(paths, models, configurations, options.names_of(fold), postprocess)
@@ -469,7 +469,3 @@ def _predict_on(
                 for result in results:
                     record.add(result, {**run, **predictor})
     return sorted(files), dict(sorted(failed.items()))
-
-
-def _as_list(given: Any) -> list[Any]:
-    return [given] if isinstance(given, str | int | Path) else list(given)

@@ -18,7 +18,7 @@ from unicodedata import normalize
 from nnunet_lite import log
 from nnunet_lite.data.dicom import ENDINGS, is_series, series_folders
 from nnunet_lite.data.images import is_image, read_geometry
-from nnunet_lite.data.names import PICTURES, SUPPORTED, ending_of, has_label_word, header_of, stem, suffix_of
+from nnunet_lite.data.names import PICTURES, SUPPORTED, ending_of, has_label_word, header_of, stem, suffix_of, visible
 from nnunet_lite.data.problems import few, plural
 from nnunet_lite.errors import UserError, no_such_file
 from nnunet_lite.workspace import IMAGE_FOLDERS
@@ -80,8 +80,8 @@ def image_files(folder: Path, ending: str | None = None) -> list[Path]:
     list of Path
         Sorted.
     """
-    files = (path for path in folder.iterdir() if is_image(path) and not header_of(path))
-    return sorted(path for path in files if ending is None or path.name.lower().endswith(ending.lower()))
+    files = (path for path in visible(folder) if is_image(path) and not header_of(path))
+    return [path for path in files if ending is None or path.name.lower().endswith(ending.lower())]
 
 
 def folders_in(parent: Path) -> list[Path]:
@@ -97,7 +97,7 @@ def folders_in(parent: Path) -> list[Path]:
     list of Path
         Sorted.
     """
-    return sorted(path for path in parent.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return [path for path in visible(parent) if path.is_dir()]
 
 
 def count_endings(files: Iterable[Path]) -> str:
@@ -132,8 +132,8 @@ def unsupported_files(folder: Path, name: str = "") -> str:
     str
         Such as ", but 5 .gif files", for the end of a message; empty if there are none.
     """
-    files = [path for path in folder.iterdir() if path.is_file() and not is_image(path) and path.suffix]
-    files = [path for path in files if not path.name.startswith(".") and path.suffix.lower() != ".json"]
+    files = [path for path in visible(folder) if path.is_file() and not is_image(path) and path.suffix]
+    files = [path for path in files if path.suffix.lower() != ".json"]
     files = [path for path in files if not name or path.name.startswith(f"{name}.")]
     return f", but {count_endings(files)}" if files else ""
 
@@ -422,7 +422,7 @@ def _usual_folder(root: Path, of_nnunet: str, usual: Sequence[str], what: str) -
     if (root / of_nnunet).is_dir():
         return root / of_nnunet
     candidates = [folder for folder in folders_in(root) if folder.name.lower() in usual]
-    filled = [folder for folder in candidates if any(not path.name.startswith(".") for path in folder.iterdir())]
+    filled = [folder for folder in candidates if visible(folder)]
     if len(filled) > 1:
         names = " and ".join(f"{folder.name}/" for folder in filled)
         raise UserError(f"holds {names}, and each could hold the {what}", root, "Keep one of them.")
@@ -635,9 +635,10 @@ def common_ending(cases: Iterable[Case]) -> str:
 
 def _no_files_error(folder: Path, what: str, ending: str | None = None) -> UserError:
     """Return the error for a folder without a readable file, which says what the folder contains instead."""
-    files = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
+    files = [path for path in visible(folder) if path.is_file()]
     wrong = image_files(folder) or [path for path in files if path.suffix.lower() != ".json"]
-    inside = [f"{path.name}/ ({few(names)})" for path in folders_in(folder) if (names := _names_in(path))]
+    names = {path.name: [inside.name for inside in visible(path)] for path in folders_in(folder)}
+    inside = [f"{name}/ ({few(within)})" for name, within in names.items() if within]
     found = count_endings(wrong) if wrong else few(inside)
     ends = f" that ends with {ending}" if ending else ""
     instead = f", but {found}" if found else "" if files else ": it is empty"
@@ -649,17 +650,13 @@ def _no_files_error(folder: Path, what: str, ending: str | None = None) -> UserE
     return UserError(text, folder, fix)
 
 
-def _names_in(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-
-
 def _no_dataset_error(root: Path) -> UserError:
     """Return the error for a folder that is not a dataset, which says what the folder contains."""
     folders = [root.parent, *folders_in(root)]
     datasets = [str(folder) for folder in folders if (folder / "dataset.json").is_file() or _has_both(folder)]
     if datasets:
         return UserError("is no dataset", root, f"Give {few(datasets)}.")
-    names = [f"{name}/" if (root / name).is_dir() else name for name in _names_in(root)]
+    names = [f"{path.name}/" if path.is_dir() else path.name for path in visible(root)]
     found = f": it holds {few(names)}" if names else ""
     naming = _NAMING.replace("FOLDER", shlex.quote(str(root)))
     return UserError(f"is no dataset{found}", root, f"{_NEEDS} {naming}")

@@ -75,13 +75,10 @@ def check_dataset(
         findings.append(found)
     of_labels = list(check_labels(dataset, [found.values for found in findings]))
     kinds = {problem.kind for problem in of_labels}.difference(dataset.accept)
-    problems = list(check_files(dataset))
-    for note in dataset.notes:
-        if not (note == MASK_NOTE and "label_void" in kinds):
-            problems.append(Problem("understood", str(dataset.root), note))
-    problems += [
-        p for found in findings for p in found.problems if not ("instances" in kinds and p.kind == "label_value")
-    ]
+    notes = [note for note in dataset.notes if note != MASK_NOTE or "label_void" not in kinds]
+    problems = [*check_files(dataset), *(Problem("understood", str(dataset.root), note) for note in notes)]
+    hidden = ("label_value",) if "instances" in kinds else ()
+    problems += [problem for found in findings for problem in found.problems if problem.kind not in hidden]
     problems += [*of_labels, *check_consistency(dataset, findings)]
     problems = [_relative(replace(p, accepted=p.kind in dataset.accept), dataset.root) for p in problems]
     excluded = tuple(case.id for case in dataset.excluded)

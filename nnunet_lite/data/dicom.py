@@ -20,6 +20,7 @@ import numpy as np
 from nnunet_lite import log
 from nnunet_lite.data.formats import sitk
 from nnunet_lite.data.geometry import Geometry, in_brackets
+from nnunet_lite.data.names import visible
 from nnunet_lite.data.problems import few, plural
 from nnunet_lite.errors import UserError
 from nnunet_lite.system import cpus
@@ -125,7 +126,7 @@ def series_folders(folder: Path, depth: int = _DEPTH) -> list[Path]:
     list of Path
         Sorted.
     """
-    entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    entries = visible(folder)
     if any(is_scan(dicom_class(path)) for path in entries):
         return [folder]
     inside = [path for path in entries if path.is_dir()] if depth else []
@@ -273,8 +274,7 @@ def _one_series(path: Path) -> list[Slice]:
 
 def _scans(folder: Path) -> list[Path]:
     """Return the DICOM images of a folder; warn of files that could have been images."""
-    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    classes = {path: dicom_class(path) for path in files}
+    classes = {path: dicom_class(path) for path in visible(folder) if path.is_file()}
     others = [path for path, uid in classes.items() if uid is None]
     if broken := [path for path in others if path.suffix.lower() in ENDINGS]:
         raise UserError("is not a DICOM file, or a damaged one", broken[0], "Copy or export it again, or remove it.")

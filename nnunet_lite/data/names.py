@@ -134,6 +134,11 @@ def case_of(path: Path) -> str:
     return path.name[: -len(ENDINGS[known])] if known in ("seg.nrrd", "rtstruct") else stem(path)
 
 
+def visible(folder: Path) -> list[Path]:
+    """Return the files and folders in a folder, sorted, without hidden ones."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
 # ---------------------------------------------------------------------------------------------- images of several files
 
 

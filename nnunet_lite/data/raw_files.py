@@ -21,7 +21,7 @@ from nnunet_lite.data.cases import Case
 from nnunet_lite.data.dataset import Dataset, dataset_from_json, dataset_to_json, stored_dataset
 from nnunet_lite.data.dicom import series_folders
 from nnunet_lite.data.images import is_dicom, read_geometry
-from nnunet_lite.data.names import companions
+from nnunet_lite.data.names import companions, visible
 from nnunet_lite.data.problems import name_cases
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json, understood, write_json, write_text
@@ -293,8 +293,7 @@ def _files_of(image: Path) -> list[Path]:
     if not image.is_dir() and not is_dicom(image):
         return [image]
     folders = series_folders(image if image.is_dir() else image.parent)
-    files = (file for folder in folders for file in folder.iterdir() if file.is_file() and file.name[0] != ".")
-    return sorted(files)
+    return sorted(file for folder in folders for file in visible(folder) if file.is_file())
 
 
 def _size_and_time(path: Path) -> tuple[int, int] | None:

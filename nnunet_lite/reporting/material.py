@@ -119,6 +119,11 @@ class ModelResults:
         return " + ".join(self.name.split("+"))
 
     @cached_property
+    def where(self) -> str:
+        """The options that select its dataset on a command line."""
+        return Paths(self.folder.parents[1]).where
+
+    @cached_property
     def dice(self) -> float | None:
         """The foreground mean over all held-out cases."""
         return self.scores.foreground().mean
@@ -135,8 +140,7 @@ class ModelResults:
     @cached_property
     def worst_first(self) -> tuple[CaseScore, ...]:
         """The cases by their mean Dice; those without any label come last."""
-        key = {row.case: row.mean_dice for row in self.scores.rows}
-        return tuple(sorted(self.scores.rows, key=lambda row: (key[row.case] is None, key[row.case] or 0.0, row.case)))
+        return tuple(sorted(self.scores.rows, key=lambda row: (row.mean_dice is None, row.mean_dice or 0.0, row.case)))
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ from nnunet_lite.reporting import figures
 from nnunet_lite.reporting.figures import Chart, Column, Curve, Table, Value, share_column
 from nnunet_lite.reporting.material import FoldHistory, Material, ModelResults, draw_cases, draw_finding, read_material
 from nnunet_lite.reporting.pictures import ERROR_COLOURS, Picture
-from nnunet_lite.reporting.verdict import Verdict, judge_training
+from nnunet_lite.reporting.verdict import judge_training
 from nnunet_lite.settings import Settings
 from nnunet_lite.workspace import Paths
 
@@ -131,7 +131,7 @@ def render_page(material: Material) -> str:
         plan=_plan_section(material),
         trainings=_training_section(material),
         size=material.units.size,
-        verdicts=verdicts(material),
+        verdicts=[judge_training(m, [split.name for split in material.splits]) for m in material.trained if m.begun],
         methods=_methods_section(material),
         models=_scores_section(material),
         comparison=_comparison_section(material),
@@ -210,18 +210,6 @@ def error_names(material: Material) -> list[str]:
         From `read_material`.
     """
     return list(ERROR_COLOURS)[: 3 if len(material.dataset.labels.region_names) > 1 else 2]
-
-
-def verdicts(material: Material) -> list[Verdict]:
-    """Say how the training of each model went.
-
-    Parameters
-    ----------
-    material : Material
-        From `read_material`.
-    """
-    folds = [split.name for split in material.splits]
-    return [judge_training(model, material.paths, folds) for model in material.trained if model.begun]
 
 
 def _case_value(material: Material, row: CaseScore, label: str, metric: str) -> float | None:
@@ -560,7 +548,7 @@ def _scores_section(material: Material) -> list[dict[str, Any]]:
                 "agreement": _agreement_charts(material, model, labels),
                 "table": _held_out_table(material, model, labels),
                 "examples": [
-                    (case, what, means[case], pictures[case], _view_command(material, case, model))
+                    (case, what, means[case], pictures[case], _view_command(case, model))
                     for case, what in model.examples.items()
                     if case in pictures
                 ],
@@ -607,12 +595,9 @@ def _agreement_charts(material: Material, model: ModelResults, labels: Sequence[
     return [chart for chart in charts if chart]
 
 
-def _view_command(material: Material, case: str, model: ModelResults) -> str:
-    """Return the command that shows a case with the prediction of a model, which may be one of another dataset."""
-    command, root = shlex.join(["nnlite", "view", case, "-m", model.folder.name]), model.folder.parents[1]
-    if root == material.paths.root:
-        return command + material.paths.where
-    return f"{command} {shlex.join(['-d', root.name, '-w', str(root.parent)])}"
+def _view_command(case: str, model: ModelResults) -> str:
+    """Return the command that shows a case with the prediction of a model."""
+    return shlex.join(["nnlite", "view", case, "-m", model.folder.name]) + model.where
 
 
 def _hardest_labels(model: ModelResults) -> list[str]:
@@ -676,7 +661,7 @@ def page_data(material: Material) -> dict[str, Any]:
             "fold": model.fold_of,
             "scores": scores,
             "pictures": material.overlays[model.name],
-            "view": {case: _view_command(material, case, model) for case in scores},
+            "view": {case: _view_command(case, model) for case in scores},
         }
     return {
         "labels": list(names),

@@ -127,10 +127,8 @@ class OrientedImage:
             The turned label map.
         """
         shape = self.array.shape[1:]
-        at = tuple(n // 2 for n in shape)
-        if reference is not None:
-            at = fullest_slices(self.foreground_of(reference))
-        whole = (0, shape[0]), (0, shape[1]), (0, shape[2])
+        at = fullest_slices(np.zeros(shape) if reference is None else self.foreground_of(reference))
+        whole = triple((0, n) for n in shape)
         return self.draw(self.planes[0], at, whole, _TILE_SIZE, reference, None, channels=3 if self.colour else 1)
 
     def overlays(self, reference: np.ndarray | None, files: Mapping[str, Path], size: int) -> dict[str, list[Picture]]:

@@ -77,7 +77,7 @@ def write_comparison(first: Path, second: Path, output: Path | None) -> Path:
         "comparison.html.j2",
         material,
         models=models,
-        verdicts=[judge_training(model, paths, []) for model in models if model.begun],
+        verdicts=[judge_training(model, []) for model in models if model.begun],
         notes=[*material.notes, *_false_labels(material)],
         paired=[table for table in tables if table.rows[0][2] is not None],
         unpaired=[_own_scores(model) for model in models if model.scores.rows],

@@ -13,7 +13,6 @@ from nnunet_lite.data.problems import plural
 from nnunet_lite.models.folder import CHECKPOINT, training_command
 from nnunet_lite.reporting.material import FoldHistory, ModelResults
 from nnunet_lite.settings import Settings, TrainingSettings
-from nnunet_lite.workspace import Paths
 
 _LEAST_EPOCHS = 6  # from which a trend can be seen
 _PART = 5  # means over a fifth of the epochs are compared
@@ -46,34 +45,34 @@ class _FoldVerdict(NamedTuple):
     continued_by: str = ""  # "resume" it, make it "longer", or nothing
 
 
-def judge_training(model: ModelResults, paths: Paths, folds: Sequence[str]) -> Verdict:
+def judge_training(model: ModelResults, folds: Sequence[str]) -> Verdict:
     """Say how far the folds of a model are, whether their loss still falls, and what to do next.
 
     Parameters
     ----------
     model : ModelResults
         A model with folds.
-    paths : Paths
-        The workspace of the dataset.
     folds : sequence of str
         All folds of the dataset.
     """
+    training = Settings.model_validate(model.run["settings"]).training
     groups: dict[_FoldVerdict, list[str]] = defaultdict(list)
-    for fold in model.folds:
-        if fold.rows:
-            groups[_judge_fold(fold, Settings.model_validate(model.run["settings"]).training)].append(fold.name)
+    for fold in model.begun:
+        groups[_judge_fold(fold, training)].append(fold.name)
     text = "; ".join(f"{'fold' if len(names) == 1 else 'folds'} {', '.join(names)}: {verdict.text}"
                      for verdict, names in groups.items())  # fmt: skip
     todo: dict[str, list[str]] = defaultdict(list)
     for verdict, names in groups.items():
         todo[verdict.continued_by] += names
-    command = _next_command(model, paths, folds, todo)
-    return Verdict(model.name, text, command and command + paths.where)
+    command = _next_command(model, training, folds, todo)
+    return Verdict(model.name, text, command and command + model.where)
 
 
-def _next_command(model: ModelResults, paths: Paths, folds: Sequence[str], todo: dict[str, list[str]]) -> str:
+def _next_command(
+    model: ModelResults, training: TrainingSettings, folds: Sequence[str], todo: dict[str, list[str]]
+) -> str:
     """Return the command that resumes a fold, makes the folds longer, or trains the next one."""
-    folder, training = model.folder, Settings.model_validate(model.run["settings"]).training
+    folder = model.folder
     if "resume" in todo:
         return training_command(folder, todo["resume"][0])
     longer = [name for name in todo.get("longer", ()) if (folder / f"fold_{name}" / CHECKPOINT).is_file()]
