@@ -409,8 +409,9 @@ def _describe_failed(failed: dict[str, UserError], n_pairs: int) -> UserError:
     if len(failed) == 1:
         return first
     lines = "".join(f"\n  {case}: {error.what}" for case, error in failed.items())
-    fixes = dict.fromkeys(error.fix for error in failed.values())
-    return UserError(f"{len(failed)} of {n_pairs} pairs cannot be compared:{lines}", None, " ".join(fixes))
+    fixes = dict.fromkeys(error.fix for error in failed.values() if error.fix)
+    shown = [fix for fix in fixes if not any(other != fix and other.startswith(fix) for other in fixes)]
+    return UserError(f"{' '.join([f'{len(failed)} of {n_pairs} pairs cannot be compared.', *shown])}{lines}")
 
 
 _Remark = tuple[str, str]  # what is special about a file, and its name
