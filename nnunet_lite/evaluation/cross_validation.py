@@ -220,4 +220,5 @@ def read_reference(case: Case, dataset: Dataset) -> tuple[np.ndarray, Spacing]:
 
 
 def _cases(dataset: Dataset, case_ids: Sequence[str]) -> list[Case]:
-    return [case for case in dataset.cases if case.id in set(case_ids)]
+    chosen = set(case_ids)
+    return [case for case in dataset.cases if case.id in chosen]

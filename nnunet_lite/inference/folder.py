@@ -20,7 +20,7 @@ import numpy as np
 from nnunet_lite import log
 from nnunet_lite.data.cases import Case
 from nnunet_lite.data.geometry import Geometry
-from nnunet_lite.data.images import Image, read_images, read_label, write_label
+from nnunet_lite.data.images import read_images, read_label, write_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.names import Format, case_of, format_of
 from nnunet_lite.data.nifti import write_nifti
@@ -100,6 +100,98 @@ class _Prediction:
     seconds: float
 
 
+@dataclass(frozen=True)
+class _Call:
+    """What all cases of a call of `predict_cases` share, by the names of its parameters; `files` are by case id."""
+
+    predictor: Predictor
+    out: Path
+    outputs: Outputs
+    files: dict[str, _CaseFiles]
+    report: Callable[[CaseResult], None]
+    stage_classes: Callable[[str], np.ndarray] | None
+    accept_geometry: bool
+
+    @property
+    def plan(self) -> Plan:
+        return self.predictor.plan
+
+    def find_existing(self) -> tuple[set[str], set[str]]:
+        """Return the ids of cases that have all files, and of those that can be completed from their label map."""
+        complete, incomplete = set[str](), set[str]()
+        if not self.outputs.skip_existing:
+            return complete, incomplete
+        measured = read_statistics(self.out) if self.outputs.statistics else {}
+        # as values of the dataset
+        readable = (None, "nifti") if needs_layers(self.plan.labels) else (None, "nifti", "seg.nrrd")
+        for name, of in self.files.items():
+            if not all(path.is_file() for path in (of.label_map, *of.maps.values())):
+                continue
+            is_measured = not self.outputs.statistics or case_of(of.label_map) in measured
+            if is_measured and all(path.is_file() for path in of.masks.values()):
+                complete.add(name)
+            elif format_of(of.label_map) in readable:
+                incomplete.add(name)
+        return complete, incomplete
+
+    def complete(self, case: Case) -> None:
+        """Make statistics and files of labels from a label map that exists."""
+        image, file = read_case_image(self.plan, case, self.accept_geometry), self.files[case.id].label_map
+        label_map = read_label(file, image.geometry)[0]
+        if label_map.shape != image.geometry.shape:
+            raise UserError("is the label map of another image", file, "Choose another --output.")
+        self._write_masks(case, label_map, image.geometry)
+        if self.outputs.statistics:
+            self.report(CaseResult(file, case, KEPT, None, self._measure(label_map, image.array, image.geometry)))
+
+    def prepare(self, case: Case) -> PreparedImage:
+        """Read and preprocess an image."""
+        return prepare_image(self.predictor, read_case_image(self.plan, case, self.accept_geometry))
+
+    def predict(self, case: Case, source: Future[PreparedImage]) -> _Prediction:
+        """Predict an image, and judge the prediction."""
+        prepared = source.result()
+        began = time.monotonic()
+        calibrated, maps = self.predictor.quality if self.outputs.quality else None, self.outputs.maps
+        if calibrated is not None:
+            maps = self.predictor.add_quality_maps(maps)
+        classes = None if self.stage_classes is None else self.stage_classes(case.id)
+        label_map, arrays = segment(self.predictor, prepared, classes, maps, partial(array_on_disk, self.out))
+        judged = None
+        if calibrated is not None:
+            features = describe_prediction(prepared.arrays[0], label_map, arrays, self.plan.labels)
+            judged = judge(calibrated, features)
+        geometry = prepared.arrays[0].placement.geometry
+        return _Prediction(geometry, label_map, arrays, judged, time.monotonic() - began)
+
+    def write(self, case: Case, prediction: _Prediction) -> None:
+        """Write all files of a case; the label map is the last one: if it exists, the case is complete."""
+        of, label_map, geometry = self.files[case.id], prediction.label_map, prediction.geometry
+        of.label_map.unlink(missing_ok=True)  # an older one beside new files would be taken for theirs
+        for name, file in of.maps.items():
+            with atomic(file) as temporary:
+                write_nifti(temporary, prediction.maps[name], geometry, 1 / STEPS, case.images[0])
+        if self.outputs.postprocess is not None:
+            label_map = self.outputs.postprocess(label_map, geometry.spacing)
+        self._write_masks(case, label_map, geometry)
+        sizes = None
+        if self.outputs.statistics:  # what there is to say about the image was said when it was read first
+            image = read_images(case.images, len(self.plan.channels), self.accept_geometry)
+            sizes = self._measure(label_map, image.array, geometry)
+        seconds = round(prediction.seconds, 2)
+        self.report(CaseResult(of.label_map, case, "written", seconds, sizes, prediction.quality))
+        write_segmentation(of.label_map, label_map, geometry, self.plan.labels, case.images[0])
+
+    def _write_masks(self, case: Case, label_map: np.ndarray, geometry: Geometry) -> None:
+        for label, file in self.files[case.id].masks.items():
+            mask = np.isin(label_map, self.plan.labels.segments[label])
+            write_label(file, mask, geometry, like=case.images[0])
+
+    def _measure(self, label_map: np.ndarray, array: np.ndarray, geometry: Geometry) -> dict[str, dict[str, Any]]:
+        channels = [channel.name for channel in self.plan.channels]
+        return measure_labels(label_map, array, geometry, self.plan.labels, channels)
+
+
 def predict_cases(
     predictor: Predictor,
     cases: Sequence[Case],
@@ -151,30 +243,23 @@ def predict_cases(
     out.mkdir(parents=True, exist_ok=True)
     for folder in (out / "probabilities", out / "uncertainty", *out.glob(f"{SEGMENTATIONS}/*")):
         sweep(folder)  # of a killed run; this one may write nothing there
-    complete, incomplete = _find_existing(files, out, outputs, plan.labels) if outputs.skip_existing else (set(), set())
+    call = _Call(predictor, out, outputs, files, report, stage_classes, accept_geometry)
+    complete, incomplete = call.find_existing()
     existing = complete | incomplete
     todo = [case for case in cases if case.id not in existing]
     if n_replaced := sum(files[case.id].label_map.is_file() for case in todo):
         why = "files that are made with them are missing" if outputs.skip_existing else "--continue keeps them"
         log.info(f"{out}: {plural(n_replaced, 'label map')} will be replaced; {why}")
     failed: dict[str, str] = {}
-    read = partial(read_case_image, plan, accept_geometry=accept_geometry)
-
-    def read_again(case: Case) -> np.ndarray:
-        """What there is to say about the image was said the first time."""
-        return read_images(case.images, len(plan.channels), accept_geometry).array
-
     partial_cases = [case for case in cases if case.id in incomplete]
     for case in log.progress(partial_cases, len(partial_cases), "complete") if partial_cases else ():
         with _recorded(failed, case):
-            _complete_case(case, files[case.id], plan, outputs, read, report)
+            call.complete(case)
     n_readers = 1 if predictor.device.type == "cpu" else min(cpus(), _MOST_READERS)  # a CPU computes at the same time
     size = _READING + _MEASURING * outputs.statistics
     with ThreadPoolExecutor(n_readers) as reader:
-        images = _read_ahead(reader, lambda case: prepare_image(predictor, read(case)), todo, n_readers, size)
-        predict = partial(_predict_case, predictor, stage_classes=stage_classes, outputs=outputs, out=out)
-        write = partial(_write_case, files=files, plan=plan, outputs=outputs, read=read_again, report=report)
-        oriented = _predict_and_write(images, len(todo), predict, write, failed)
+        images = _read_ahead(reader, call.prepare, todo, n_readers, size)
+        oriented = _predict_and_write(call, images, len(todo), failed)
     for case in todo:
         if case.id in failed:
             report(CaseResult(files[case.id].label_map, case, f"failed: {failed[case.id]}"))
@@ -198,11 +283,7 @@ def _recorded(failed: dict[str, str], case: Case) -> Iterator[None]:
 
 
 def _predict_and_write(
-    images: Iterator[tuple[Case, Future[PreparedImage]]],
-    total: int,
-    predict: Callable[[Case, Future[PreparedImage]], _Prediction],
-    write: Callable[[Case, _Prediction], None],
-    failed: dict[str, str],
+    call: _Call, images: Iterator[tuple[Case, Future[PreparedImage]]], total: int, failed: dict[str, str]
 ) -> dict[str, list[str]]:
     """Predict images in turn while a thread writes those before; return the ids of each orientation."""
     oriented = defaultdict[str, list[str]](list)
@@ -210,10 +291,10 @@ def _predict_and_write(
     with ThreadPoolExecutor(1) as writer, log.working("predict", total) as advance:
         for case, source in images:
             with _recorded(failed, case):
-                prediction = predict(case, source)
+                prediction = call.predict(case, source)
                 if own := prediction.geometry.orientation:
                     oriented[own].append(case.id)
-                queue.append((case, writer.submit(write, case, prediction)))
+                queue.append((case, writer.submit(call.write, case, prediction)))
                 del prediction
             del source  # or image and maps would be in memory until the next image is predicted
             if len(queue) > _MOST_WRITING:
@@ -253,99 +334,6 @@ def _check_files(cases: Sequence[Case], files: Mapping[str, _CaseFiles]) -> None
     times = Counter(str(path).lower() for path in written)  # some systems take both letter cases for the same
     if twice := next((path for path in written if times[str(path).lower()] > 1), None):
         raise UserError("would be written twice, for two cases or labels", twice, "Rename one.")
-
-
-def _find_existing(
-    files: Mapping[str, _CaseFiles], out: Path, outputs: Outputs, labels: Labels
-) -> tuple[set[str], set[str]]:
-    """Return the ids of cases that have all files, and of those whose missing ones can be made from the label map."""
-    measured = read_statistics(out) if outputs.statistics else {}
-    readable = (None, "nifti") if needs_layers(labels) else (None, "nifti", "seg.nrrd")  # as values of the dataset
-    complete, incomplete = set[str](), set[str]()
-    for name, of in files.items():
-        if not all(path.is_file() for path in (of.label_map, *of.maps.values())):
-            continue
-        is_measured = not outputs.statistics or case_of(of.label_map) in measured
-        if is_measured and all(path.is_file() for path in of.masks.values()):
-            complete.add(name)
-        elif format_of(of.label_map) in readable:
-            incomplete.add(name)
-    return complete, incomplete
-
-
-def _complete_case(
-    case: Case,
-    files: _CaseFiles,
-    plan: Plan,
-    outputs: Outputs,
-    read: Callable[[Case], Image],
-    report: Callable[[CaseResult], None],
-) -> None:
-    """Make statistics and files of labels from a label map that exists."""
-    image = read(case)
-    label_map = read_label(files.label_map, image.geometry)[0]
-    if label_map.shape != image.geometry.shape:
-        raise UserError("is the label map of another image", files.label_map, "Choose another --output.")
-    _write_masks(case, files, label_map, image.geometry, plan.labels)
-    if outputs.statistics:
-        report(CaseResult(files.label_map, case, KEPT, None, _measure(label_map, image.array, image.geometry, plan)))
-
-
-def _predict_case(
-    predictor: Predictor,
-    case: Case,
-    source: Future[PreparedImage],
-    stage_classes: Callable[[str], np.ndarray] | None,
-    outputs: Outputs,
-    out: Path,
-) -> _Prediction:
-    """Predict an image, and judge the prediction."""
-    prepared = source.result()
-    began = time.monotonic()
-    calibrated, maps = predictor.quality if outputs.quality else None, outputs.maps
-    if calibrated is not None:
-        maps = predictor.add_quality_maps(maps)
-    classes = None if stage_classes is None else stage_classes(case.id)
-    label_map, arrays = segment(predictor, prepared, classes, maps, partial(array_on_disk, out))
-    judged = None
-    if calibrated is not None:
-        features = describe_prediction(prepared.arrays[0], label_map, arrays, predictor.plan.labels)
-        judged = judge(calibrated, features)
-    geometry = prepared.arrays[0].placement.geometry
-    return _Prediction(geometry, label_map, arrays, judged, time.monotonic() - began)
-
-
-def _write_case(
-    case: Case,
-    prediction: _Prediction,
-    files: Mapping[str, _CaseFiles],
-    plan: Plan,
-    outputs: Outputs,
-    read: Callable[[Case], np.ndarray],
-    report: Callable[[CaseResult], None],
-) -> None:
-    """Write all files of a case; the label map is the last one: if it exists, the case is complete."""
-    of, label_map, geometry = files[case.id], prediction.label_map, prediction.geometry
-    of.label_map.unlink(missing_ok=True)  # an older one beside new files would be taken for theirs
-    for name, file in of.maps.items():
-        with atomic(file) as temporary:
-            write_nifti(temporary, prediction.maps[name], geometry, 1 / STEPS, case.images[0])
-    if outputs.postprocess is not None:
-        label_map = outputs.postprocess(label_map, geometry.spacing)
-    _write_masks(case, of, label_map, geometry, plan.labels)
-    sizes = _measure(label_map, read(case), geometry, plan) if outputs.statistics else None
-    report(CaseResult(of.label_map, case, "written", round(prediction.seconds, 2), sizes, prediction.quality))
-    write_segmentation(of.label_map, label_map, geometry, plan.labels, case.images[0])
-
-
-def _write_masks(case: Case, files: _CaseFiles, label_map: np.ndarray, geometry: Geometry, labels: Labels) -> None:
-    for label, file in files.masks.items():
-        write_label(file, np.isin(label_map, labels.segments[label]), geometry, like=case.images[0])
-
-
-def _measure(label_map: np.ndarray, array: np.ndarray, geometry: Geometry, plan: Plan) -> dict[str, dict[str, Any]]:
-    channels = [channel.name for channel in plan.channels]
-    return measure_labels(label_map, array, geometry, plan.labels, channels)
 
 
 def _read_ahead(
