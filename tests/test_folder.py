@@ -167,6 +167,17 @@ def test_voxels_of_another_unit_are_reported(
         assert (said in capsys.readouterr().err) is reported
 
 
+@pytest.mark.parametrize("spacing", [(3, 3, 3), (5, 1, 1), (1, 1, 4), (2, 1, 1), (0.2, 0.2, 0.2), (2, 2, 2)])
+def test_voxels_that_are_much_coarser_are_reported(
+    model: Predictor, scans: list[Path], tmp_path: Path, capsys: Any, spacing: tuple[float, float, float]
+) -> None:
+    image = read_image(scans[0])
+    write_label(tmp_path / "scan.nii.gz", image.array[0], replace(image.geometry, spacing=spacing))
+    read_case_image(model.plan, Case("scan", (tmp_path / "scan.nii.gz",), None))
+    said = f"has voxels of {' x '.join(map(str, spacing))} mm, and most training images of 1 x 1 x 1 mm: its label map"
+    assert (said in capsys.readouterr().err) is (max(spacing) > 2.5)
+
+
 def test_a_ct_that_is_not_in_hounsfield_units_is_reported(
     model: Predictor, scans: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -139,6 +139,16 @@ def test_headers_that_state_no_spacing(tmp_path: Path) -> None:
     assert all(read_image(tmp_path / name).geometry.calibrated for name in ("b.nrrd", "c.nrrd", "b.mha"))
 
 
+@pytest.mark.parametrize(("unit", "said"), [("mm", ()), ("um", ("lengths are read as mm, as by ITK",))])
+def test_the_unit_of_an_nrrd_is_mm(tmp_path: Path, unit: str, said: tuple[str, ...]) -> None:
+    """Its label map, which ITK writes without a unit, has the same numbers."""
+    header = {"space": "LPS", "space directions": np.eye(3) * 2, "space units": [unit] * 3, "kinds": ["domain"] * 3}
+    nrrd.write(str(tmp_path / "a.nrrd"), integers((5, 4, 3), 9), header)
+    image = read_image(tmp_path / "a.nrrd")
+    assert image.geometry.spacing == (2, 2, 2)
+    assert [note.startswith(start) for note, start in zip(image.notes, said, strict=True)] == [True] * len(said)
+
+
 @pytest.mark.parametrize("ending", ["MHD", "Mhd", "NHDR", "Nhdr"])
 def test_headers_whose_endings_are_in_any_case(tmp_path: Path, ending: str) -> None:
     """The voxels are found by the name in the header."""

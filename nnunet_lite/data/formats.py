@@ -27,6 +27,7 @@ from nnunet_lite.errors import UserError
 
 _SAYS_NOTHING = re.compile("ImageIO reader|file type|Error while reading|^Reason:|identify image file")
 _SPACING = re.compile(rb"^(?:(?:spacings|space directions):|Element(?:Spacing|Size) *=).*\d", re.MULTILINE)
+_NRRD_UNIT = re.compile(rb'^space units:\s*"?([^"\s]+)', re.MULTILINE)
 _HEADER_BYTES = 1 << 16  # of NRRD and MetaImage that are searched
 _ORIENTATION = 274  # the tag of TIFF and EXIF
 Pillow.MAX_IMAGE_PIXELS = None  # whole slides exceed the limit of Pillow
@@ -70,6 +71,8 @@ def read_file(path: Path, resolve_palette: bool = True) -> Image:
         if not names.voxel_file(path):
             names.require_bytes(path, channels * math.prod(geometry.shape), is_picture)
         array = _read_pillow(path, resolve_palette) if _needs_pillow(path) else _read_itk(path, *header)
+        if unit := _ignored_unit(path):
+            notes.append(f"lengths are read as mm, as by ITK and 3D Slicer, and its header says {unit}")
         if is_picture:
             orientation = _picture_notes(path, resolve_palette, notes)
     if np.iscomplexobj(array):
@@ -178,6 +181,16 @@ def _states_spacing(path: Path) -> bool:
         return True
     with path.open("rb") as file:
         return bool(_SPACING.search(file.read(_HEADER_BYTES)))
+
+
+def _ignored_unit(path: Path) -> str | None:
+    """Return the unit that the header of an NRRD states, if it is not mm: ITK neither uses nor keeps it."""
+    if names.suffix_of(path) not in (".nrrd", ".nhdr"):
+        return None
+    with path.open("rb") as file:
+        found = _NRRD_UNIT.search(file.read(_HEADER_BYTES).partition(b"\n\n")[0])
+    unit = found[1].decode(errors="replace") if found else "mm"
+    return None if unit in ("mm", "millimeter", "millimeters", "???") else unit
 
 
 def _read_itk(path: Path, geometry: Geometry, channels: int) -> np.ndarray:

@@ -27,6 +27,7 @@ from nnunet_lite.preprocessing.pipeline import output_values
 
 _NOT_IN_NAMES = str.maketrans(dict.fromkeys('/\\:*?"<>| ', "_"))  # characters that a file name cannot have everywhere
 _MICROSCOPIC = 0.05  # mm: smaller voxels are of a microscope
+_MUCH_COARSER = 2.5  # times the voxels of the training
 _OTHER_UNIT = 100  # the unit of voxels that are 100 times smaller or larger than those of the training may be wrong
 
 
@@ -88,11 +89,7 @@ def use_trained_unit(plan: Plan, image: Image, path: Path) -> Image:
     stated = geometry.spacing[1:] if geometry.dimensions == 2 else geometry.spacing
     if geometry.calibrated:
         if suffix_of(path) not in TIFF or max(stated) > _MICROSCOPIC or not any(set(s) == {1.0} for s in planned):
-            own, trained = min(stated), min(plan.median_spacing)
-            if max(own / trained, trained / own) > _OTHER_UNIT:
-                log.warn(
-                    f"{path}: has voxels of {own:.3g} mm, the training images of {trained:.3g} mm; is its unit right?"
-                )
+            _warn_of_other_voxels(stated, plan, path)
             return image
         log.info(f"{path}: its spacing is not used: the model was trained on images without one")
         pixels = PICTURE_SPACING if geometry.dimensions == 2 else (1.0, 1.0, 1.0)
@@ -107,6 +104,18 @@ def use_trained_unit(plan: Plan, image: Image, path: Path) -> Image:
     if geometry.dimensions == 3 and set(finest) != {1.0}:
         log.warn(f"{path}: no spacing known, 1x1x1 mm is used")
     return image
+
+
+def _warn_of_other_voxels(stated: Sequence[float], plan: Plan, path: Path) -> None:
+    """Warn of voxels whose unit may be wrong, or that are much coarser than those of the training."""
+    own, trained = min(stated), min(plan.median_spacing)
+    coarser = [a / b for a, b in zip(sorted(stated), sorted(plan.median_spacing), strict=False)]
+    if max(own / trained, trained / own) > _OTHER_UNIT:
+        log.warn(f"{path}: has voxels of {own:.3g} mm, the training images of {trained:.3g} mm; is its unit right?")
+    elif max(coarser) > _MUCH_COARSER:
+        sizes, usual = (" x ".join(f"{size:.3g}" for size in each) for each in (stated, plan.median_spacing))
+        what = f"has voxels of {sizes} mm, and most training images of {usual} mm"
+        log.warn(f"{path}: {what}: its label map may be worse than those of the validation")
 
 
 def _warn_of_no_hounsfield_units(image: Image, plan: Plan, path: Path) -> None:
