@@ -59,13 +59,20 @@ class Paths:
     models = _PathOf("models")
     ensembles = _PathOf("ensembles")
     inference = _PathOf("inference.json")
-    calibration = _PathOf("calibration.jsonl")  # held-out cases and copies by which `select` calibrates the quality
     audit = _PathOf("audit.json")
 
     @property
     def name(self) -> str:
         """The name of the dataset."""
         return self.root.name
+
+    def held_out_by(self, models: str) -> Path:
+        """Return the folder with what a model predicted of its held-out cases, or an ensemble such as A+B."""
+        return (self.ensembles if "+" in models else self.models) / models
+
+    def calibration_of(self, models: str) -> Path:
+        """Return the held-out cases and degraded copies by which `select` calibrates a model, or an ensemble."""
+        return self.held_out_by(models) / "calibration.jsonl"
 
     @property
     def option(self) -> str:

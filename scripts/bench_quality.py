@@ -148,7 +148,7 @@ def train(root: Path, workspace: Path, configurations: Sequence[str], minutes: f
         for fold in FOLDS:
             if not (paths.models / f"{configuration}-cpu" / f"fold_{fold}" / "validation" / "summary.json").is_file():
                 run("train", configuration, fold, "--recipe", "cpu", "--time-limit", minutes, "-w", workspace)
-    if not paths.calibration.is_file():
+    if not paths.inference.is_file():
         run("select", "-w", workspace)
     return paths
 

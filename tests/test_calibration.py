@@ -31,11 +31,19 @@ from nnunet_lite.data.geometry import Geometry
 from nnunet_lite.data.images import read_image
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation import calibration, calibration_rows
-from nnunet_lite.evaluation.calibration import MIN_CASES, _what_lacks, fit_quality, split_by_case
-from nnunet_lite.evaluation.calibration_rows import Row, TrainingRanges, read_rows, training_ranges
+from nnunet_lite.evaluation.calibration import MIN_CASES, _what_lacks, find_held_out, fit_quality, split_by_case
+from nnunet_lite.evaluation.calibration_rows import (
+    Row,
+    TrainingRanges,
+    predict_rows,
+    read_rows,
+    training_ranges,
+    write_rows,
+)
 from nnunet_lite.evaluation.comparison import HeldOut, load_team
 from nnunet_lite.evaluation.degradation import DEGRADATIONS
 from nnunet_lite.evaluation.members import find_members
+from nnunet_lite.evaluation.selection import read_selection
 from nnunet_lite.files import read_json, write_json
 from nnunet_lite.inference.features import CaseFeatures, describe_image, describe_prediction
 from nnunet_lite.inference.folder import Outputs
@@ -97,7 +105,7 @@ def predict(paths: Paths, images: Path, out: Path, **options: Any) -> Any:
 
 
 def test_select_predicts_each_held_out_case_and_degraded_copies_of_it(selected: Paths) -> None:
-    rows = read_rows(selected.calibration)
+    rows = read_rows(selected.calibration_of("short"))
     held_out = read_json(selected.splits)[0]["val"]
     assert [row.case for row in rows if row.kind == "clean"] == held_out
     assert {row.kind for row in rows} == {"clean", *DEGRADATIONS}
@@ -257,13 +265,27 @@ def test_a_calibration_is_resumed(selected: Paths, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(calibration_rows, "_MINUTES", 0)
     workspace = Path(shutil.copytree(selected.root.parent, tmp_path / "workspace"))
     paths = Paths(workspace / selected.name)
-    quality, text = (paths.models / "short" / "quality.json").read_text(), paths.calibration.read_text()
+    quality, text = (paths.models / "short" / "quality.json").read_text(), paths.calibration_of("short").read_text()
     head, *rows = text.splitlines()
     rows = [json.dumps(json.loads(row) | {"quality": None}) for row in rows]  # a killed run has judged nothing
-    paths.calibration.write_text("\n".join([head, *rows[:-1], rows[-1][:40]]))
+    paths.calibration_of("short").write_text("\n".join([head, *rows[:-1], rows[-1][:40]]))
     nnunet_lite.select(workspace=workspace, device="cpu", workers=1)
-    assert paths.calibration.read_text() == text
+    assert paths.calibration_of("short").read_text() == text
     assert (paths.models / "short" / "quality.json").read_text() == quality
+
+
+def test_each_selection_keeps_its_calibration(selected: Paths, tmp_path: Path) -> None:
+    """Another selection is calibrated beside it, and the report shows that of the selected model."""
+    paths = Paths(Path(shutil.copytree(selected.root, tmp_path / selected.name)))
+    shutil.copytree(paths.models / "short", paths.models / "other")
+    selection = read_selection(paths)
+    assert selection is not None
+    held_out, team = find_held_out(paths, stored_dataset(paths.dataset), selection, None, None)
+    other = (replace(team[0], folder=paths.models / "other"),)
+    rows = predict_rows(held_out, team)
+    write_rows(held_out, other, rows[:3])
+    assert predict_rows(held_out, other) == rows[:3]
+    assert predict_rows(held_out, team) == rows == list(read_material(paths).calibration)
 
 
 @pytest.mark.parametrize("n", [10, 19, 40, 200, 450])
@@ -279,12 +301,12 @@ def test_each_round_has_all_kinds_equally_often(n: int) -> None:
 
 @pytest.mark.slow
 def test_a_slow_calibration_ends_after_a_round_and_is_kept(selected: Paths, tmp_path: Path) -> None:
-    rows = read_rows(selected.calibration)
+    rows = read_rows(selected.calibration_of("short"))
     numbers = Counter(row.kind for row in rows)
     assert numbers.pop("clean") == 12 and set(numbers.values()) <= {4, 5} and len(numbers) == len(DEGRADATIONS)
     workspace = Path(shutil.copytree(selected.root.parent, tmp_path / "workspace"))
     nnunet_lite.select(workspace=workspace, device="cpu", workers=1)
-    assert read_rows(Paths(workspace / selected.name).calibration) == rows
+    assert read_rows(Paths(workspace / selected.name).calibration_of("short")) == rows
 
 
 def test_ignored_voxels_hide_how_large_a_label_is(copy_nnunet: Copy, tmp_path: Path) -> None:
@@ -541,10 +563,10 @@ def test_a_case_is_never_in_both_parts() -> None:
 def test_networks_that_find_nothing_say_nothing(selected: Paths, tmp_path: Path, capfd: Any) -> None:
     workspace = Path(shutil.copytree(selected.root.parent, tmp_path / "workspace"))
     paths = Paths(workspace / selected.name)
-    first, *lines = paths.calibration.read_text().splitlines()
+    first, *lines = paths.calibration_of("short").read_text().splitlines()
     rows = [Row.model_validate_json(line) for line in lines]
     empty = [row.model_copy(update={"features": CaseFeatures(row.features.image, {"Anterior": {}})}) for row in rows]
-    paths.calibration.write_text("\n".join([first, *(row.model_dump_json() for row in empty)]) + "\n")
+    paths.calibration_of("short").write_text("\n".join([first, *(row.model_dump_json() for row in empty)]) + "\n")
     nnunet_lite.select(workspace=workspace, device="cpu", workers=1)
     assert "labels are found in 0 held-out cases only" in capfd.readouterr().err
     assert not (paths.models / "short" / "quality.json").exists()

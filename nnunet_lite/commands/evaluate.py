@@ -246,15 +246,11 @@ def _serve_dataset(
 def _scores(paths: Paths, model: str, labels: Labels) -> dict[str, float]:
     """Return the mean Dice of each case that a model held out, the lowest first."""
     notes: list[str] = []
-    scores, _ = read_fold_scores(_model_folder(paths, model), labels, notes)
+    scores, _ = read_fold_scores(paths.held_out_by(model), labels, notes)
     for note in notes:  # the cases can be looked at without their scores
         log.warn(note)
     known = {row.case: row.mean_dice for row in scores.rows if row.mean_dice is not None}
     return {case: known[case] for case in sorted(known, key=known.__getitem__)}
-
-
-def _model_folder(paths: Paths, name: str) -> Path:
-    return paths.ensembles / name if "+" in name else paths.models / name
 
 
 def _case_of(cases: Mapping[str, Case], name: str, dataset: str) -> str:
@@ -275,7 +271,7 @@ def _predictions(paths: Paths, case: Case, names: Sequence[str], required: bool)
     """
     predictions = []
     for name in names:
-        folder = _model_folder(paths, name)
+        folder = paths.held_out_by(name)
         maps = (output_file(case, fold / VALIDATION) for fold in sorted(folder.glob("fold_*")))
         if file := next((path for path in maps if path.is_file()), None):
             predictions.append((f"{name}, {file.parent.parent.name.replace('_', ' ')}", file))

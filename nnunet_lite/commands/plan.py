@@ -363,8 +363,8 @@ def _forget_changed_cases(
     """
     known = [case for case in dataset.cases if case.id in before]
     changes = [(case, changed_files(case, before[case.id], now.get(case.id))) for case in known]
-    outdated = set()
-    for model in (*model_folders(paths), *paths.ensembles.glob("*")):
+    models, outdated = [*model_folders(paths), *paths.ensembles.glob("*")], set[str]()
+    for model in models:
         for folder, (case, files) in product(model.glob(f"fold_*/{VALIDATION}"), changes):
             if files and (label_map := output_file(case, folder)).is_file():
                 (folder / SUMMARY).unlink(missing_ok=True)
@@ -372,7 +372,8 @@ def _forget_changed_cases(
                     label_map.unlink()
                 outdated.add(case.id)
     if outdated:
-        paths.calibration.unlink(missing_ok=True)
+        for model in models:
+            paths.calibration_of(model.name).unlink(missing_ok=True)
         what = f"{name_cases(sorted(outdated))} changed since models were scored on them"
         log.info(f"{what}: their scores are deleted, and `nnlite select` makes them again")
     return [case.id for case, files in changes if files]

@@ -1,6 +1,6 @@
 """Held-out cases and degraded copies of them, as the networks that have not seen them predict them.
 
-`predict_rows` makes a row of features and Dice of each, and keeps them in calibration.jsonl in the dataset's folder.
+`predict_rows` makes a row of features and Dice of each, and keeps them in the folder of the model or ensemble.
 From the rows calibration.py learns how good predictions are; the report shows them.
 """
 
@@ -22,7 +22,7 @@ from nnunet_lite.data.cases import Case
 from nnunet_lite.data.dataset import Dataset, read_case
 from nnunet_lite.data.geometry import triple
 from nnunet_lite.errors import UserError, describe
-from nnunet_lite.evaluation.comparison import HeldOut, Team, load_team, weights_of
+from nnunet_lite.evaluation.comparison import HeldOut, Team, load_team, team_name, weights_of
 from nnunet_lite.evaluation.cross_validation import read_reference
 from nnunet_lite.evaluation.degradation import DEGRADATIONS, Labelled
 from nnunet_lite.evaluation.masks import count_overlap
@@ -156,7 +156,7 @@ def write_rows(held_out: HeldOut, team: Team, rows: Sequence[Row]) -> None:
         The predictions.
     """
     lines = [json.dumps({"of": _key(held_out, team)}), *(row.model_dump_json() for row in rows)]
-    write_text(held_out.paths.calibration, "\n".join(lines) + "\n")
+    write_text(held_out.paths.calibration_of(team_name(team)), "\n".join(lines) + "\n")
 
 
 def _key(held_out: HeldOut, team: Team) -> str:
@@ -177,7 +177,7 @@ def predict_rows(held_out: HeldOut, team: Team) -> list[Row]:
     team : tuple of Member
         The models.
     """
-    file = held_out.paths.calibration
+    file = held_out.paths.calibration_of(team_name(team))
     rows = read_rows(file, _key(held_out, team))
     if rows and all(row.quality for row in rows):
         log.info("the quality was calibrated before")

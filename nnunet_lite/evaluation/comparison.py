@@ -197,8 +197,7 @@ def _ranked_candidates(dice: Mapping[Team, np.ndarray], winner: Team, labels: Se
 
 def _folder(held_out: HeldOut, team: Team, fold: str) -> Path:
     """Return the folder of the label maps of the held-out cases of a fold."""
-    folder = team[0].folder if len(team) == 1 else held_out.paths.ensembles / "+".join(member.name for member in team)
-    return folder / f"fold_{fold}" / VALIDATION
+    return held_out.paths.held_out_by(team_name(team)) / f"fold_{fold}" / VALIDATION
 
 
 def _choose_postprocessing(held_out: HeldOut, team: Team) -> Decision:
@@ -252,6 +251,11 @@ def _forget_other_weights(team: Team, fold: str, out: Path) -> None:
         if file.is_file():
             file.unlink()
     write_json(note, weights)
+
+
+def team_name(team: Team) -> str:
+    """Return the name of a model, or A+B of an ensemble."""
+    return "+".join(member.name for member in team)
 
 
 def weights_of(team: Team, folds: Sequence[str]) -> dict[str, dict[str, str]]:
