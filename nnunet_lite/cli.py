@@ -154,7 +154,7 @@ def main() -> None:
     try:
         system.raise_on_interrupt()
         warnings.showwarning = _show_warning
-        arguments = [_HOME.sub(lambda found: str(Path(found[0]).expanduser()), word) for word in sys.argv[1:]]
+        arguments = [_HOME.sub(lambda found: str(system.expand_home(found[0])), word) for word in sys.argv[1:]]
         code = app(arguments or ["--help"], prog_name="nnlite", standalone_mode=False)
         if code == system.INTERRUPTED:  # typer keeps the KeyboardInterrupt to itself
             raise KeyboardInterrupt

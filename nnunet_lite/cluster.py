@@ -36,6 +36,7 @@ from nnunet_lite import log
 from nnunet_lite.errors import Busy, UserError, WorkersDied, describe
 from nnunet_lite.files import first_problem, scratch
 from nnunet_lite.settings import recipe_folder
+from nnunet_lite.system import expand_home
 
 _INSTALL = "`pip install 'nnunet-lite[cluster]'`, here and on the workers."
 
@@ -346,7 +347,7 @@ def connect(address: str, workspace: Path) -> Iterator[Cluster]:
     UserError
         No scheduler answers, no worker joins, or a worker has other versions or does not see the workspace.
     """
-    file = Path(address).expanduser()
+    file = expand_home(address)
     where = {"scheduler_file": str(file)} if file.is_file() else {"address": address}
     try:
         client = Client(**where, timeout=_CONNECT)
@@ -396,7 +397,7 @@ def read_cluster_config(name: str) -> ClusterConfig:
         There is none, or it has another form.
     """
     known = {path.stem: path for path in sorted((recipe_folder() / "cluster").glob("*.toml"))}
-    file = known.get(name, Path(name).expanduser())
+    file = known.get(name, expand_home(name))
     if not file.is_file():
         raise UserError(f"there is no cluster {name!r}", fix=f"There are: {', '.join(known)}; or give a TOML file.")
     try:

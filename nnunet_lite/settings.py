@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, Validati
 
 from nnunet_lite.errors import UserError, suggest
 from nnunet_lite.files import must_be, read_text
+from nnunet_lite.system import expand_home
 
 # ------------------------------------------------------------------------------------------------ types of values
 
@@ -48,7 +49,7 @@ def _to_tuple(value: Any) -> Any:
 def _to_absolute(factory: str) -> str:
     """Return a factory with the absolute path of its file, so that the model can be read from any folder."""
     where, _, name = factory.rpartition(":")
-    return f"{Path(where).expanduser().absolute()}:{name}" if where.endswith(".py") else factory
+    return f"{expand_home(where).absolute()}:{name}" if where.endswith(".py") else factory
 
 
 Range = tuple[float, float]
@@ -494,7 +495,7 @@ def _recipe_path(recipe: str, folder: Path | None = None) -> Path:
         return folder / recipe
     known = recipes()
     by_stem = {Path(name).name: path for name, path in known.items()}
-    path = known.get(recipe) or by_stem.get(recipe) or Path(recipe).expanduser()
+    path = known.get(recipe) or by_stem.get(recipe) or expand_home(recipe)
     if not path.is_file():
         raise UserError(f"there is no recipe {recipe!r}", fix=f"{suggest(recipe, known, 0.5)} Or give a TOML file.")
     return path

@@ -262,6 +262,11 @@ def pairs_at_once(n: int, workers: int | None) -> int:
     return max(1, min(cpus() if workers is None else workers, n, _MOST_PAIRS))
 
 
+def expand_home(path: str | Path) -> Path:
+    """Return a path with the home folder of a ~ at its beginning; one that is no home, as in ~scan.nii.gz, stays."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - Path.expanduser raises then
+
+
 def require_space(folder: Path, needed: int) -> None:
     """Make sure that the disk of a folder has room for some bytes.
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from nnunet_lite import log
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json, understood, write_json
+from nnunet_lite.system import expand_home
 
 RAW = "raw"  # a folder of the workspace: datasets that `nnlite init` wrote
 IMAGE_FOLDERS = ("imagestr", "images", "image")  # of raw data, in upper or lower case
@@ -87,7 +88,7 @@ class Paths:
 
 def workspace_folder(given: str | Path | None = None) -> Path:
     """Return the workspace: the one that is given, otherwise NNLITE_WORKSPACE, otherwise ./nnlite_workspace."""
-    return Path(given or os.environ.get("NNLITE_WORKSPACE") or "nnlite_workspace").expanduser().absolute()
+    return expand_home(given or os.environ.get("NNLITE_WORKSPACE") or "nnlite_workspace").absolute()
 
 
 def is_model_of(workspace: Path, folder: Path) -> bool:
@@ -117,7 +118,7 @@ def find_raw(given: str, workspace: Path) -> Path:
     UserError
         There is no dataset of that name, or there are several.
     """
-    path = Path(given).expanduser()
+    path = expand_home(given)
     if path.is_dir():
         return path.absolute() if _is_raw(path) else _listed(path.absolute(), workspace) or path.absolute()
     if path.exists():
@@ -284,7 +285,7 @@ def planned_paths(
         raise UserError(f"the workspace {workspace} has {what} called {given!r}", fix=have)
     paths = Paths(found[0])
     if paths.name in planned:
-        _refuse_other_root(paths, Path(given).expanduser())
+        _refuse_other_root(paths, expand_home(given))
     return paths
 
 

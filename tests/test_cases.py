@@ -22,7 +22,7 @@ from nnunet_lite.data.images import Image, read_geometry, read_image, read_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.nifti import write_nifti
 from nnunet_lite.errors import UserError
-from nnunet_lite.inference.cases import check_output, use_trained_unit
+from nnunet_lite.inference.cases import check_channels, check_output, use_trained_unit
 from nnunet_lite.inference.predictor import Predictor
 
 NUMBERS = [[[0.0, 1.0], [2.0, 3.0]], [[1.0, 0.0], [3.0, 2.0]]]
@@ -86,6 +86,12 @@ def test_a_series_over_time_is_answered_with_what_to_do(command: Command, place:
     nibabel.save(nibabel.Nifti1Image(series, image.affine), place / "bold.nii.gz")
     code, _, err = command("predict", "-i", "bold.nii.gz", "-o", "o", "-m", "model", "--device", "cpu", cwd=place)
     assert code == 2 and "has 3 channels, the model expects 1 (MRI). Of a series over time (cine, fMRI)" in err
+
+
+def test_too_few_channels_are_no_series(model: Predictor) -> None:
+    plan = model.plan.model_copy(update={"channels": model.plan.channels * 3})
+    with pytest.raises(UserError, match=r"has 2 channels, the model expects 3 \(MRI, MRI, MRI\)\.$"):
+        check_channels(Image(np.zeros((2, 4, 4, 4)), Geometry((4, 4, 4), (1.0, 1.0, 1.0))), plan, Path("scan.nii.gz"))
 
 
 def test_arrays_of_every_kind_give_the_same(model: Predictor, scans: list[Path]) -> None:

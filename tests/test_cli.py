@@ -249,6 +249,14 @@ def test_a_home_that_the_shell_leaves_in_an_option(
     code, _, err = command("evaluate", "~/labels", Path(label).parent, "--output=~/scores.json", cwd=tmp_path)
     assert (code, err) == (0, "") and (tmp_path / "home" / "scores.json").is_file() and not (tmp_path / "~").exists()
 
+    for typed in (
+        ("plan", "none", "--group-by", r"~\d+"),
+        ("predict", "-i", "~$scan.nii", "-o", "o"),
+        ("info", "~nobody"),
+    ):
+        code, _, err = command(*typed, cwd=tmp_path)
+        assert code == 2 and err.startswith("error: "), "~ begins a name that is no home"
+
 
 def test_mistake_in_a_real_process(nnlite: Command, tmp_path: Path) -> None:
     code, out, err = nnlite("train", "3d_fullres", "0", "--epoch", "3", cwd=tmp_path)

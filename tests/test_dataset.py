@@ -258,6 +258,8 @@ def test_the_folder_of_one_patient_names_the_case(tmp_path: Path, scan: Path, mo
     assert [case.id for case in find_cases([tmp_path / "P1", tmp_path / "in"], 1)] == names
     monkeypatch.chdir(tmp_path / "P1" / "sub-01")
     assert [case.id for case in find_cases([Path()], 1)] == ["sub-01"]
+    copies(scan, tmp_path / "sub-04" / "anat" / "a" / "b" / "c" / "d", "T1w")  # found there in folders of any names
+    assert [case.id for case in find_cases([tmp_path / "sub-04"], 1)] == ["sub-04"]
 
 
 @pytest.mark.parametrize("channels", [1, 3])

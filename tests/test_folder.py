@@ -176,6 +176,9 @@ def test_voxels_that_are_much_coarser_are_reported(
     read_case_image(model.plan, Case("scan", (tmp_path / "scan.nii.gz",), None))
     said = f"has voxels of {' x '.join(map(str, spacing))} mm, and most training images of 1 x 1 x 1 mm: its label map"
     assert (said in capsys.readouterr().err) is (max(spacing) > 2.5)
+    label = tmp_path / "label.nii.gz"
+    read_case_image(model.plan, Case("scan", (tmp_path / "scan.nii.gz",), label))
+    assert "warning" not in capsys.readouterr().err, "a case of the training is validated"
 
 
 def test_a_ct_that_is_not_in_hounsfield_units_is_reported(

@@ -529,6 +529,10 @@ def test_a_changed_reference_is_named(paths: Paths, capfd: pytest.CaptureFixture
     write_json(paths.raw, stamps)
     assert select(paths).candidates
     assert f"warning: {cases[1].label} changed since it was planned, and scores may be" in capfd.readouterr().err
+    paths.dataset.write_text(paths.dataset.read_text().replace(cases[0].images[0].name, "gone.nii.gz"))
+    with pytest.raises(UserError, match="there is no such file"):
+        select(paths)
+    assert "changed since" not in capfd.readouterr().err
 
 
 def test_a_zip_and_what_is_imported_from_it_postprocess_too(

@@ -15,7 +15,7 @@ from samples import TINIEST, Copy, rewrite_nifti
 
 import nnunet_lite
 from nnunet_lite.commands import train as commands
-from nnunet_lite.commands.train import fold_names
+from nnunet_lite.commands.train import _warn_of_edits, fold_names
 from nnunet_lite.commands.training_run import plan_for_settings, plan_runs
 from nnunet_lite.data.dataset import stored_dataset
 from nnunet_lite.errors import Busy, Stopped, UserError
@@ -361,6 +361,11 @@ def test_raw_data_that_were_edited_are_reported(
     err = capfd.readouterr().err
     assert "its labels and cases are not those of the plan, which are trained; `nnlite plan` takes them up" in err
     assert f"the raw files of case {label.name.removesuffix('.nii.gz')} have changed, and are preprocessed again" in err
+
+
+def test_raw_data_that_cannot_be_read_stop_no_training(workspace: Path) -> None:
+    planned = stored_dataset(planned_paths(workspace).dataset)
+    _warn_of_edits(replace(planned, root=Path("/" + 300 * "x")))  # OSError, as a network drive that is gone
 
 
 def test_the_start_of_the_process_counts_as_time_but_leaves_some_to_train(

@@ -18,6 +18,7 @@ from nnunet_lite.models.lookup import describe_folder, read_model
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.planning.show import length_unit, plan_table
 from nnunet_lite.planning.topology import join_by_x
+from nnunet_lite.system import expand_home
 from nnunet_lite.workspace import Paths, select_dataset, workspace_folder
 
 
@@ -60,7 +61,7 @@ def show_info(
     nnlite info model.zip --json
     """
     if model is not None:
-        given = Path(model).expanduser()
+        given = expand_home(model)
         if given.is_file() and is_model(folder := given.absolute().parent.parent):  # weights of a fold
             given, checkpoint = folder, "best" if given.name == "checkpoint_best.pth" else checkpoint
         found = find_models(given, workspace_folder(workspace), dataset)

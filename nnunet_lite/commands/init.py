@@ -20,6 +20,7 @@ from nnunet_lite.data.names import PICTURES, stem
 from nnunet_lite.data.problems import few, plural
 from nnunet_lite.errors import UserError, no_such_file
 from nnunet_lite.files import read_json, write_json
+from nnunet_lite.system import expand_home
 from nnunet_lite.workspace import RAW, workspace_folder
 
 _CASES_SHOWN = 3
@@ -84,10 +85,10 @@ def init(
     nnlite init patients
     nnlite init scans --image '*_t1.nii.gz' --label '*_lesion.nii.gz'
     """
-    source, place = Path(data).expanduser().absolute(), workspace_folder(workspace)
+    source, place = expand_home(data).absolute(), workspace_folder(workspace)
     source = source.resolve() if ".." in source.parts else source
     name = source.stem if source.is_file() else source.name
-    root = Path(output).expanduser().absolute() if output else place / RAW / name
+    root = expand_home(output).absolute() if output else place / RAW / name
     then = f"nnlite plan {_for_shell(root)}" + (f" -w {_for_shell(place)}" if workspace else "")
     if not source.exists():
         raise no_such_file(source)

@@ -31,6 +31,7 @@ from nnunet_lite.planning.schema import Options, Plan, Precision
 from nnunet_lite.planning.spacing import warn_of_spacing
 from nnunet_lite.preprocessing.store import PreprocessingSummary, preprocess_dataset
 from nnunet_lite.settings import Preset
+from nnunet_lite.system import expand_home
 from nnunet_lite.training.splits import FoldRule, check_folds, make_splits, write_splits
 from nnunet_lite.workspace import Paths, find_raw, select_dataset, use, workspace_folder
 
@@ -263,7 +264,7 @@ def plan(
         preset=preset,
         memory_gb=memory,
         spacing=spacing,
-        adopted=None if plans is None else str(Path(plans).expanduser().absolute()),
+        adopted=None if plans is None else str(expand_home(plans).absolute()),
         sizes={} if patch is None and batch_size is None else dict.fromkeys(resized, sizes),
         clip_percentiles=clip_percentiles,
         stored_as=store,

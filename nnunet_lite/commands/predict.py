@@ -38,6 +38,7 @@ from nnunet_lite.models.folder import (
 from nnunet_lite.models.lookup import first_common_fold, read_model
 from nnunet_lite.networks.cpu import keep_freed_memory
 from nnunet_lite.planning.schema import Plan
+from nnunet_lite.system import expand_home
 from nnunet_lite.workspace import select_dataset, workspace_folder
 
 _SHOWN = 10  # label maps whose expected quality is printed
@@ -279,8 +280,8 @@ def predict(
         inference__max_memory=max_memory,
     )  # fmt: skip
     settings = {**_SPEEDS[speed or "best"], **settings}
-    out, root = Path(output).expanduser(), workspace_folder(workspace)
-    sources = [Path(path).expanduser() for path in options.list_of(input)]
+    out, root = expand_home(output), workspace_folder(workspace)
+    sources = [expand_home(path) for path in options.list_of(input)]
     if not sources:
         raise UserError("no image is given to predict")
     if part_id not in range(num_parts) and (part_id, num_parts) != (None, 1):

@@ -14,6 +14,7 @@ from nnunet_lite.evaluation.selection import Selection
 from nnunet_lite.models.argument import find_model
 from nnunet_lite.reporting.page import write_report
 from nnunet_lite.reporting.side_by_side import write_comparison
+from nnunet_lite.system import expand_home
 from nnunet_lite.workspace import select_dataset, workspace_folder
 
 
@@ -74,7 +75,7 @@ def select(
     """
     paths = select_dataset(workspace, dataset)
     planned = stored_dataset(paths.dataset)
-    if paths.raw.is_file() and (changed := first_change(planned.cases, paths.raw)):
+    if paths.raw.is_file() and (changed := first_change(planned.cases, paths.raw)) and changed.exists():
         what = f"{changed} changed since it was planned, and scores may be of the former file"
         log.warn(f"{what}; `nnlite plan` with the same options deletes these, and `nnlite select` makes them again")
     selection = select_models(
@@ -131,7 +132,7 @@ def report(
     nnlite report -d Task04_Hippocampus -o report.html
     nnlite report --compare 3d_fullres 2d
     """
-    target = None if output is None else Path(output).expanduser().absolute()
+    target = None if output is None else expand_home(output).absolute()
     if compare is None:
         return write_report(select_dataset(workspace, dataset, only_reads=True), target)
     root = workspace_folder(workspace)

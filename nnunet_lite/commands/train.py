@@ -505,7 +505,7 @@ def _warn_of_edits(planned: Dataset) -> None:
     """Warn of raw data whose description has changed since they were planned; images are not compared."""
     try:  # without dataset.json all label maps would be read
         now = planned if planned.layout == "plain" else read_dataset(planned.root)
-    except UserError:  # the raw data may be gone
+    except (UserError, OSError):  # the raw data may be gone
         return
     before, after = ({case.id for case in cases} for cases in ((*planned.cases, *planned.excluded), now.cases))
     changes = {"labels": now.labels != planned.labels, "channels": now.channels != planned.channels}

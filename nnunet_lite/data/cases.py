@@ -190,7 +190,8 @@ def _cases_of(source: Path, channels: int, names: Sequence[str]) -> list[Case]:
     else:
         skipped: list[Path] = []
         is_case = all(_PART_OF_CASE.fullmatch(folder.name) for folder in folders_in(source))
-        cases = (_nested_cases if is_case else _case_folders)(source, channels, names, skipped, _DEPTH)
+        find = _nested_cases if is_case else _case_folders
+        cases = find(source, channels, names, skipped, _DEPTH + is_case)
         if skipped:
             files = few([str(path.relative_to(source)) for path in skipped])
             log.warn(f"{source}: {files} are not predicted: by their names they are label maps")

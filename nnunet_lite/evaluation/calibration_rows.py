@@ -249,7 +249,7 @@ def read_labelled(predictor: Predictor, case: Case, dataset: Dataset) -> Labelle
         The dataset of the case.
     """
     image, reference = read_case(case, dataset)
-    return Labelled(use_trained_unit(predictor.plan, image, case.images[0]), reference)
+    return Labelled(use_trained_unit(predictor.plan, image, case.images[0], of_training=True), reference)
 
 
 def predict_pair(predictor: Predictor, pair: Labelled, case: str, kind: str) -> Row:

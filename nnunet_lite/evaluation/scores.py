@@ -408,7 +408,7 @@ def _describe_failed(failed: dict[str, UserError], n_pairs: int) -> UserError:
     first = next(iter(failed.values()))
     if len(failed) == 1:
         return first
-    lines = "".join(f"\n  {case}: {error.what}" for case, error in failed.items())
+    lines = "".join(f"\n  {error.file or case}: {error.what}" for case, error in failed.items())
     fixes = dict.fromkeys(error.fix for error in failed.values() if error.fix)
     shown = [fix for fix in fixes if not any(other != fix and other.startswith(fix) for other in fixes)]
     return UserError(f"{' '.join([f'{len(failed)} of {n_pairs} pairs cannot be compared.', *shown])}{lines}")

@@ -56,10 +56,11 @@ def read_case_image(plan: Plan, case: Case, accept_geometry: bool = False) -> Im
         extra = case.images[0].with_name(f"{case.id}_{n_channels:04d}{ending_of(case.images[0])}")
         if extra.is_file():
             raise UserError(f"is a channel too many; {expected}", extra)
-    return use_trained_unit(plan, read_images(case.images, n_channels, accept_geometry), case.images[0])
+    image = read_images(case.images, n_channels, accept_geometry)
+    return use_trained_unit(plan, image, case.images[0], of_training=case.label is not None)
 
 
-def use_trained_unit(plan: Plan, image: Image, path: Path) -> Image:
+def use_trained_unit(plan: Plan, image: Image, path: Path, of_training: bool = False) -> Image:
     """Use the pixels of a microscope as the unit if the model was trained so, as nnU-Net reads such TIFF files.
 
     Parameters
@@ -70,6 +71,8 @@ def use_trained_unit(plan: Plan, image: Image, path: Path) -> Image:
         As it was read from `path`.
     path : Path
         Its file.
+    of_training : bool
+        It is a case of the dataset, whose voxels may differ from most others.
 
     Returns
     -------
@@ -89,7 +92,8 @@ def use_trained_unit(plan: Plan, image: Image, path: Path) -> Image:
     stated = geometry.spacing[1:] if geometry.dimensions == 2 else geometry.spacing
     if geometry.calibrated:
         if suffix_of(path) not in TIFF or max(stated) > _MICROSCOPIC or not any(set(s) == {1.0} for s in planned):
-            _warn_of_other_voxels(stated, plan, path)
+            if not of_training:
+                _warn_of_other_voxels(stated, plan, path)
             return image
         log.info(f"{path}: its spacing is not used: the model was trained on images without one")
         pixels = PICTURE_SPACING if geometry.dimensions == 2 else (1.0, 1.0, 1.0)
@@ -134,7 +138,7 @@ def check_channels(image: Image, plan: Plan, path: Path | None = None, fix: str 
         who = "" if path else "the image "
         if not fix and image.geometry.dimensions == 2:
             fix = f"Save the picture as {'RGB' if expected == 3 else 'grey' if expected == 1 else names} first."
-        if not fix and found > 1 and path:
+        if not fix and found > expected and path:
             fix = "Of a series over time (cine, fMRI), predict one volume: save it as a file of its own."
         raise UserError(f"{who}has {plural(found, 'channel')}, the model expects {expected} ({names})", path, fix)
 

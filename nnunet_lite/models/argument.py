@@ -16,6 +16,7 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.files import scratch
 from nnunet_lite.models.bundle import is_zip, models_in_zip, read_manifest, unpack, unpack_nnunet
 from nnunet_lite.models.folder import EXPECTED, OLD, Checkpoint, is_model, is_nnunet, read_run, weight_files
+from nnunet_lite.system import expand_home
 from nnunet_lite.workspace import models_below, planned_paths
 
 
@@ -96,7 +97,7 @@ def find_models(given: str | Path, workspace: Path, dataset: str | None = None, 
     UserError
         There is none.
     """
-    path = Path(given).expanduser()
+    path = expand_home(given)
     file, in_workspace = _zip_of(path), models_below(workspace)
     if not path.exists() and file is None:
         named = [folder for folder in in_workspace if folder.name == str(path)]

@@ -32,6 +32,7 @@ from nnunet_lite.planning.schema import Plan, exact_storage
 from nnunet_lite.planning.swaps import warn_of_lost_swaps
 from nnunet_lite.planning.topology import join_by_x
 from nnunet_lite.settings import AugmentationSettings, Part, Settings
+from nnunet_lite.system import expand_home
 from nnunet_lite.training.job import Job
 
 Names = tuple[Sequence[str], Sequence[str]]  # of the trained network, and of this one
@@ -102,7 +103,7 @@ def open_source(model: str, workspace: Path, plan: Plan, fold: str, configuratio
     UserError
         There is no model, or none of its folds is trained.
     """
-    file = Path(model).expanduser()
+    file = expand_home(model)
     if file.is_file() and file.suffix in _CHECKPOINTS:
         yield _read_source(file, plan, configuration)
         return
