@@ -66,7 +66,7 @@ def test_equal_configurations_share_one_copy(five: Dataset, tmp_path: Path) -> N
     assert other.made == 5 and other.kept == 5  # 2d keeps the spacing of the first axis: those are there
 
 
-def test_only_what_changed_is_made_again(five: Dataset, tmp_path: Path) -> None:
+def test_only_what_changed_is_made_again(five: Dataset, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     plan = sample_plan(five.labels)
     assert preprocess_dataset(five, plan, BOTH, tmp_path).made == 5
     before = contents(tmp_path)
@@ -80,6 +80,13 @@ def test_only_what_changed_is_made_again(five: Dataset, tmp_path: Path) -> None:
     write_label(label, values, geometry)
     assert preprocess_dataset(five, plan, BOTH, tmp_path).made == 1
     assert open_case(tmp_path, plan, "2d", five.cases[2].id).label[0, 0, 0] == 1
+    assert f"the raw files of case {five.cases[2].id} have changed" in capfd.readouterr().err
+    write_label(label, values - (values == 1), geometry)
+    assert preprocess_dataset(five, sample_plan(five.labels, (3.0, 1.0, 1.0)), ["3d_fullres"], tmp_path).made == 5
+    capfd.readouterr()
+    write_label(label, values, geometry)
+    assert preprocess_dataset(five, plan, BOTH, tmp_path).made == 0
+    assert "have changed" not in capfd.readouterr().err, "the arrays of the former file are still there"
     assert preprocess_dataset(five, sample_plan(five.labels, (2.0, 1.5, 1.5)), ["3d_fullres"], tmp_path).made == 5
     assert preprocess_dataset(five, sample_plan(five.labels, scheme="none"), ["3d_fullres"], tmp_path).made == 5
 

@@ -161,8 +161,9 @@ def preprocess_dataset(
         estimate = sum(case.disk(plan) for case in missing)
         system.require_space(folder, estimate)
         made = sum(len(case.folders) for case in missing)
-        if changed := [case for case, now in raw.items() if case in known and known[case].digests != now.digests]:
-            log.info(f"the raw files of {name_cases(changed)} have changed, and are preprocessed again")
+        other = [one.case.id for one in missing if known.get(one.case.id, one.raw).digests != one.raw.digests]
+        if other:
+            log.info(f"the raw files of {name_cases(other)} have changed, and are preprocessed again")
         if missing:
             log.info(f"{made} arrays to make, about {system.in_units(estimate)} of disk")
             if plan.stored_as == "float16" and exact_storage(plan.channels) == "float32":
