@@ -182,9 +182,9 @@ def main() -> None:
         if not hasattr(error, "format_message"):
             raise
         command = getattr(getattr(error, "ctx", None), "command_path", "nnlite")
-        text = re.sub(
-            r"Input should be a valid (number|integer),.*", r"a \1 is needed, without a unit", error.format_message()
-        )
+        text = error.format_message().replace("Value error, ", "")  # of pydantic
+        text = re.sub("Input should be a valid integer,.*", "a whole number is needed, without a unit", text)
+        text = re.sub("Input should be a valid number,.*", "a number is needed, without a unit", text)
         sys.exit(_fail(f"error: {text.rstrip('.?')}. See `{command} --help`.", 2))
 
 

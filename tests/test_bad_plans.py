@@ -318,6 +318,8 @@ SETTINGS = {
     "a negative spacing": asked("plan raw --spacing -2", "spacing", "greater than 0"),
     "a spacing of four axes": asked("plan raw --spacing 2 2 2 2", "one length in mm, or one for each axis"),
     "a spacing with a unit": asked("plan raw --spacing 2mm", "'--spacing'", "without a unit"),
+    "a batch of text": asked("train --batch-size two", "'--batch-size': a whole number is needed"),
+    "a speed that does not exist": asked("predict -i a -o b --speed fastest", "'--speed': 'fastest' is not one of"),
     "a spacing beyond the images, of a recipe": asked(f"{TRAIN} --set plan.spacing=500", "leaves no voxel along z"),
     "a spacing for pictures, of a recipe": asked(f"{TRAIN} --set plan.spacing=[1,2]", "2 numbers for images with 3"),
     "a storage for plan that is not there": asked("plan raw --store float8", "float8"),
