@@ -40,6 +40,16 @@ def test_devices_by_name() -> None:
     assert pick_device(None).type == pick_device("auto").type == expected
 
 
+def test_a_gpu_that_torch_cannot_use_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device(None) == CPU and capsys.readouterr().err == ""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert pick_device(None) == CPU
+    assert "warning: torch cannot use the GPU of this machine" in capsys.readouterr().err
+
+
 def test_a_device_that_does_not_compute_is_one_line() -> None:
     """As a GPU for which torch has no code, or that others hold: it can be found, and tensors can be made on it."""
     assert require_working(CPU) == CPU

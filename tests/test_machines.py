@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from nnunet_lite.commands.machines import doctor
 from nnunet_lite.system import in_units
@@ -47,6 +48,19 @@ def test_a_disk_that_is_nearly_full_is_a_problem(
     about = doctor(workspace=tmp_path)
     problem = f"only 900 MB are free where the workspace is ({tmp_path})"
     assert (problem in about.values["problems"]) == small and f"{in_units(free)} free" in about.text
+
+
+def test_a_gpu_that_torch_cannot_use_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver counts its GPUs, even where it is too old for this torch."""
+
+    def fail(number: int) -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nPlease update it.")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", fail)
+    about = doctor(workspace=tmp_path)
+    problem = "torch cannot use the GPU: The NVIDIA driver on your system is too old (found version 11040)."
+    assert problem in about.values["problems"] and "GPU     none" in about.text and about.exit_code == 1
 
 
 @pytest.mark.parametrize("module", ["torch", "psutil", "numpy"])

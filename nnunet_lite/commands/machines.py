@@ -53,11 +53,15 @@ def doctor(*, workspace: options.Workspace = None) -> options.About:
     if torch := _import("torch", problems):
         instructions = torch.backends.cpu.get_cpu_capability()
         cuda, cudnn = torch.version.cuda, torch.backends.cudnn.version()
-        found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        found, seen = [], torch.cuda.device_count()
+        try:
+            found = [torch.cuda.get_device_properties(i) for i in range(seen)]
+        except RuntimeError as error:  # the driver counts GPUs that this torch cannot use, as where it is too old
+            problems.append(f"torch cannot use the GPU: {str(error).splitlines()[0]}")
         gpus = [{"name": gpu.name, "memory_gb": round(gpu.total_memory / GB, 1)} for gpu in found]
         if gpus:
             problems += import_module("nnunet_lite.networks.devices").find_wrong_gpus()
-        elif shutil.which("nvidia-smi"):
+        elif not seen and shutil.which("nvidia-smi"):
             problems.append("there is an NVIDIA driver but torch sees no GPU: install the CUDA build of torch")
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     disk = shutil.disk_usage(existing).free

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nnunet_lite import log
 from nnunet_lite.errors import UserError
 from nnunet_lite.networks.unet import UNet
 from nnunet_lite.planning.schema import Network
@@ -29,7 +30,11 @@ def pick_device(name: str | None) -> torch.device:
         This machine has no such device.
     """
     if name is None or name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        if torch.cuda.device_count():  # by the driver, which may be too old
+            log.warn_once("torch cannot use the GPU of this machine, so the CPU computes; `nnlite doctor` says why")
+        return torch.device("cpu")
     devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     devices += ["mps"] if torch.backends.mps.is_available() and trains_unets(torch.device("mps")) else []
     devices += [f"xpu:{i}" for i in range(torch.xpu.device_count())]
