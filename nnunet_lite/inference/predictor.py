@@ -457,7 +457,7 @@ def _choose_arithmetic(trained: _Trained, settings: InferenceSettings, device: t
 
     def prepare(arithmetic: ComputeFormat) -> Callable[[], None]:
         def predict() -> None:
-            with torch.inference_mode(), arithmetic.autocast(device):
+            with torch.inference_mode(), arithmetic.search_algorithms(), arithmetic.autocast(device):
                 network(arithmetic.arrange(window))
 
         apply_format(network, arithmetic, planned.dimensions)

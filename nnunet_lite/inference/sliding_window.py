@@ -188,8 +188,7 @@ class SlidingWindow:
         workers = min(threads, n // _MIN_SAMPLES)
         if self.device.type == "cuda":
             x = torch.cat([x, x.new_zeros(max(0, n_samples - n), *x.shape[1:])])
-            tf32 = self.arithmetic.precision != "fp32"
-            with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=tf32):
+            with self.arithmetic.search_algorithms():
                 out = self._mean_of_folds(x)[:n]
         elif workers < 2 or self.device.type != "cpu" or self.compiled or self.window_bytes >= _SMALL:
             out = self._mean_of_folds(x)

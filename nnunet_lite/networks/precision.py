@@ -60,6 +60,11 @@ class ComputeFormat:
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         return torch.autocast(device.type, DTYPES[self.precision], enabled=self.precision != "fp32")
 
+    def search_algorithms(self) -> AbstractContextManager[Any]:
+        """Let cuDNN search the fastest algorithms that predict in this precision."""
+        tf32 = self.precision != "fp32"
+        return torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=tf32)
+
     def memory_format(self, dimensions: int) -> torch.memory_format:
         """Return the memory format of images with two or three dimensions."""
         if not self.channels_last:
