@@ -151,10 +151,16 @@ def train_ours(sizes: Sizes, device_name: str, work: Path, configuration: str, c
     from nnunet_lite.training.cache import load_cases
     from nnunet_lite.training.dataloader import prefetch, training_batches
     from nnunet_lite.training.job import Job, configure_plan
-    from nnunet_lite.training.learner import choose_format, make_learner, make_network, parallelize, train_step
+    from nnunet_lite.training.learner import (
+        choose_format,
+        list_training_formats,
+        make_learner,
+        make_network,
+        parallelize,
+        train_step,
+    )
     from nnunet_lite.workspace import planned_paths
 
-    # compiled, one memory format is enough: each format is compiled to be timed
     changes = {"training.compile": compiled, "training.channels_last": True if compiled else "auto"}
     device, settings = torch.device(device_name), load_settings("default", changes)
     torch.backends.cudnn.benchmark = True
@@ -164,7 +170,10 @@ def train_ours(sizes: Sizes, device_name: str, work: Path, configuration: str, c
     cases = load_cases(ids, lambda i: open_case(paths.preprocessed, plan, configuration, i), "auto", device)
     job = Job(plan, configuration, settings, 0, paths.root, device, cases, cases)
     network = make_network(job)
-    learner = parallelize(job, make_learner(job, network, choose_format(job, network)))
+    # compiled, the likely winner is enough: each format is compiled to be timed
+    options = list_training_formats(job)
+    compute = choose_format(job, network, options[-1:] if compiled else options)
+    learner = parallelize(job, make_learner(job, network, compute))
     batches = prefetch(training_batches(job, 0), device, settings.training.workers)
     found = time_steps(lambda batch: train_step(job, learner, [batch], 1e-3, 0), batches, device, sizes.steps)
 
@@ -347,24 +356,26 @@ class Bench:
             self.add(title, remarks=f"skipped: {left:.0f} s of {self.o.budget:.0f} are left, it needs about {needed:g}")
             return None
         print(f"{title} ({left:.0f} s are left)", file=sys.stderr, flush=True)
-        with tempfile.TemporaryFile("w+") as errors:
-            process = subprocess.Popen(command, env=self.environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors,
+        with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+            process = subprocess.Popen(command, env=self.environment, cwd=ROOT, stdout=output, stderr=errors,
                                        text=True, start_new_session=True)  # fmt: skip
+            said = "failed"
             try:
-                out, _ = process.communicate(timeout=min(left, most))
-                said = "failed"
+                process.wait(timeout=min(left, most))
             except subprocess.TimeoutExpired:
-                out, said = "", "stopped, the time is over"
+                said = "stopped, the time is over"
             with suppress(ProcessLookupError):  # all of its processes have ended
                 os.killpg(process.pid, signal.SIGKILL)
+            output.seek(0)
             if process.wait() == 0:
-                return out
+                return output.read()
             errors.seek(0)
-            lines = [line.strip() for line in (*out.splitlines(), *errors) if line.strip()]
+            lines = [line.strip() for line in (*output, *errors) if line.strip()]
         print(*lines[-20:], sep="\n", file=sys.stderr, flush=True)
+        tests = [line.partition("::")[2] for line in lines if line.startswith("FAILED ")]
         errors_of_python = [line for line in lines if re.match(r"(\w+\.)*\w*(Error|Exception|Interrupt)\b", line)]
-        reason = (*errors_of_python, *lines[-1:], f"exit code {process.returncode}")[0]
-        self.add(title, remarks=f"{said}: {reason[:200]}")
+        reason = "; ".join(tests) or (*errors_of_python, *lines[-1:], f"exit code {process.returncode}")[0]
+        self.add(title, remarks=f"{said}: {reason[:500]}")
         return None
 
     def part(self, title: str, needed: float, python: str, name: str, *arguments: Any) -> dict[str, Any] | None:
@@ -421,7 +432,7 @@ def main() -> None:
         bench = Bench(o, Path(work))
         bench.part("card", 0, sys.executable, "describe_card")
         if not o.skip_tests:
-            pytest = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py"]
+            pytest = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "tests/test_gpu.py"]
             out = bench.run("tests", seconds, pytest, most=o.budget / 2)
             if out is not None:
                 bench.add("tests", remarks=out.strip().splitlines()[-1])
