@@ -263,7 +263,7 @@ def test_a_cascade_takes_its_first_stage_along(make_model: MakeModel, tmp_path: 
     assert list(differences) == ["fold_0.onnx", "previous/fold_0.onnx"]
     model = load_fp32(second)
     exported = runner.load_onnx(tmp_path / "out")
-    assert exported.first_stage is not None and exported.swap is not None and exported.swap.classes == (0, 2, 1, 3)
+    assert exported.first_stage is not None and exported.swap is not None and exported.swap.table == (0, 2, 1, 3)
     array = np.random.default_rng(0).normal(size=(18, 21, 24)).astype(np.float32)
     agree(model, exported, array, (1.0, 1.1, 1.2))
     as_nnunet = replace(model, of_nnunet=True)
