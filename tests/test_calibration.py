@@ -482,8 +482,30 @@ def test_flags_say_in_words_what_is_unusual() -> None:
     judged = [judge(never, row.features) for row in rows if row.kind == "clean"]
     assert not any("nodule" in flag for one in judged for flag in one.flags)
     assert sum(one.unusual >= 0.5 for one in judged) <= 3 and all(one.expected["nodule"].dice == 0 for one in judged)
-    found = never.model_copy(update={"labels": never.labels | {"nodule": never.labels["liver"]}})
+    found = never.model_copy(
+        update={"labels": never.labels | {"nodule": never.labels["liver"]}, "found": {"nodule": 1.0}}
+    )
     assert "no nodule found" in judge(found, features[0]).flags
+
+
+def test_what_the_networks_often_do_wrong_is_no_flag() -> None:
+    """A label that they miss in a fifth of the held-out cases, and one that they always make too large."""
+    rows = []
+    for number, row in enumerate(made_up_rows(30)):
+        found = row.features.labels["liver"]
+        missed = number // 3 % 5 == 0
+        labels = {"liver": found | {"volume": found["volume"] + 2}, "nodule": {} if missed else found}
+        dice = {"liver": row.dice["liver"], "nodule": 0.0 if missed else row.dice["liver"]}
+        rows.append(row.model_copy(update={"features": CaseFeatures(row.features.image, labels), "dice": dice}))
+    ranges = replace(
+        RANGES, presence={"liver": 1.0, "nodule": 1.0}, volumes=dict.fromkeys(("liver", "nodule"), (5.5, 6.5))
+    )
+    quality = fit_quality(rows, ranges, {"model": {"0": "f"}}, ("CT",))
+    flags = [flag for row in rows if row.kind == "clean" for flag in judge(quality, row.features).flags]
+    assert not any("found" in flag or "larger" in flag for flag in flags)
+    features = rows[3].features
+    larger = features.labels | {"liver": features.labels["liver"] | {"volume": 9.5}}
+    assert any("liver is" in flag for flag in judge(quality, CaseFeatures(features.image, larger)).flags)
 
 
 def test_an_image_without_foreground_is_usual_where_many_are() -> None:

@@ -25,8 +25,10 @@ from nnunet_lite.evaluation.comparison import HeldOut, Team, weights_of
 from nnunet_lite.evaluation.members import find_members
 from nnunet_lite.evaluation.selection import Selection
 from nnunet_lite.files import write_json
+from nnunet_lite.inference.features import CaseFeatures
 from nnunet_lite.inference.quality import (
     N_MONOTONE,
+    USUAL_SHARE,
     Quality,
     Tree,
     Usual,
@@ -111,8 +113,8 @@ def _calibrate(held_out: HeldOut, team: Team) -> Quality | None:
             judged[i] = rows[i].judged_by(of_others)
     write_rows(held_out, team, judged)
     quality = fit(rows)
-    if never := [name for name, usual in quality.labels.items() if not usual]:
-        log.warn(f"{few(never, 5)}: found in no held-out case, so predictions are not flagged where it is missing")
+    if missed := [name for name, share in ranges.presence.items() if share >= USUAL_SHARE and not quality.finds(name)]:
+        log.warn(f"{few(missed, 5)}: often missed in held-out cases, so no flag says that it is missing")
     return quality
 
 
@@ -185,14 +187,15 @@ def fit_quality(
     channels : tuple of str
         Names of the channels.
     """
-    image, labels = _usual_values(rows)
+    clean = [row.features for row in rows if row.kind == "clean"]
+    image, labels = _usual_values(clean)
     cases = np.array([case_vector(image, labels, row.features) for row in rows])
     is_clean = np.array([row.kind == "clean" for row in rows])
     suspicion = _fit_suspicion(cases, is_clean, rows)
     scores = np.empty((len(rows), 2))  # distance and score, by what was fitted without the case
     for train, test in split_by_case(rows):
         others = [rows[i] for i in train]
-        usual = _usual_values(others)
+        usual = _usual_values([row.features for row in others if row.kind == "clean"])
         by_others = np.array([case_vector(*usual, row.features) for row in rows])
         held_out = _fit_suspicion(by_others[train], is_clean[train], others)
         scores[test] = [held_out.score(by_others[i]) for i in test]
@@ -206,7 +209,8 @@ def fit_quality(
     of_unusual = unusual if unusual.sum() >= _FEWEST_ERRORS else ~is_clean[of]
     return Quality(
         weights=weights, n_cases=int(is_clean.sum()), n_degraded=int((~is_clean).sum()), channels=channels,
-        image=image, labels=labels, volumes=ranges.volumes, presence=ranges.presence, empty=ranges.empty,
+        image=image, labels=labels, volumes=_with_predicted(ranges.volumes, clean), presence=ranges.presence,
+        found={name: float(np.mean([bool(one.labels[name]) for one in clean])) for name in labels}, empty=ranges.empty,
         spacing=ranges.spacing,
         location=tuple(suspicion.location.tolist()), precision=tuple(map(tuple, suspicion.precision.tolist())),
         coefficients=tuple(suspicion.coefficients.tolist()), intercept=suspicion.intercept, threshold=threshold,
@@ -216,9 +220,20 @@ def fit_quality(
     )  # fmt: skip
 
 
-def _usual_values(rows: Sequence[Row]) -> tuple[dict[str, Usual], dict[str, dict[str, Usual]]]:
-    """Return the usual values of each feature of the image, and of each label, in the clean cases among the rows."""
-    clean = [row.features for row in rows if row.kind == "clean"]
+def _with_predicted(
+    volumes: dict[str, tuple[float, float]], clean: Sequence[CaseFeatures]
+) -> dict[str, tuple[float, float]]:
+    """Widen the ranges of volumes by those that the networks usually predict: too large or small in many cases."""
+    widened = {}
+    for label, (low, high) in volumes.items():
+        own = [one.labels[label]["volume"] for one in clean if one.labels[label]]
+        usually = np.percentile(own, (5, 95)) if own else (low, high)
+        widened[label] = (min(low, float(usually[0])), max(high, float(usually[1])))
+    return widened
+
+
+def _usual_values(clean: Sequence[CaseFeatures]) -> tuple[dict[str, Usual], dict[str, dict[str, Usual]]]:
+    """Return the usual values of each feature of the image, and of each label."""
     image = defaultdict[str, list[float]](list)
     labels = defaultdict[str, dict[str, list[float]]](lambda: defaultdict(list))
     for features in clean:

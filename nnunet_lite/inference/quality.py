@@ -65,7 +65,8 @@ _IMAGE_WORDS = {  # by feature, and whether it is larger than usual
 }  # fmt: skip
 _DOUBTS = ("inner", "scattered", "edge", "disagreement")  # further features of a label
 N_MONOTONE = 3  # the first entries of a `label_vector`
-_USUAL_SHARE = 0.95  # a label that is in more of the training cases is expected in all
+USUAL_SHARE = 0.95  # a label that is in more of the training cases is expected in all
+_FOUND_SHARE = 0.9  # a label that is found in fewer of the held-out cases is not missed in others
 _LARGER = 1.25  # times the training's range: from there on a size is reported
 _MOST_REASONS = 3
 _NOTABLE = 3.0  # standard deviations, from which a feature explains why a case is unusual
@@ -136,9 +137,12 @@ class Quality(_Stored):
     labels : dict
         Label -> feature -> its usual values in predictions.
     volumes : dict
-        Label -> logarithms of the smallest and largest volume (mm3; of pictures mm2 or pixels) in the training.
+        Label -> logarithms of the smallest and largest volume (mm3; of pictures mm2 or pixels) in the training, or
+        usually predicted.
     presence : dict
         Label -> share of the training cases that have it.
+    found : dict
+        Label -> share of the held-out cases in which it is found.
     empty : float
         Share of the training cases that have no label.
     spacing : tuple
@@ -165,6 +169,7 @@ class Quality(_Stored):
     labels: dict[str, dict[str, Usual]]
     volumes: dict[str, tuple[float, float]]
     presence: dict[str, float]
+    found: dict[str, float] = {}
     empty: float = 0.0
     spacing: tuple[tuple[float, float, float], tuple[float, float, float]]
     location: tuple[float, ...]
@@ -175,6 +180,10 @@ class Quality(_Stored):
     lowest: float
     forest: tuple[Tree, ...] = Field(min_length=1)
     errors: dict[Literal["usual", "unusual"], tuple[float, float]]
+
+    def finds(self, label: str) -> bool:
+        """Whether the networks usually find a label."""
+        return bool(self.labels[label]) and self.found.get(label, 1.0) >= _FOUND_SHARE
 
 
 @dataclass(frozen=True)
@@ -367,13 +376,13 @@ def judge(quality: Quality, features: CaseFeatures) -> CaseQuality:
     score = float(np.dot(quality.coefficients, suspicion_vector(case, distance)) + quality.intercept)
     dice: dict[str, float | None] = {}
     for name, found in features.labels.items():
-        dice[name] = 0.0 if quality.presence[name] >= _USUAL_SHARE else None
+        dice[name] = 0.0 if quality.presence[name] >= USUAL_SHARE else None
         if found:
             vector = label_vector(quality.labels[name], found, case, distance, score)
             dice[name] = float(np.mean([tree.predict(vector) for tree in quality.forest]))
-    # a label that was found in no held-out case is not among the lowest of these
+    # a label that the networks often miss is not among the lowest of these
     known = [
-        value for name, value in dice.items() if value is not None and (features.labels[name] or quality.labels[name])
+        value for name, value in dice.items() if value is not None and (features.labels[name] or quality.finds(name))
     ]
     mean = float(np.mean(known)) if known else quality.lowest
     suspicion = max(score - quality.threshold, (quality.lowest - mean) / _BENDING - 1)
@@ -423,11 +432,11 @@ def _spacing_flags(quality: Quality, features: CaseFeatures) -> list[str]:
 
 def _label_flags(quality: Quality, features: CaseFeatures) -> list[str]:
     if not any(features.labels.values()):
-        return ["no foreground found"] if quality.empty <= 1 - _USUAL_SHARE else []
+        return ["no foreground found"] if quality.empty <= 1 - USUAL_SHARE else []
     flags = []
     for name, found in features.labels.items():
-        if not found:  # a label that was found in no held-out case would be a flag of every prediction
-            is_missed = quality.presence[name] >= _USUAL_SHARE and quality.labels[name]
+        if not found:  # a label that the networks often miss would be a flag of many predictions
+            is_missed = quality.presence[name] >= USUAL_SHARE and quality.finds(name)
             flags += [f"no {name} found"] if is_missed else []
         elif name in quality.volumes:
             low, high = (float(np.exp(found["volume"] - end)) for end in quality.volumes[name])
