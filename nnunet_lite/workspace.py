@@ -67,13 +67,13 @@ class Paths:
         """The name of the dataset."""
         return self.root.name
 
-    def held_out_by(self, models: str) -> Path:
-        """Return the folder with what a model predicted of its held-out cases, or an ensemble such as A+B."""
+    def folder_of(self, models: str) -> Path:
+        """Return the folder of a model, or of an ensemble such as A+B."""
         return (self.ensembles if "+" in models else self.models) / models
 
     def calibration_of(self, models: str) -> Path:
-        """Return the held-out cases and degraded copies by which `select` calibrates a model, or an ensemble."""
-        return self.held_out_by(models) / "calibration.jsonl"
+        """Return the file with the cases and degraded copies by which `select` calibrates a model, or an ensemble."""
+        return self.folder_of(models) / "calibration.jsonl"
 
     @property
     def option(self) -> str:

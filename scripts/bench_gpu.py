@@ -148,17 +148,10 @@ def train_ours(sizes: Sizes, device_name: str, work: Path, configuration: str, c
     from nnunet_lite.planning.schema import Plan
     from nnunet_lite.preprocessing.store import open_case
     from nnunet_lite.settings import load_settings
+    from nnunet_lite.training import learner as learning
     from nnunet_lite.training.cache import load_cases
     from nnunet_lite.training.dataloader import prefetch, training_batches
     from nnunet_lite.training.job import Job, configure_plan
-    from nnunet_lite.training.learner import (
-        choose_format,
-        list_training_formats,
-        make_learner,
-        make_network,
-        parallelize,
-        train_step,
-    )
     from nnunet_lite.workspace import planned_paths
 
     changes = {"training.compile": compiled, "training.channels_last": True if compiled else "auto"}
@@ -169,13 +162,13 @@ def train_ours(sizes: Sizes, device_name: str, work: Path, configuration: str, c
     ids = [case.id for case in stored_dataset(paths.dataset).cases]
     cases = load_cases(ids, lambda i: open_case(paths.preprocessed, plan, configuration, i), "auto", device)
     job = Job(plan, configuration, settings, 0, paths.root, device, cases, cases)
-    network = make_network(job)
+    network = learning.make_network(job)
     # compiled, the likely winner is enough: each format is compiled to be timed
-    options = list_training_formats(job)
-    compute = choose_format(job, network, options[-1:] if compiled else options)
-    learner = parallelize(job, make_learner(job, network, compute))
+    options = learning.list_training_formats(job)
+    compute = learning.choose_format(job, network, options[-1:] if compiled else options)
+    learner = learning.parallelize(job, learning.make_learner(job, network, compute))
     batches = prefetch(training_batches(job, 0), device, settings.training.workers)
-    found = time_steps(lambda batch: train_step(job, learner, [batch], 1e-3, 0), batches, device, sizes.steps)
+    found = time_steps(lambda batch: learning.train_step(job, learner, [batch], 1e-3, 0), batches, device, sizes.steps)
 
     planned = plan.configuration(configuration)
     bare = build_network(plan, configuration).to("meta")

@@ -246,7 +246,7 @@ def _serve_dataset(
 def _scores(paths: Paths, model: str, labels: Labels) -> dict[str, float]:
     """Return the mean Dice of each case that a model held out, the lowest first."""
     notes: list[str] = []
-    scores, _ = read_fold_scores(paths.held_out_by(model), labels, notes)
+    scores, _ = read_fold_scores(paths.folder_of(model), labels, notes)
     for note in notes:  # the cases can be looked at without their scores
         log.warn(note)
     known = {row.case: row.mean_dice for row in scores.rows if row.mean_dice is not None}
@@ -271,7 +271,7 @@ def _predictions(paths: Paths, case: Case, names: Sequence[str], required: bool)
     """
     predictions = []
     for name in names:
-        folder = paths.held_out_by(name)
+        folder = paths.folder_of(name)
         maps = (output_file(case, fold / VALIDATION) for fold in sorted(folder.glob("fold_*")))
         if file := next((path for path in maps if path.is_file()), None):
             predictions.append((f"{name}, {file.parent.parent.name.replace('_', ' ')}", file))

@@ -197,7 +197,7 @@ def _ranked_candidates(dice: Mapping[Team, np.ndarray], winner: Team, labels: Se
 
 def _folder(held_out: HeldOut, team: Team, fold: str) -> Path:
     """Return the folder of the label maps of the held-out cases of a fold."""
-    return held_out.paths.held_out_by(team_name(team)) / f"fold_{fold}" / VALIDATION
+    return held_out.paths.folder_of(team_name(team)) / f"fold_{fold}" / VALIDATION
 
 
 def _choose_postprocessing(held_out: HeldOut, team: Team) -> Decision:

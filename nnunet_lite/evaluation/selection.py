@@ -20,7 +20,7 @@ from nnunet_lite.evaluation.postprocessing import Gain, Rule
 from nnunet_lite.evaluation.scores import four_digits
 from nnunet_lite.evaluation.statistics import Margin, summarize
 from nnunet_lite.files import read_validated, understood
-from nnunet_lite.models.bundle import MANIFEST, Manifest, is_zip, read_manifest
+from nnunet_lite.models.bundle import MANIFEST, is_zip, read_manifest
 from nnunet_lite.models.folder import is_finished, weights_fingerprint
 from nnunet_lite.models.lookup import choose_model, read_model
 from nnunet_lite.workspace import Paths
@@ -267,12 +267,11 @@ def choose_models(
 
 def _packed_rules(folders: Sequence[Path]) -> dict[str, Rule]:
     """Return the postprocessing in a zip, or in that from which a model was imported; none for several models."""
-    folder, fix = folders[0], "Export the model again."
+    folder = folders[0]
     if len(folders) > 1 or not (is_zip(folder) or (folder / MANIFEST).is_file()):
         return {}
-    own = None if is_zip(folder) else read_validated(folder / MANIFEST, Manifest, "is no manifest of a model", fix)
-    with understood(folder / MANIFEST, fix):
-        stored = (own or read_manifest(folder)).about.get("postprocessing", {})
+    with understood(folder / MANIFEST, "Export the model again."):
+        stored = read_manifest(folder).about.get("postprocessing", {})
         rules = {label: Rule.model_validate(rule) for label, rule in stored.items()}
     if rules:
         log.info(f"{folder}: postprocessing: {describe_rules(rules)}")

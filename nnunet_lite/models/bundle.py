@@ -32,7 +32,7 @@ from pydantic import BaseModel, Field
 import nnunet_lite
 from nnunet_lite.data.problems import few
 from nnunet_lite.errors import UserError
-from nnunet_lite.files import atomic, must_be_known, read_json, read_text, understood, write_json
+from nnunet_lite.files import atomic, must_be_known, read_json, read_text, read_validated, understood, write_json
 from nnunet_lite.models.folder import EXPECTED, MODEL, QUALITY, new_model_folder, read_run, stage_path, weight_files
 from nnunet_lite.models.lookup import describe_folder, read_model
 from nnunet_lite.settings import Settings
@@ -288,13 +288,21 @@ def find_licence(folder: Path, checkpoint: Mapping[str, Any]) -> str | None:
 
 
 def read_manifest(file: Path) -> Manifest:
-    """Read what a zip contains, and check that it contains nothing else.
+    """Read what a zip contains, and check that it contains nothing else; of an imported model, what its zip contained.
+
+    Parameters
+    ----------
+    file : Path
+        The zip, or the model folder.
 
     Raises
     ------
     UserError
-        As `unpack`.
+        As `unpack`; or the manifest of the folder is damaged.
     """
+    fix = "Export the model again."
+    if file.is_dir() and (own := read_validated(file / MANIFEST, Manifest, "is no manifest of a model", fix)):
+        return own
     with _open(file) as (_, manifest):
         return manifest
 

@@ -325,7 +325,7 @@ def read_material(paths: Paths) -> Material:
     changed = changed_models(paths, selection) if selection else []
     notes = [f"{' and '.join(changed)} changed since the comparison; `nnlite select` compares again"] if changed else []
     models = list(_read_models(paths, dataset, notes))
-    ensemble = paths.held_out_by(selected)
+    ensemble = paths.folder_of(selected)
     if "+" in selected and ensemble.is_dir():
         scores = read_fold_scores(ensemble, dataset.labels, notes)
         models.append(ModelResults(ensemble, selected, {}, None, (), *scores))
