@@ -70,6 +70,12 @@ def without_foreground(root: Path) -> None:
         rewrite_nifti(path, np.zeros_like)
 
 
+def inverted(root: Path) -> None:
+    """In all cases but one: 0 is the label that was outlined first, 1 is all around."""
+    for path in sorted((root / "labelsTr").iterdir())[1:]:
+        rewrite_nifti(path, lambda a: np.choose(a, (1, 0, 2)).astype(np.uint8))
+
+
 def ignored(root: Path, file: str) -> None:
     table(labels={"background": 0, "Anterior": 1, "Posterior": 2, "ignore": 9})(root)
     rewrite_nifti(root / file, lambda a: np.full_like(a, 9))
@@ -169,6 +175,8 @@ PROBLEMS = [
     Bad("label_outside", voxels(IMAGE, lambda a: a * (np.arange(a.shape[2]) < 17)), LABEL,
         ("labelled voxels (", "outside of the box in which the image is not zero", "do they show the same place?")),
     Bad("constant", voxels(IMAGE, np.ones_like), IMAGE, ("every voxel of channel MRI is 1",)),
+    Bad("inverted", inverted, "dataset.json", ("label Anterior surrounds the background (0) in 4 of 5 label maps",
+        "exchange the two values in the files")),
     Bad("looks_like_ct", hounsfield, "dataset.json",
         ("values from -1000 to 1000", "call the channel CT in dataset.json")),
     Bad("not_ct", table(modality={"0": "CT"}), "dataset.json", ("channel CT holds values from 0", "air is -1000")),

@@ -119,6 +119,35 @@ def test_masks_that_were_jpeg_once(tmp_path: Path, quality: int) -> None:
     assert kinds(tmp_path) == {"label_levels"}
 
 
+def away_from_the_border(value: int) -> np.ndarray:
+    return np.roll(blocks((value,)), (9, 9), (1, 2))
+
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".png"])
+def test_inverted_masks(tmp_path: Path, ending: str) -> None:
+    """As 0 and 255, without dataset.json; an exchange of the names in one is understood."""
+    save(tmp_path, *[255 - away_from_the_border(255)] * 5, ending=ending)
+    (found,) = problems(tmp_path)
+    assert found.kind == "inverted"
+    assert found.found == "label label_1 surrounds the background (0) in 5 of 5 label maps, as in inverted masks"
+    table = described("grey", labels={"cell": 0, "background": 255}, file_ending=ending)
+    (tmp_path / "dataset.json").write_text(json.dumps(table))
+    assert problems(tmp_path) == []
+
+
+def test_masks_that_are_not_inverted(tmp_path: Path) -> None:
+    """Tissue with gaps that the image cuts, a few inverted masks, and voxels without annotation around an organ."""
+    tissue, inverted = np.ones((4, 24, 28), np.uint8), 1 - away_from_the_border(1)
+    tissue[:, ::8] = 0
+    for maps, labels in (
+        ([tissue] * 5, {"a": 1}),
+        ([inverted] * 3 + [blocks((1,))] * 2, {"a": 1}),
+        ([np.where(inverted, 9, 1)] * 5, {"a": 1, "ignore": 9}),
+    ):
+        save(tmp_path, *maps, labels=labels)
+        assert "inverted" not in kinds(tmp_path)
+
+
 def test_palettes_that_give_a_number_other_colours(tmp_path: Path) -> None:
     save(tmp_path, *(blocks((1,)) for _ in range(5)), ending=".png")
     for number, path in enumerate(sorted((tmp_path / "labels").iterdir())):
@@ -126,6 +155,9 @@ def test_palettes_that_give_a_number_other_colours(tmp_path: Path) -> None:
         picture.putpalette([0, 0, 0, 255, 0, 0, 9, 9, 9][: 6 + number])
         picture.save(path)
     assert kinds(tmp_path) == set()
+    picture.putpalette([0, 0, 0, 255, 0, 0, 0, 0, 255])
+    picture.save(path)
+    assert kinds(tmp_path) == set(), "no pixel has the number 2"
     picture.putpalette([255, 0, 0, 0, 0, 0])
     picture.save(path)
     (found,) = problems(tmp_path)

@@ -33,6 +33,8 @@ Visit = Callable[[Sequence[np.ndarray], Geometry, np.ndarray], T]
 _BYTES_PER_VOXEL = 12  # while a case is checked: float32 as read, stacked, and masks
 _VALUES_SAMPLED = 10_000  # of a channel
 _SHEAR = 1.0  # degrees from a right angle that are not reported
+_SURROUNDS = 0.9  # share of the border of a label map that has the value around all others
+_AVOIDED = 0.1  # share of the background on the border, of that in the whole label map, if it is what was outlined
 _HEADER_FIX = "If the voxels do match, copy the image's header to the label map, else resample it onto the image."
 _TILT_FIX = "Correct the tilt of the gantry: resample image and label map to a grid with right angles."
 _UNKNOWN_VALUE_FIX = (
@@ -292,7 +294,20 @@ def _check_label(case: Case, dataset: Dataset, like: Geometry | None, found: Cas
         text = f"label value {few([str(value) for value in unknown], 5)} ({voxels})"
         legal = f"one of {', '.join(map(str, sorted(known)))}"
         found.problems.append(Problem("label_value", path, text, legal, _UNKNOWN_VALUE_FIX))
-    return replace(label, array=map_labels(label.array, dataset.value_map))
+    label = replace(label, array=map_labels(label.array, dataset.value_map))
+    found.surrounding = _surrounding_value(label.array[0], dataset.labels.background)
+    return label
+
+
+def _surrounding_value(label: np.ndarray, background: int) -> int | None:
+    """Return the value on the border of a label map, unless the background is there too; None without background."""
+    axes = [axis for axis, n in enumerate(label.shape) if n > 1]
+    border = np.concatenate([label.take(side, axis).ravel() for axis in axes for side in (0, -1)] or [label.ravel()])
+    inside = (label == background).mean()
+    if not inside or (border == background).mean() > _AVOIDED * inside:
+        return background if inside else None
+    values, counts = np.unique(border, return_counts=True)
+    return int(values[counts.argmax()]) if counts.max() >= _SURROUNDS * border.size else background
 
 
 def _labels_outside(case: Case, channels: Sequence[np.ndarray], labelled: np.ndarray) -> Iterator[Problem]:

@@ -32,6 +32,7 @@ T = TypeVar("T")
 FOLDS = 5
 _VOID = (255, 65535, -1)  # values that mean "not annotated" in many datasets
 _MOST_CLASSES = 256  # in the plain layout
+_MOST_INVERTED = 0.75  # of the label maps
 _MAPS_SAMPLED = 10
 _PIECES_SAMPLED = 200  # values of one label map
 _PADDING, _AIR, _BONE = -5000, -900, 300  # HU: lowest value outside of the field of view; air; bone
@@ -67,6 +68,8 @@ class CaseFindings(Generic[T]):
         Of its image; None if it cannot be read.
     values : set of int or None
         Values in the file of its label map besides the background; None if it cannot be read.
+    surrounding : int or None
+        Value on the border of its label map, mapped to the dataset's; None if there is no background.
     digest : bytes
         Hash of the voxels of its image.
     ranges : list of ChannelRange
@@ -78,6 +81,7 @@ class CaseFindings(Generic[T]):
     problems: list[Problem] = field(default_factory=list)
     geometry: Geometry | None = None
     values: set[int] | None = None
+    surrounding: int | None = None
     digest: bytes = b""
     ranges: list[ChannelRange] = field(default_factory=list)
     visited: T | None = None
@@ -192,8 +196,8 @@ def check_consistency(dataset: Dataset, findings: Sequence[CaseFindings[Any]]) -
     Yields
     ------
     Problem
-        Mixed dimensions, orientations and spacings, masks for images, CT without its name, equal images, and too few
-        cases.
+        Mixed dimensions, orientations and spacings, masks for images, CT without its name, equal images, inverted
+        masks, other palettes, and too few cases.
     """
     known = [(case, found.geometry) for case, found in zip(dataset.cases, findings, strict=True) if found.geometry]
     yield from _unlike_most(known, dataset.orientation)
@@ -206,18 +210,32 @@ def check_consistency(dataset: Dataset, findings: Sequence[CaseFindings[Any]]) -
         if first is not case:
             fix = "Remove one: the same patient in training and validation makes scores too good."
             yield Problem("duplicate_case", str(case.images[0]), f"holds the same image as case {first.id}", "", fix)
-    yield from _unlike_palettes([problem for found in findings for problem in found.problems])
+    yield from _inverted_masks(dataset, Counter(f.surrounding for f in findings if f.surrounding is not None))
+    yield from _unlike_palettes(findings, dataset.labels.background)
     if len(dataset.cases) < FOLDS:
         text, expected = plural(len(dataset.cases), "case"), f"at least {FOLDS} for {FOLDS}-fold cross-validation"
         fix = "Train on all of them (fold `all`), or add cases."
         yield Problem("few_cases", str(dataset.root), text, expected, fix)
 
 
-def _unlike_palettes(problems: Sequence[Problem]) -> Iterator[Problem]:
-    """Report the first label map whose palette gives a number another colour than the palettes before."""
+def _inverted_masks(dataset: Dataset, surrounding: Counter[int]) -> Iterator[Problem]:
+    """Report a label around the background of most label maps; cells and tissue, which images cut, are on no border."""
+    labels, (value, n) = dataset.labels, max(surrounding.items(), key=lambda entry: entry[1], default=(None, 0))
+    names = [name for name, members in labels.regions.items() if value in members]
+    if names and n >= _MOST_INVERTED * surrounding.total():
+        maps = f"{n} of {plural(surrounding.total(), 'label map')}"
+        text = f"label {names[0]} surrounds the background ({labels.background}) in {maps}, as in inverted masks"
+        fix = "If they are inverted, exchange the two values in the files, or the two names in dataset.json."
+        yield Problem("inverted", str(dataset.description), text, "", fix)
+
+
+def _unlike_palettes(findings: Sequence[CaseFindings[Any]], background: int) -> Iterator[Problem]:
+    """Report the first label map whose palette gives a number in it another colour than the palettes before."""
     seen: dict[str, tuple[str, str]] = {}
-    for problem in problems:
+    for problem, values in ((problem, found.values or ()) for found in findings for problem in found.problems):
         for number, colour in palette_colours(problem.found) if problem.kind == "understood" else ():
+            if int(number) not in (background, *values):
+                continue
             other, file = seen.setdefault(number, (colour, problem.file))
             if other != colour:
                 text = f"the number {number} is the colour {colour}, and {other} in {Path(file).name}"

@@ -24,7 +24,7 @@ _ERRORS = (
 _WARNINGS = (
     *("extra_image", "extra_label", "n_cases", "origin", "direction", "forms", "instances_likely"),
     *("label_absent", "label_outside", "constant", "two_values", "looks_like_ct", "not_ct", "duplicate_case"),
-    *("few_cases", "orientation_tag", "region_order", "not_annotated", "sheared", "palettes"),
+    *("few_cases", "orientation_tag", "region_order", "not_annotated", "sheared", "palettes", "inverted"),
 )
 _NOTICES = ("orientation", "understood")
 KINDS: dict[str, Severity] = {
