@@ -196,6 +196,21 @@ def test_a_ct_that_is_not_in_hounsfield_units_is_reported(
         assert (said in capsys.readouterr().err) is reported
 
 
+def test_an_image_of_one_value_is_reported(
+    model: Predictor, scans: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a case of the training, the check says so."""
+    image, file = read_image(scans[0]), tmp_path / "scan.nii.gz"
+    write_label(file, image.array[0].astype("u1") * 0 + 7, image.geometry)
+    for scheme in ("zscore", "ct"):
+        plan = sample_plan(model.plan.labels, scheme=scheme, minimum=-100)
+        read_case_image(plan, Case("scan", (file,), None))
+        said = f"warning: {file}: all voxels of channel MRI (7) are equal: is it lost? Its label map may be wrong\n"
+        assert capsys.readouterr().err == said
+        read_case_image(plan, Case("scan", (file,), tmp_path / "label.nii.gz"))
+        assert capsys.readouterr().err == ""
+
+
 def test_an_image_that_is_measured_is_reported_once(
     model: Predictor, scans: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -86,7 +86,7 @@ def use_trained_unit(plan: Plan, image: Image, path: Path, of_training: bool = F
         states no spacing.
     """
     check_channels(image, plan, path)
-    _warn_of_no_hounsfield_units(image, plan, path)
+    _warn_of_values(image, plan, path, of_training)
     geometry = image.geometry
     planned = [configuration.spacing for configuration in plan.configurations.values()]
     stated = geometry.spacing[1:] if geometry.dimensions == 2 else geometry.spacing
@@ -122,12 +122,22 @@ def _warn_of_other_voxels(stated: Sequence[float], plan: Plan, path: Path) -> No
         log.warn(f"{path}: {what}: its label map may be worse than those of the validation")
 
 
-def _warn_of_no_hounsfield_units(image: Image, plan: Plan, path: Path) -> None:
-    """Warn of a CT without a value below 0 if the training had some: its offset was lost, or it shows a window."""
+def _warn_of_values(image: Image, plan: Plan, path: Path, of_training: bool) -> None:
+    """Warn of channels that show nothing, except in the training, where the check does; and of a CT without HU below 0.
+
+    If the training had such values, its offset was lost, or it shows a window.
+    """
+    constant = []
     for channel, array in zip(plan.channels, image.array, strict=True):
-        if channel.normalization == "ct" and channel.statistics.min < 0 <= array.min():
-            what = f"channel {channel.name} has no value below {array.min():g}, and the model expects Hounsfield units"
+        low = array.min()
+        if low == array.max():
+            constant.append(f"{channel.name} ({low:g})")
+        elif channel.normalization == "ct" and channel.statistics.min < 0 <= low:
+            what = f"channel {channel.name} has no value below {low:g}, and the model expects Hounsfield units"
             log.warn(f"{path}: {what}, where air is -1000; export the image with its rescale slope and intercept")
+    if constant and not of_training:
+        what = f"all voxels of channel {', '.join(constant)} are equal"
+        log.warn(f"{path}: {what}: is it lost? Its label map may be wrong")
 
 
 def check_channels(image: Image, plan: Plan, path: Path | None = None, fix: str = "") -> None:
