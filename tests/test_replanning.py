@@ -15,6 +15,7 @@ import SimpleITK
 from samples import Copy, Counts
 
 import nnunet_lite
+from nnunet_lite import log
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json
 from nnunet_lite.planning import fingerprint
@@ -148,6 +149,10 @@ def test_labels_that_are_not_those_of_the_dataset_are_refused(planned: Planned) 
     assert refused.value.file == planned.file and "dataset.json of the raw data" in refused.value.fix
     with pytest.raises(UserError, match=said):
         nnunet_lite.preprocess(workspace=workspace)
+    planned.plan()
+    said = planned.said()
+    assert "Lost: labels (" in said and "; change it in the dataset.json of the raw data)" in said
+    nnunet_lite.preprocess("2d", workspace=workspace, workers=0)
 
 
 def test_the_order_of_regions_and_channels_is_that_of_the_dataset(copy_nnunet: Copy, tmp_path: Path) -> None:
@@ -164,6 +169,10 @@ def test_the_order_of_regions_and_channels_is_that_of_the_dataset(copy_nnunet: C
     with pytest.raises(UserError, match="channels: they are T1, T2, in the dataset T2, T1") as refused:
         nnunet_lite.preprocess(workspace=tmp_path / "ws")
     assert refused.value.file == file
+    changed = (other.channels[0].model_copy(update={"normalization": "none"}), other.channels[1])
+    file.write_text(other.model_copy(update={"channels": changed}).to_json())
+    again = nnunet_lite.plan(raw, workspace=tmp_path / "ws", workers=0)
+    assert again.channels == made.channels, "an edit of T1 is not made to T2"
     (tmp_path / "theirs.json").write_text(other.to_json())
     adopted = nnunet_lite.plan(raw, plans=tmp_path / "theirs.json", workspace=tmp_path / "ws", workers=0)
     assert adopted.channels == made.channels, "matched by their names"
@@ -336,6 +345,26 @@ def test_images_stay_as_stored_for_models_of_an_older_nnlite(planned: Planned, t
     assert again.orientation is None and Plan.read(planned.file).orientation is None
     assert "images are not turned to one orientation, because models of this dataset were trained" in planned.said()
     assert planned.copies == ["plans_1.json"]
+
+
+def test_an_edited_spacing_keeps_its_shape_patch_and_batch_with_a_warning(planned: Planned) -> None:
+    made = planned.plan().configuration("3d_fullres")
+    planned.set("3d_fullres", spacing=[2, 1, 1])
+    planned.set("mine", inherits_from="2d", spacing=[0.5, 0.5])
+    shape = " x ".join(str(round(n / step)) for n, step in zip(made.median_shape, (2, 1, 1), strict=True))
+    said = f"3d_fullres has a spacing of 2 x 1 x 1 mm, at which the median image has about {shape} voxels, and still "
+    log.warn_once.cache_clear()
+    nnunet_lite.preprocess("2d", workspace=planned.file.parents[1], workers=0)
+    first = planned.said()
+    assert said in first and "mine has a spacing of 0.5 x 0.5 mm" in first
+    log.warn_once.cache_clear()
+    assert planned.plan().configuration("3d_fullres").patch_size == made.patch_size and said in planned.said()
+    shapes = {"3d_fullres": [18, 52, 36], "mine": [104, 72]}
+    for name, shape in shapes.items():
+        planned.set(name, median_shape=shape)
+    log.warn_once.cache_clear()
+    planned.plan()
+    assert "at which the median image has" not in planned.said()
 
 
 def test_models_of_the_former_plan_are_named_unless_only_names_of_labels_change(

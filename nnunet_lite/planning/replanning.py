@@ -114,9 +114,23 @@ def current_plan(paths: Paths) -> Plan:
     elif channels != ", ".join(dataset.channels):
         kind, what = "Channels", f"channels: they are {channels}, in the dataset {', '.join(dataset.channels)}"
     else:
+        _warn_of_old_shapes(plan, _read(paths.planned) or plan, paths.plans)
         return plan
     fix = f"Undo this edit. {kind} are changed in the dataset.json of the raw data; then run `nnlite plan` again."
     raise UserError(what, paths.plans, fix)
+
+
+def _warn_of_old_shapes(plan: Plan, planned: Plan, file: Path) -> None:
+    """Warn of configurations whose spacing was edited, but not the shape of the images at it."""
+    spacings = {c.median_shape: c.spacing for c in planned.configurations.values()}
+    for name, c in plan.configurations.items():
+        old = spacings.get(c.median_shape, c.spacing)
+        if old != c.spacing:
+            expected = [round(n * a / b) for n, a, b in zip(c.median_shape, old, c.spacing, strict=True)]
+            new, shape, old_mm = (" x ".join(f"{n:.4g}" for n in each) for each in (c.spacing, expected, old))
+            what = f"{name} has a spacing of {new} mm, at which the median image has about {shape} voxels, and still "
+            what += f"the median_shape of {old_mm} mm; an edited spacing changes neither patch nor batch"
+            log.warn_once(f"{file}: {what}: `nnlite plan DATA --spacing` plans all of them")
 
 
 def _describe_edit(edited: Labels, own: Labels) -> str:
@@ -241,6 +255,9 @@ def _keep_edits(new: Plan, earlier: EarlierPlan, given: Options) -> NewPlan:
     before, after, now = _entries(planned), _entries(edited), _entries(new)
 
     def stays(entry: Entry) -> bool:
+        name = (*entry[:2], "name")
+        if entry[0] == "labels" or (entry[0] == "channels" and after.get(name) != now.get(name)):
+            return False  # labels and channels are those of the dataset, as `current_plan` requires
         if entry[0] == "configurations" and not (entry in before and entry in after):
             return True  # the user added or deleted it
         return now.get(entry, ...) == before.get(entry) and not _is_set(entry, given)
@@ -299,7 +316,9 @@ def _is_set(entry: Entry, given: Options) -> bool:
 def _edit_in_words(entry: Entry, planned: Plan, edited: Plan) -> str:
     if entry[0] == "configurations":
         return f"{entry[1]} ({_change_in_words(str(entry[1]), planned, edited)})"
-    return f"{'.'.join(map(str, entry))} ({_entries(planned).get(entry)} -> {_entries(edited).get(entry)})"
+    of_dataset = entry[0] == "labels" or entry[-1] == "name"
+    where = "; change it in the dataset.json of the raw data" * of_dataset
+    return f"{'.'.join(map(str, entry))} ({_entries(planned).get(entry)} -> {_entries(edited).get(entry)}{where})"
 
 
 def _change_in_words(name: str, before: Plan, after: Plan) -> str:
@@ -335,6 +354,7 @@ def write_plan(paths: Paths, new: NewPlan, earlier: EarlierPlan) -> None:
         changes = {name: _change_in_words(name, earlier.plan, new.plan) for name in names}
         if shown := [f"{name} ({change})" for name, change in changes.items() if change]:
             log.info(f"the plan differs from the one before: {'; '.join(shown)}")
+    _warn_of_old_shapes(new.plan, new.planned, paths.plans)
     if new.lost:
         copy = _copy_aside(earlier.file)
         log.warn(f"{earlier.file} is replaced; {copy} is a copy of the old file. Lost: {'; '.join(new.lost)}")
