@@ -39,6 +39,9 @@ UNDERSTOOD: dict[str, tuple[list[str], dict[str, list[str]], tuple[str, ...], st
     "a folder for each patient": (
         each("P00{}/t1.nii.gz", "P00{}/t2.nii.gz", "P00{}/seg.nii.gz"), {}, ("t1", "t2"),
         "P002: P002/t1.nii.gz P002/t2.nii.gz P002/seg.nii.gz"),
+    "channels in other letter case": (
+        [*each("P{}/T1.nii", "P{}/flair.nii", "P{}/seg.nii", n=1), "P2/t1.nii", "P2/FLAIR.nii", "P2/seg.nii"], {},
+        ("T1", "flair"), "P2: P2/t1.nii P2/FLAIR.nii P2/seg.nii"),
     "the patient in names too": (
         each("BraTS_0{0}/BraTS_0{0}_t1.nii", "BraTS_0{0}/BraTS_0{0}_flair.nii", "BraTS_0{0}/BraTS_0{0}_seg.nii"), {},
         ("flair", "t1"), "BraTS_02: BraTS_02/BraTS_02_flair.nii BraTS_02/BraTS_02_t1.nii BraTS_02/BraTS_02_seg.nii"),

@@ -360,8 +360,8 @@ def test_an_edited_spacing_keeps_its_shape_patch_and_batch_with_a_warning(planne
     log.warn_once.cache_clear()
     assert planned.plan().configuration("3d_fullres").patch_size == made.patch_size and said in planned.said()
     shapes = {"3d_fullres": [18, 52, 36], "mine": [104, 72]}
-    for name, shape in shapes.items():
-        planned.set(name, median_shape=shape)
+    for name, found in shapes.items():
+        planned.set(name, median_shape=found)
     log.warn_once.cache_clear()
     planned.plan()
     assert "at which the median image has" not in planned.said()

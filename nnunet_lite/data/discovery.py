@@ -164,10 +164,12 @@ def cases_by_name(files: Files, images: Sequence[str] = (), labels: Sequence[str
         raise UserError(what, root, _CHOOSE + both)
     chosen = {pattern: _channel_name(_words(_name(Path(pattern)))) for pattern in images}
     channels: dict[Path, dict[str, Path]] = {label: {} for label in groups}
+    spelling = {name.lower(): name for name in chosen.values()}
     for label, image in ((label, image) for label, found in groups.items() for image in found):
         folders, own = (_without(some, of_case[label]) for some in words[image])
         matched = [name for pattern, name in chosen.items() if paths[image].match(pattern)]
         name = matched[0] if matched else _channel_name(own or folders)
+        name = spelling.setdefault(name.lower(), name)  # T1 and t1 are one channel
         if (other := channels[label].setdefault(name, image)) != image:
             what = f"{ids[label]} has two images called {name!r}: {paths[other]}, {paths[image]}"
             raise UserError(what, root, _CHOOSE)
