@@ -206,6 +206,18 @@ def test_a_wrong_pixdim_alone_is_refused(tmp_path: Path, size: float, qform: int
             read(path)
 
 
+@pytest.mark.parametrize("z", [(0, 0, 0), (1, 0, 0), (0.7, 0.8, 1e-7)])
+def test_axes_in_one_plane_are_refused(tmp_path: Path, z: tuple[float, ...]) -> None:
+    """What is between them has no place; axes that are only sheared are read."""
+    srow = np.c_[[1, 0, 0], [0, 1, 0], z, [5, 6, 7]]
+    write(tmp_path / "a.nii", sform=1, srow=srow)
+    for read in (read_image, read_geometry):
+        with pytest.raises(UserError, match="without volume: its axes lie in one plane"):
+            read(tmp_path / "a.nii")
+    write(tmp_path / "a.nii", sform=1, srow=srow + np.array([0, 0, 0.1, 0]) * [[0], [0], [1]])
+    assert (read_image(tmp_path / "a.nii").geometry.shear > 40) is any(z)
+
+
 def test_the_depth_of_a_single_slice_does_not_matter(tmp_path: Path) -> None:
     path = tmp_path / "a.nii"
     write(path, (3, 4, 1), pixdim=(1, 0.7, 0.8, 0, 1, 0, 0, 0), qform=1)

@@ -29,6 +29,7 @@ _SAYS_NOTHING = re.compile("ImageIO reader|file type|Error while reading|^Reason
 _SPACING = re.compile(rb"^(?:(?:spacings|space directions):|Element(?:Spacing|Size) *=).*\d", re.MULTILINE)
 _NRRD_UNIT = re.compile(rb'^space units:\s*"?([^"\s]+)', re.MULTILINE)
 _HEADER_BYTES = 1 << 16  # of NRRD and MetaImage that are searched
+_FLAT = 1e-6  # volume of a voxel, of that of a box with the same edges, up to which it is rounding
 _ORIENTATION = 274  # the tag of TIFF and EXIF
 Pillow.MAX_IMAGE_PIXELS = None  # whole slides exceed the limit of Pillow
 
@@ -252,8 +253,9 @@ def _read_nibabel(path: Path) -> tuple[np.ndarray, Geometry]:
     if isinstance(image.header, nifti.nib().Nifti1Header):
         affine[:3] *= nifti.millimetres(image.header)
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
-    if not (np.isfinite(affine).all() and np.isfinite(lengths).all() and (lengths > 0).all()):
-        raise UserError("has an affine matrix without volume", path)
+    if not (np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3])) > _FLAT * lengths.prod()):
+        fix = "Export it again, or correct its affine matrix (in NIfTI, sform or qform)."
+        raise UserError("has an affine matrix without volume: its axes lie in one plane", path, fix)
     x, y, z = lengths.tolist()
     return array, Geometry(
         shape=array.shape[1:],
