@@ -212,7 +212,7 @@ def test_axes_in_one_plane_are_refused(tmp_path: Path, z: tuple[float, ...]) -> 
     srow = np.c_[[1, 0, 0], [0, 1, 0], z, [5, 6, 7]]
     write(tmp_path / "a.nii", sform=1, srow=srow)
     for read in (read_image, read_geometry):
-        with pytest.raises(UserError, match="without volume: its axes lie in one plane"):
+        with pytest.raises(UserError, match="without volume: its axes are in one plane"):
             read(tmp_path / "a.nii")
     write(tmp_path / "a.nii", sform=1, srow=srow + np.array([0, 0, 0.1, 0]) * [[0], [0], [1]])
     assert (read_image(tmp_path / "a.nii").geometry.shear > 40) is any(z)

@@ -255,7 +255,7 @@ def _read_nibabel(path: Path) -> tuple[np.ndarray, Geometry]:
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
     if not (np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3])) > _FLAT * lengths.prod()):
         fix = "Export it again, or correct its affine matrix (in NIfTI, sform or qform)."
-        raise UserError("has an affine matrix without volume: its axes lie in one plane", path, fix)
+        raise UserError("has an affine matrix without volume: its axes are in one plane", path, fix)
     x, y, z = lengths.tolist()
     return array, Geometry(
         shape=array.shape[1:],
