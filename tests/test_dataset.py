@@ -232,6 +232,9 @@ def test_case_folders_whose_files_have_the_names_of_channels(tmp_path: Path, sca
     copies(scan, tmp_path / "in" / "P2", "old_t1")
     with pytest.raises(UserError, match=r"P2: holds 4 images .* one for each channel of the model: \*t1\.\*"):
         find_cases([tmp_path / "in"], 2, ["t1", "FLAIR"])
+    copies(scan, tmp_path / "one" / "P3", "t1", "flair_on_t1")
+    (case,) = find_cases([tmp_path / "one"], 2, ["flair_on_t1", "t1"])
+    assert [path.name for path in case.images] == ["flair_on_t1.nii.gz", "t1.nii.gz"]
 
 
 def test_images_deeper_in_case_folders(tmp_path: Path, scan: Path) -> None:

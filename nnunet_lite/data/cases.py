@@ -298,9 +298,15 @@ def _nested_cases(folder: Path, channels: int, names: Sequence[str], skipped: li
 
 
 def _named_files(files: Sequence[Path], names: Sequence[str]) -> tuple[Path, ...]:
-    """Return the file of each channel: t1.nii.gz or P001-T1.nii.gz of t1. Empty unless each channel has one."""
-    words = {path: _parts(stem(path)) for path in files}
-    found = [[path for path in files if words[path][-len(_parts(name)) :] == _parts(name)] for name in names]
+    """Return the file of each channel: t1.nii.gz or P001-T1.nii.gz of t1. Empty unless each channel has one.
+
+    A file belongs to the longest name that it ends in: ce_t1.nii.gz is of ce_t1, not of t1.
+    """
+    ends = {
+        path: [name for name in names if _parts(stem(path))[-len(_parts(name)) :] == _parts(name)] for path in files
+    }
+    of = {path: max(fitting, key=len) for path, fitting in ends.items() if fitting}
+    found = [[path for path in files if of.get(path) == name] for name in names]
     return tuple(path for (path,) in found) if all(len(some) == 1 for some in found) else ()
 
 
