@@ -222,7 +222,7 @@ def test_a_truncated_file_and_one_that_is_no_dicom(series: Path) -> None:
 
 
 def test_other_files_of_a_series_are_ignored(series: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Reports with and without a preamble, bytes that begin as DICOM might, and files without an ending."""
+    """Reports and localizers with and without a preamble, bytes that begin as DICOM might, and files without an ending."""
     expected = read_image(series)
     report = dcmread(next(series.iterdir()))
     report.file_meta.MediaStorageSOPClassUID = report.SOPClassUID = "1.2.840.10008.5.1.4.1.1.88.22"
@@ -230,12 +230,24 @@ def test_other_files_of_a_series_are_ignored(series: Path, capsys: pytest.Captur
     del report.PixelData
     report.save_as(series / "SR0001")
     (series / "SR0002").write_bytes((series / "SR0001").read_bytes()[132:])
+    save_slice(series / "scout", np.zeros((9, 9)), (0, 0, 0), Geometry((1, 9, 9), (1.0, 1.0, 1.0)), "1.8")
+    scout = dcmread(series / "scout")
+    scout.ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
+    scout.save_as(series / "scout")
+    (series / "scout2").write_bytes((series / "scout").read_bytes()[132:])
     (series / "raw.txt").write_bytes(b"\x08\0\x05\0" * 300)
     for name in ("notes.txt", ".DS_Store", "LOCKFILE"):
         (series / name).write_text("x")
     capsys.readouterr()
     np.testing.assert_array_equal(read_image(series).array, expected.array)
     assert capsys.readouterr().err == f"warning: {series}: ignored, since it is not DICOM: LOCKFILE\n"
+    (series.parent / "study").mkdir()
+    shutil.move(series, series.parent / "study" / "thorax")
+    shutil.copytree(series.parent / "study" / "thorax", series.parent / "study" / "scouts")
+    for path in (series.parent / "study" / "scouts").glob("IM*"):
+        path.unlink()
+    (case,) = find_cases([series.parent], 1)
+    assert case.id == "study", "one series besides its localizer is the only case of a patient"
 
 
 def test_one_of_several_series_is_chosen_by_a_file(series: Path, pixels: np.ndarray) -> None:

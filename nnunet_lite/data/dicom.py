@@ -43,7 +43,9 @@ _TAGS = {
     "acquisition": "0020|0012",
 }
 _DIMENSIONS = ("echo time", "temporal position", "b-value", "acquisition", "image type")  # besides the three of space
+_LOCALIZER = "localizer"
 _NO_SCANS = (  # classes of files that are exported with scans, by the beginning of their UIDs
+    _LOCALIZER,
     "1.2.840.10008.1.3.10",  # DICOMDIR
     "1.2.840.10008.5.1.4.1.1.11.",  # presentation states
     "1.2.840.10008.5.1.4.1.1.66",  # raw data, registrations, segmentations
@@ -54,6 +56,7 @@ _NO_SCANS = (  # classes of files that are exported with scans, by the beginning
 _CLASS = re.compile(  # (0002,0002) or (0008,0016), the class: explicit, then implicit little endian
     rb"(?:\x02\x00\x02\x00|\x08\x00\x16\x00)(?:UI.\x00|.\x00\x00\x00)(1\.2\.840\.10008\.[0-9.]+)", re.DOTALL
 )
+_PLANNING = re.compile(rb"\x08\0\x08\0(?:CS.\0|.\0\0\0)[A-Z0-9_ \\]*LOCALIZER", re.DOTALL)  # (0008,0008)
 _BARE = re.compile(rb"[\x02\x08]\0[\0-\x18]\0(?:[A-Z]{2}.\0|[\0-\x40]\0\0\0)", re.DOTALL)  # a first tag and its length
 _DEPTH = 4  # levels of folders that are searched: patient, study, series, and one more
 _READERS = 4  # threads; more do not help GDCM
@@ -226,7 +229,8 @@ def dicom_class(path: Path) -> str | None:
     Returns
     -------
     str or None
-        Its UID; empty if it is not in the first bytes. None if the path is not a DICOM file.
+        Its UID; empty if it is not in the first bytes; "localizer" for a scout view, which has the class of its scanner.
+        None if the path is not a DICOM file.
     """
     if path.name.startswith(".") or not path.is_file():
         return None
@@ -234,6 +238,8 @@ def dicom_class(path: Path) -> str | None:
         head = file.read(1024)
     if head[128:132] != b"DICM" and not _BARE.match(head):
         return None
+    if _PLANNING.search(head):
+        return _LOCALIZER
     found = _CLASS.search(head)
     return found[1].decode("ascii") if found else ""
 
@@ -249,7 +255,7 @@ def is_scan(uid: str | None) -> bool:
     Returns
     -------
     bool
-        False for segmentations, reports, radiotherapy objects and what is not DICOM.
+        False for localizers, segmentations, reports, radiotherapy objects and what is not DICOM.
     """
     return uid is not None and not uid.startswith(_NO_SCANS)
 
@@ -376,7 +382,7 @@ def _require_equal(
             + f" in {slices[0].path.name}, {in_brackets(values[i])} in {slices[i].path.name}"
             + f" ({len(different)} of {len(slices)} differ from the first)",
             slices[0].path.parent,
-            "Is it a localizer, or another series? Give each series a folder of its own.",
+            "Is it another series? Give each series a folder of its own.",
         )
 
 
