@@ -222,7 +222,7 @@ def test_a_truncated_file_and_one_that_is_no_dicom(series: Path) -> None:
 
 
 def test_other_files_of_a_series_are_ignored(series: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Reports and localizers with and without a preamble, bytes that begin as DICOM might, and files without an ending."""
+    """Reports and localizers with and without a preamble, bytes that begin as DICOM, and files without an ending."""
     expected = read_image(series)
     report = dcmread(next(series.iterdir()))
     report.file_meta.MediaStorageSOPClassUID = report.SOPClassUID = "1.2.840.10008.5.1.4.1.1.88.22"

@@ -229,8 +229,7 @@ def dicom_class(path: Path) -> str | None:
     Returns
     -------
     str or None
-        Its UID; empty if it is not in the first bytes; "localizer" for a scout view, which has the class of its scanner.
-        None if the path is not a DICOM file.
+        Its UID; empty if it is not in the first bytes; "localizer" if it is one. None if the path is not a DICOM file.
     """
     if path.name.startswith(".") or not path.is_file():
         return None

@@ -1,10 +1,10 @@
-"""Make a built network faster on CPUs; without this file everything works, only slower.
+"""Make a built network faster on CPUs; without this file everything works in float32, only slower.
 
 `speed_up_on_cpu` replaces layers by subclasses that compute the same with the same weights. Most of them need the
 channels-last memory format, for which torch's own layers make copies:
 
 FastConv2d, FastConv3d  oneDNN for a single small sample, where torch falls back to a slow kernel, in both directions;
-                        winograd.py for 3x3x3
+                        winograd.py for 3x3x3; and right gradients in bf16, where oneDNN's are not
 FastConvTranspose3d     the depthwise and pointwise ones of MedNeXt, as convolutions
 FastInstanceNorm        batch normalization of one sample after the other, in both directions
 FastUNet                upsampling as one matrix product that writes into the concatenation
@@ -30,6 +30,7 @@ from nnunet_lite.networks.unet import EncoderDecoder, UNet, mixes_samples
 from nnunet_lite.networks.winograd import convolve_winograd, is_channels_last, is_winograd_faster, thread_pool
 
 _LEAST_OUTPUTS = 16  # of a pointwise convolution; with fewer, torch is as fast
+_LARGE_SLICE = 1 << 18  # bytes
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # parameters of mallopt(3)
 
 
@@ -73,8 +74,9 @@ class FastConv3d(nn.Conv3d):
             return convolve_winograd(x, self.weight, self.bias)
         if _is_pointwise(self, x):
             return _mix_channels(_thin_out(x, self.stride), self.weight.flatten(1), self.bias)
-        if _is_depthwise(self, x) and max(self.stride) == 1:
-            return _convolve_depthwise(x, self.weight, self.bias)
+        if (_is_depthwise(self, x) and max(self.stride) == 1) or _is_gradient_wrong(self, x):
+            assert not isinstance(self.padding, str)
+            return _convolve_by_slices(x, self.weight, self.bias, self.stride, self.padding, self.groups)
         return _convolve_onednn(self, x) if _avoids_onednn(self, x) else super().forward(x)
 
 
@@ -190,7 +192,8 @@ class FastConvTranspose3d(nn.ConvTranspose3d):
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         if _is_depthwise(self, x):
-            return _convolve_depthwise(_spread(x, self.stride), self.weight.flip(2, 3, 4), self.bias)
+            spread, border = _spread(x, self.stride), [n // 2 for n in self.kernel_size]
+            return _convolve_by_slices(spread, self.weight.flip(2, 3, 4), self.bias, (1, 1, 1), border, self.groups)
         if _is_pointwise(self, x) and self.bias is not None:
             y = _spread(_mix_channels(x, self.weight.flatten(1).t()), self.stride)
             return y + self.bias.view(-1, 1, 1, 1).to(y.dtype)
@@ -219,10 +222,31 @@ def _is_depthwise(layer: nn.Conv3d | nn.ConvTranspose3d, x: Tensor) -> bool:
     )
 
 
-def _convolve_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _is_gradient_wrong(layer: nn.Conv3d, x: Tensor) -> bool:
+    """Return whether oneDNN 3.12 (of torch 2.13) may compute the gradient of the kernel wrongly.
+
+    With AMX, in bf16 and in three dimensions, it writes beyond its memory or returns NaN if the input and output of a
+    slice are over 0.5 MB together, such as 48 channels of 80 x 80. The limit here is half of that, as it depends on
+    the size of a cache.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and x.is_cpu
+        and torch.is_grad_enabled()
+        and torch.is_autocast_enabled("cpu")
+        and layer.groups == 1
+        and 2 * (layer.in_channels + layer.out_channels) * prod(x.shape[3:]) > _LARGE_SLICE
+        and torch.cpu._is_amx_tile_supported()
+    )
+
+
+def _convolve_by_slices(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], groups: int
+) -> Tensor:
     if torch.is_autocast_enabled("cpu"):
         x, weight = x.to(torch.get_autocast_dtype("cpu")), weight.to(torch.get_autocast_dtype("cpu"))
-    return _Depthwise.apply(x, weight, bias)
+    y: Tensor = _ConvolutionBySlices.apply(x, weight, bias, stride, padding, groups)
+    return y
 
 
 def _spread(x: Tensor, stride: Sequence[int]) -> Tensor:
@@ -234,38 +258,50 @@ def _spread(x: Tensor, stride: Sequence[int]) -> Tensor:
     return out
 
 
-class _Depthwise(torch.autograd.Function):
-    """A depthwise 3D convolution in the channels-last format, whose gradients oneDNN has no fast kernel for.
+class _ConvolutionBySlices(torch.autograd.Function):
+    """A 3D convolution whose gradient of the kernel is computed slice by slice, as that of 2D convolutions.
 
-    That of the input is a convolution with the flipped kernel. That of the kernel is computed slice by slice as that of
-    depthwise 2D convolutions, which have one: the slices of a sample are a batch of 2D images in the same memory.
+    oneDNN has no fast kernel for it if the convolution is depthwise, and a wrong one in bf16. The slices of a sample
+    are a batch of 2D images in the same memory. The gradient of the input of a depthwise convolution is a convolution
+    with the flipped kernel.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
         ctx.save_for_backward(x, weight)
+        ctx.stride, ctx.padding, ctx.groups = stride, padding, groups = options
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return F.conv3d(x, weight, bias, padding=[n // 2 for n in weight.shape[2:]], groups=len(weight))
+        return F.conv3d(x, weight, bias, stride, padding, groups=groups)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        grad = grad.contiguous(memory_format=torch.channels_last_3d)
-        channels, border = len(weight), [n // 2 for n in weight.shape[2:]]
-        dx = F.conv3d(grad, weight.flip(2, 3, 4), padding=border, groups=channels)
+        stride, padding, groups = ctx.stride, ctx.padding, ctx.groups
+        if is_channels_last(x):
+            grad = grad.contiguous(memory_format=torch.channels_last_3d)
+        dx = None
+        if groups > 1:
+            dx = F.conv3d(grad, weight.flip(2, 3, 4), padding=padding, groups=groups)
+        elif ctx.needs_input_grad[0]:
+            dx, _, _ = torch.ops.aten.convolution_backward(
+                grad, x, weight, None, stride, padding, (1, 1, 1), False, (0, 0, 0), 1, (True, False, False)
+            )
         dw = torch.zeros_like(weight, dtype=torch.float32)
         for inputs, outputs in zip(x.transpose(1, 2), grad.transpose(1, 2), strict=True):
-            for i in range(weight.shape[2]):  # the slice i of the kernel sees inputs that are `shift` slices further
-                shift, n = i - border[0], len(inputs)
-                sources, targets = inputs[max(0, shift) : n + shift], outputs[max(0, -shift) : n - shift]
-                _, slice_dw, _ = torch.ops.aten.convolution_backward(
-                    targets, sources, weight[:, :, i], None, (1, 1), border[1:], (1, 1), False, (0, 0), channels,
-                    (False, True, False),
-                )  # fmt: skip
-                dw[:, :, i] += slice_dw
+            for i in range(weight.shape[2]):  # the output slice n sees through this slice of the kernel the input slice
+                shift = i - padding[0]  # stride * n + shift
+                first, last = max(0, -(shift // stride[0])), min(len(outputs), -((shift - len(inputs)) // stride[0]))
+                if first < last:
+                    targets, start = outputs[first:last], stride[0] * first + shift
+                    sources = inputs[start :: stride[0]][: last - first]
+                    _, slice_dw, _ = torch.ops.aten.convolution_backward(
+                        targets, sources, weight[:, :, i], None, stride[1:], padding[1:], (1, 1), False, (0, 0), groups,
+                        (False, True, False),
+                    )  # fmt: skip
+                    dw[:, :, i] += slice_dw
         db = None if ctx.bias_dtype is None else grad.sum((0, 2, 3, 4), dtype=torch.float32).to(ctx.bias_dtype)
-        return dx, dw.to(weight.dtype), db
+        return dx, dw.to(weight.dtype), db, None, None, None
 
 
 # ------------------------------------------------------------------------------------------------ instance norm
