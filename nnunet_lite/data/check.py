@@ -303,7 +303,7 @@ def _surrounding_value(label: np.ndarray, background: int) -> int | None:
     """Return the value on the border of a label map, unless the background is there too; None without background."""
     axes = [axis for axis, n in enumerate(label.shape) if n > 1]
     border = np.concatenate([label.take(side, axis).ravel() for axis in axes for side in (0, -1)] or [label.ravel()])
-    inside = (label == background).mean()
+    inside = np.count_nonzero(label == background) / label.size
     if not inside or (border == background).mean() > _AVOIDED * inside:
         return background if inside else None
     values, counts = np.unique(border, return_counts=True)
