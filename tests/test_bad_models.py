@@ -5,6 +5,7 @@ What a hostile zip may try is in test_bundle.py in full; here it meets the comma
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import shutil
@@ -22,6 +23,8 @@ from bad_inputs import Bad, Evil, contents, copies_of_scan, edit, refuse, settin
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from samples import NNUNET_MODELS, Command, Counts
+
+from nnunet_lite.models.folder import MODEL, read_weights_header
 
 PREDICT = "predict -i scan.nii.gz -o out -m model"
 FOLDER = "predict -i in -o out -m model"
@@ -123,6 +126,13 @@ def rename_configuration(place: Path) -> None:
     edit(folder / "run.json", setting(configuration="b"))
 
 
+def with_fold(place: Path, **other: Any) -> None:
+    """A fold that was trained with a plan of other values."""
+    fold = shutil.copytree(place / "model" / "fold_0", place / "model" / "fold_1")
+    about, tensors = read_weights_header(fold / MODEL), load_file(fold / MODEL)
+    save_file(tensors, fold / MODEL, {"state": json.dumps({**about, "inputs": {**about["inputs"], **other}})})
+
+
 def image(array: np.ndarray, *says: str, name: str = "scan", command: str = PREDICT) -> Bad:
     return Bad(
         lambda place: nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), place / f"{name}.nii.gz"), command, says
@@ -166,6 +176,17 @@ REFUSED = {
         lambda place: ((place / WEIGHTS).unlink(), (place / WEIGHTS).mkdir()), PREDICT, ("fold",)
     ),
     "a fold of another configuration": Bad(rename_configuration, PREDICT, ("fold_0", "was trained for 3d_fullres")),
+    "a fold of another spacing": Bad(
+        lambda place: with_fold(place, spacing=[2.0, 1.0, 1.0]), "info model",
+        ("fold_1: was trained with another plan: spacing = [2.0, 1.0, 1.0], not [1.0, 1.0, 1.0]",),
+    ),
+    "a fold of another orientation": Bad(
+        lambda place: with_fold(place, orientation="LPS"), "export model model.zip", ("fold_1", "orientation = LPS"),
+    ),
+    "a normalisation that was edited after the training": Bad(
+        lambda place: edit(place / "model" / "plans.json", lambda plan: plan["channels"][0].update(normalization="ct")),
+        PREDICT, ("fold_0", "trained with another plan: channels[0] = ", "zscore", "Undo the edit of plans.json"),
+    ),
     "weights of another shape": weights(lambda t: t.update({first(t): np.zeros(3, np.float32)}), "another network"),
     "a weight too few": weights(lambda t: t.pop(first(t)), "another network"),
     "a weight too many": weights(lambda t: t.update(extra=np.zeros(3, np.float32)), "another network"),

@@ -15,7 +15,7 @@ from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 import numpy as np
 import pytest
 from bad_inputs import edit, setting
-from samples import FAST
+from samples import FAST, forget_plan
 
 import nnunet_lite
 from nnunet_lite.errors import UserError
@@ -63,6 +63,7 @@ def refused(tmp_path: Path) -> Refuse:
 @pytest.fixture
 def cascade(model_copy: Path) -> Path:
     """A second stage with its first one next to it: the trained weights twice, which is all that packing needs."""
+    forget_plan(model_copy)
     first = model_copy.with_name("3d_lowres-tiny")
     shutil.copytree(model_copy, first)
     for folder, stage in ((model_copy, "3d_lowres"), (first, None)):

@@ -20,7 +20,7 @@ import torch
 from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from samples import TINY, Command, Copy, first_cases, rewrite_nifti
+from samples import TINY, Command, Copy, first_cases, forget_plan, rewrite_nifti
 from scipy.stats import spearmanr
 
 import nnunet_lite
@@ -180,6 +180,7 @@ def pair(selected: Paths, tmp_path: Path) -> list[Path]:
     for number, folder in enumerate(folders):
         shutil.copytree(selected.models / "short", folder)
         shutil.copytree(folder / "fold_0", folder / "fold_1")
+        forget_plan(folder)
         for weights in sorted(folder.glob("fold_*/model.safetensors")):
             with safe_open(weights, "pt") as file:
                 about = {key: value for key, value in file.metadata().items() if key != "checksum"}

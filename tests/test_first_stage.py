@@ -176,13 +176,21 @@ def test_nothing_is_made_twice(trained: Path, train_second: Callable[..., Any]) 
     assert times(trained) == before
 
 
-def test_a_first_stage_that_changed_predicts_again(trained: Path, train_second: Callable[..., Any]) -> None:
+def test_a_first_stage_that_changed_predicts_again(
+    trained: Path, train_second: Callable[..., Any], capfd: pytest.CaptureFixture[str]
+) -> None:
     """Another fold of the second stage finds what it needs, but for what was predicted by other weights."""
     before, other = times(trained), trained / f"{FIRST}-tiny" / "fold_1" / "model.safetensors"
     with other_weights(trained, lambda weights: weights.write_bytes(other.read_bytes())) as weights:
         train_second(1)
         changed = {file for file, time in times(trained).items() if before.get(file, time) != time}
         assert changed == {str(weights), *(str(f) for f in maps(trained).values() if f.parents[2].name == "fold_2")}
+        capfd.readouterr()
+        load(trained / "tiny", device="cpu")
+        said = "fold 0 of tiny learned from other weights of 3d_lowres-tiny, its first stage (fold 2)"
+        assert said in (warned := capfd.readouterr().err) and "fold 1 of tiny" not in warned
+    load(trained / "tiny", device="cpu")
+    assert not capfd.readouterr().err
 
 
 def test_a_first_stage_that_was_edited_after_its_training_is_refused(

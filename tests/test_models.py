@@ -13,7 +13,7 @@ import nibabel
 import numpy as np
 import pytest
 from bad_inputs import edit, setting
-from samples import FAST, TINY, Command, Counts
+from samples import FAST, TINY, Command, Counts, forget_plan
 from torch import nn
 
 import nnunet_lite
@@ -41,6 +41,7 @@ def test_several_models_are_one(tiny_model: Path, other: Path, scans: list[Path]
 
 def test_models_of_other_labels_or_axes_cannot_vote(tiny_model: Path, other: Path) -> None:
     labels = read_model(other)[0].labels.model_dump(mode="json")
+    forget_plan(other)
     for change, what in (
         (setting(labels=labels | {"names": {"background": 0, "left": 1, "right": 3}}), "labels"),
         (setting(labels=labels | {"names": {"background": 0, "left": 1, "right": 2}}, dataset="Other"), "labels"),

@@ -22,7 +22,7 @@ import pytest
 import torch
 from bad_inputs import edit, setting
 from safetensors.torch import load_file
-from samples import FAST, NNUNET_MODELS, Command, Copy, Counts
+from samples import FAST, NNUNET_MODELS, Command, Copy, Counts, forget_plan
 
 import nnunet_lite
 from nnunet_lite.data.images import read_label
@@ -403,6 +403,7 @@ def test_labels_and_mirror_axes_are_those_of_nnunet(
     ],
 )
 def test_what_nnunet_lacks_is_not_exported(model_copy: Path, tmp_path: Path, file: str, change: Any, says: str) -> None:
+    forget_plan(model_copy)
     edit(model_copy / file, change)
     with pytest.raises(UserError, match=says):
         export_nnunet(model_copy, tmp_path / "theirs")

@@ -198,6 +198,10 @@ def test_an_early_stop_without_a_held_out_case_warns(tiny_workspace: Path, capfd
     for validation, warns in ((run.split.validation, False), ((), True)):
         commands._announce(replace(run, split=replace(run.split, validation=validation)))
         assert ("training.early_stop has no effect: fold 0 holds out no case" in capfd.readouterr().err) == warns
+    (run,) = plan_runs(planned_paths(tiny_workspace), settings, ["3d_fullres"], ["all"])
+    commands._announce(run)
+    said = "training.early_stop uses the Dice of training cases: fold all holds out no case"
+    assert said in capfd.readouterr().err
 
 
 def test_a_users_network_that_cannot_grow_with_its_patches_is_refused(tiny_workspace: Path, tmp_path: Path) -> None:

@@ -460,6 +460,9 @@ def _preprocess_and_train(
         run.plan, run.configuration, run.settings, seed, run.fold_folder, device, cases, held_out, ranks,
         formats=run.paths.formats if device.type == "cuda" else None, callbacks=run.callbacks,
     )  # fmt: skip
+    if run.first is not None:
+        stage = run.first.folder
+        job = replace(job, first_stage={fold: models.weights_fingerprint(stage, fold) for fold in run.first.folds})
     if split.name != ALL:
         job = replace(job, passes=_count_passes(job))
     if preview and ranks.rank == 0:
@@ -492,8 +495,9 @@ def _announce(run: TrainingRun) -> None:
         log.warn("loss.distillation is set without a model to learn from: `nnlite distill MODEL` gives one")
     if settings.training.patch_growth and not smaller_patches(run.plan.configuration(name)):
         log.warn(f"training.patch_growth has no effect: the patch of {name} cannot be smaller")
-    if settings.training.early_stop is not None and not run.split.validation:
-        log.warn(f"training.early_stop has no effect: fold {run.split.name} holds out no case")
+    if settings.training.early_stop is not None and (run.split.name == ALL or not run.split.validation):
+        effect = "uses the Dice of training cases" if run.split.name == ALL else "has no effect"
+        log.warn(f"training.early_stop {effect}: fold {run.split.name} holds out no case")
     for teacher in run.teachers:
         own, theirs = settings.augmentation, Settings.model_validate(teacher.settings).augmentation
         warn_of_lost_swaps(teacher.folder.name, theirs, own, run.plan, run.plan.configuration(name).dimensions)

@@ -43,7 +43,7 @@ from nnunet_lite.models.folder import (
     trained_folds,
     weights_fingerprint,
 )
-from nnunet_lite.models.lookup import model_fingerprint, read_model
+from nnunet_lite.models.lookup import model_fingerprint, read_headers, read_model
 from nnunet_lite.models.nnunet import nnunet_checkpoints, read_nnunet
 from nnunet_lite.networks.build import build_network
 from nnunet_lite.networks.cpu import speed_up_on_cpu
@@ -261,12 +261,16 @@ def load(
 
 @dataclass(frozen=True)
 class _Trained:
-    """What a model folder contains: its plan, run.json, the header of its weights, and the network of each fold."""
+    """What a model folder contains: its plan, run.json, and of each fold the network and the header of its weights."""
 
     plan: Plan
     run: dict[str, Any]
     networks: dict[str, nn.Module]
-    header: dict[str, Any]
+    headers: dict[str, dict[str, Any]]
+
+    @property
+    def header(self) -> dict[str, Any]:
+        return next(reversed(self.headers.values()), {})
 
     @property
     def configuration(self) -> Configuration:
@@ -368,14 +372,11 @@ def _read(folder: Path, folds: Sequence[str | int] | None, trusted: Callable[[Pa
         if begun:
             fix += f" {', '.join(begun)} is not finished; the same `nnlite train` command resumes it."
         raise UserError(f"has no trained fold {', '.join(missing)}".rstrip(), folder, fix)
-    header, networks = {}, {}
+    headers, networks = read_headers(folder, plan, run["configuration"], names), {}
     for fold in names:
         networks[fold] = build_network(plan, run["configuration"], factory)
-        header = load_weights(folder / f"fold_{fold}" / MODEL, networks[fold])
-        if (of := header.get("configuration", run["configuration"])) != run["configuration"]:
-            what = f"was trained for {of}, and the model is of {run['configuration']}"
-            raise UserError(what, folder / f"fold_{fold}", "Put it back into the model folder that it comes from.")
-    return _Trained(plan, run, networks, header)
+        load_weights(folder / f"fold_{fold}" / MODEL, networks[fold])
+    return _Trained(plan, run, networks, headers)
 
 
 def _read_nnunet(folder: Path, folds: Sequence[str | int] | None, checkpoint: Checkpoint) -> _Trained:
@@ -405,6 +406,13 @@ def _find_first_stage(folder: Path, second: _Trained) -> Path:
     plan, run = read_model(first)
     if (run["configuration"], plan.labels.meaning) != (stage, second.plan.labels.meaning):
         raise UserError(f"is no model of {stage} for the labels of {folder.name}", first, fix)
+    for name, header in second.headers.items():
+        known = header.get("first_stage", {})
+        if changed := [fold for fold, weights in known.items() if weights_fingerprint(first, fold) != weights]:
+            what = f"fold {name} of {folder.name} learned from other weights of {first.name}, its first stage"
+            log.warn(
+                f"{what} (fold {', '.join(changed)}); train it again with --restart to learn from the present ones"
+            )
     return first
 
 

@@ -40,6 +40,37 @@ def read_model(folder: Path) -> tuple[Plan, dict[str, Any]]:
     return Plan.read(folder / "plans.json"), run
 
 
+def read_headers(folder: Path, plan: Plan, configuration: str, folds: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Return the header of the weights of each fold, and refuse weights that were trained with another plan.
+
+    Parameters
+    ----------
+    folder : Path
+        The model folder.
+    plan, configuration : Plan, str
+        Of the model.
+    folds : iterable of str
+        Names of folds.
+
+    Raises
+    ------
+    UserError
+        A fold was trained with another spacing, orientation or normalisation, as one of another model folder, or it is
+        of another configuration; or its weights cannot be read.
+    """
+    headers = {fold: read_weights_header(folder / f"fold_{fold}" / MODEL) for fold in folds}
+    now = plan.input_values(configuration)
+    for fold, header in headers.items():
+        if (of := header.get("configuration", configuration)) != configuration:
+            what = f"was trained for {of}, and the model is of {configuration}"
+            raise UserError(what, folder / f"fold_{fold}", "Put it back into the model folder that it comes from.")
+        before = header.get("inputs", now)  # older weights and those of nnU-Net have none
+        if changed := [f"{key} = {before[key]}, not {now.get(key)}" for key in before if before[key] != now.get(key)]:
+            fix = "Undo the edit of plans.json, or put the fold back into the model folder that it comes from."
+            raise UserError(f"was trained with another plan: {'; '.join(changed)}", folder / f"fold_{fold}", fix)
+    return headers
+
+
 def model_fingerprint(folder: Path, folds: Iterable[str], checkpoint: Checkpoint = "final") -> str:
     """Hash the plan of a model, and of the weights of each fold the size and first megabytes: 16 hexadecimal digits.
 
@@ -66,10 +97,8 @@ def describe_folder(folder: Path) -> dict[str, Any]:
     """
     plan, run = read_model(folder)
     planned, folds = plan.configuration(run["configuration"]), {}
-    for fold in trained_folds(folder):
-        file = folder / f"fold_{fold}" / MODEL
-        with understood(file):
-            state = read_weights_header(file)
+    for fold, state in read_headers(folder, plan, run["configuration"], trained_folds(folder)).items():
+        with understood(folder / f"fold_{fold}" / MODEL):
             folds[fold] = {"epochs": state["epochs"], "seconds": float(state["seconds"]), **state}
         folds[fold]["mean_dice"] = held_out_dice(folder, [fold])
     return {

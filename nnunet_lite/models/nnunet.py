@@ -38,7 +38,7 @@ from nnunet_lite.models.folder import (
     weight_files,
     write_description,
 )
-from nnunet_lite.models.lookup import read_model
+from nnunet_lite.models.lookup import read_headers, read_model
 from nnunet_lite.networks.build import build_network
 from nnunet_lite.networks.unet import UNet
 from nnunet_lite.planning.nnunet import plan_from_nnunet, plan_to_nnunet
@@ -424,12 +424,13 @@ def export_nnunet(folder: Path, out: Path) -> None:
     if not files:
         raise UserError("has no trained fold", folder, "Train one with `nnlite train`.")
     dataset = {**read_json(folder / "dataset.json"), "labels": _labels_for_nnunet(plan.labels)}
+    headers = read_headers(folder, plan, configuration, files)
     plans, network = plan_to_nnunet(plan, dataset), build_network(plan, configuration)
     with new_model_folder(out) as partial:
         write_json(partial / "plans.json", plans)
         write_json(partial / "dataset.json", dataset)
         for fold, file in files.items():
-            about = load_weights(file, network)
+            load_weights(file, network)
             checkpoint = {
                 WEIGHTS: {
                     theirs: value
@@ -440,7 +441,7 @@ def export_nnunet(folder: Path, out: Path) -> None:
                 "grad_scaler_state": None,
                 "logging": {},
                 "_best_ema": None,
-                "current_epoch": about["epochs"],
+                "current_epoch": headers[fold]["epochs"],
                 "init_args": {
                     "plans": plans,
                     "configuration": configuration,

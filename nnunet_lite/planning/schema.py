@@ -300,6 +300,19 @@ class Plan(_Model):
         second = self.configuration(configuration).previous_stage is not None
         return len(self.channels) + (self.labels.n_classes - 1 if second else 0)
 
+    def input_values(self, configuration: str) -> dict[str, Any]:
+        """Return what the networks of a configuration expect of images, as values for JSON; stored with weights."""
+        return {
+            "orientation": self.orientation,
+            "axis_order": list(self.axis_order),
+            "spacing": list(self.configuration(configuration).spacing),
+            **{
+                f"channels[{i}]": channel.model_dump(mode="json", exclude={"name", "statistics"})
+                | {"statistics": channel.statistics_used}
+                for i, channel in enumerate(self.channels)
+            },
+        }
+
     def to_json(self) -> str:
         """Return the text of plans.json."""
         return json.dumps(self.as_dict(), indent=1, ensure_ascii=False)

@@ -55,6 +55,8 @@ class Job:
         File that keeps which `ComputeFormat` is fastest on which GPU; None to keep nothing.
     callbacks : sequence of callable
         Called after each epoch, see `nnunet_lite.train`.
+    first_stage : mapping of str to str
+        Of a cascade: folds of the first stage and the fingerprints of their weights, from which this fold learns.
     """
 
     plan: Plan
@@ -69,6 +71,7 @@ class Job:
     passes: Mapping[float, int] = field(default_factory=dict)
     formats: Path | None = None
     callbacks: Sequence[Callback] = ()
+    first_stage: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def planned(self) -> Configuration:

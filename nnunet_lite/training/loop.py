@@ -237,6 +237,8 @@ def _save_model(job: Job, learner: Learner, state: State) -> None:
     validation = _plan_validation(job, state)
     header = {
         "configuration": job.configuration,
+        "inputs": job.plan.input_values(job.configuration),
+        "first_stage": job.first_stage,
         "epochs": state.epoch,
         "seconds": round(state.seconds, 1),
         "length": run_length(job.settings),
@@ -306,7 +308,7 @@ def _is_over(job: Job, state: State) -> bool:
         log.info(f"the learning rate has fallen below schedule.min_lr = {schedule.min_lr:g}, which ends the run")
         return True
     if _stops_early(job, state):
-        log.info(f"stopping early: the held-out Dice has not risen for {state.early_stopping.since} epochs")
+        log.info(f"stopping early: the Dice has not risen for {state.early_stopping.since} epochs")
         return True
     return state.epoch > 0 and _progress(job, state, state.pace / 2) >= 1  # as within an epoch
 
