@@ -231,13 +231,13 @@ def test_a_signal_stops_two_that_train_after_the_same_step(tmp_path: Path, train
 
 
 def test_a_mistake_is_one_line_of_one_process(tmp_path: Path, train_three: list[str]) -> None:
-    """One that shows before torch is imported, and one that shows in a batch."""
+    """One that shows before torch is imported, and one that shows before cases are loaded."""
     _, errors = run(*train_three, "--set", "training.wrong=1", "--gpus", "2", "--name", "wrong", code=2)
     assert errors.count("unknown setting 'training.wrong'") == 1
     ranks = start_ranks(by_file(tmp_path), *train_three, "--set", "training.batch_size=1", "--name", "wrong")
     said = [rank.communicate(timeout=60)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2], said
-    assert said[0].count("a batch of 1 cannot be split over 2 processes") == 1
+    assert said[0].count("a batch of 1 cannot be split over 2 processes") == 1 and " cases, " not in said[0]
 
 
 def test_python_does_not_start_processes(tiny_workspace: Path) -> None:

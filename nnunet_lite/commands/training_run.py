@@ -34,6 +34,7 @@ from nnunet_lite.preprocessing.store import is_preprocessed, preprocess_dataset
 from nnunet_lite.settings import Settings, with_changes
 from nnunet_lite.training.callbacks import require_logger
 from nnunet_lite.training.dataloader import check_augmentation
+from nnunet_lite.training.distributed import rank_share
 from nnunet_lite.training.finetune import adopt_plan, open_source
 from nnunet_lite.training.job import Job, configure_plan
 from nnunet_lite.training.launch import current_ranks
@@ -247,13 +248,15 @@ def _check_trainable(run: TrainingRun) -> None:
     ------
     UserError
         The logger's package is not installed, class weights or swaps of other labels, no such transform, a network
-        that cannot be built, or one that normalizes each process's part of a batch alone.
+        that cannot be built, or one that normalizes each process's part of a batch alone; or a batch has fewer samples
+        than there are processes.
     """
     settings, cpu = run.settings, torch.device("cpu")
     require_logger(settings.training.logger)
     check_weights(settings.loss, run.plan.labels)
     job = Job(run.plan, run.configuration, settings, 0, run.fold_folder, cpu, [], [])
     check_augmentation(job)
+    rank_share(job.planned.batch_size, current_ranks())
     on_cpus = current_ranks().world > 1 and pick_device(run.device).type != "cuda"
     factory = settings.network.factory
     for stage in job.stages if factory is not None or on_cpus else ():  # a user's network may take one size only
