@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from samples import FAST, Command, Counts, rewrite_nifti
+from samples import FAST, Command, Counts, forget_plan, rewrite_nifti
 
 import nnunet_lite
 from nnunet_lite.data.dataset import map_labels, stored_dataset
@@ -25,6 +25,7 @@ from nnunet_lite.evaluation.postprocessing import Gain, Rule, apply_rules
 from nnunet_lite.evaluation.selection import Candidate, Selection, read_selection
 from nnunet_lite.evaluation.statistics import Margin
 from nnunet_lite.files import read_json, write_json
+from nnunet_lite.models.bundle import read_manifest
 from nnunet_lite.reporting.material import read_material
 from nnunet_lite.workspace import Paths
 
@@ -161,6 +162,7 @@ def test_sizes_without_a_spacing_are_pixels(
     model = add_model(ours, "a", with_speck, source=tiny_model)
     shutil.copy(ours.plans, model / "plans.json")
     write_json(model / "run.json", read_json(model / "run.json") | {"configuration": "2d"})
+    forget_plan(model)
     found = select(ours)
     words = f"no component below {14 * pages if pages == 1 else 86} {unit}"
     assert [str(rule) for rule in found.postprocessing.values()] == [words]
@@ -426,6 +428,23 @@ def test_rules_of_an_older_selection_are_not_applied(
     assert "Dice 0.5000 -> 0.6000 on the cases that chose it" in read_selection(paths).to_text()
 
 
+def test_the_selected_model_is_exported(paths: Paths, tmp_path: Path, command: Command) -> None:
+    """Though another one has more folds; of two that vote, none is exported for both."""
+    selected(paths)
+    other = Path(shutil.copytree(paths.models / "tiny", paths.models / "other"))
+    shutil.copytree(other / "fold_0", other / "fold_1")
+    place = ["-w", paths.root.parent]
+    assert command("export", "tiny.zip", *place, cwd=tmp_path)[0] == 0
+    manifest = read_manifest(tmp_path / "tiny.zip")
+    assert manifest.models == ("tiny",) and set(manifest.about["postprocessing"]) == {"Anterior", "Posterior"}
+    selected(paths, models=["tiny", "other"], weights={})
+    code, _, err = command("export", "both.zip", *place, cwd=tmp_path)
+    assert code == 2 and "error: tiny and other are selected together, and an export has one model. Export each" in err
+    assert "their postprocessing is not in them (Anterior: the largest component;" in err
+    assert not (tmp_path / "both.zip").exists()
+    assert command("export", "other.zip", "-m", "other", *place, cwd=tmp_path)[0] == 0
+
+
 def test_a_pair_that_was_selected_predicts(paths: Paths, scan: Path, tmp_path: Path) -> None:
     other = shutil.copytree(paths.models / "tiny", paths.models / "other")
     turn_round(other)
@@ -548,6 +567,8 @@ def test_a_zip_and_what_is_imported_from_it_postprocess_too(
         return err
 
     run("export", paths.models / "tiny", "tiny.zip")
+    described = command("info", "tiny.zip", cwd=tmp_path)[1]
+    assert "postprocessing  Anterior: the largest component; " in described and "quality" not in described
     imported = there / paths.name / "models" / "tiny"
     run("import", "tiny.zip", "-w", there)
     for options in (["-m", "tiny.zip"], ["-w", there], ["-m", imported]):

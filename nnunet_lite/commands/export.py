@@ -27,7 +27,6 @@ from nnunet_lite.models.folder import (
     read_run,
     stage_path,
 )
-from nnunet_lite.models.lookup import choose_model
 from nnunet_lite.models.nnunet import (
     export_nnunet,
     has_first_stage,
@@ -161,7 +160,7 @@ def export_model(
     output: Annotated[str | Path | None, options.output("-o", "--output", help="Zip or folder to write.")] = None,
     model: Annotated[
         str | Path | None,
-        options.model("-m", "--model", help="Model folder, zip or name.", show_default="the trained one"),
+        options.model("-m", "--model", help="Model folder, zip or name.", show_default="the selected, or trained one"),
     ] = None,
     configuration: Annotated[str | None, options.model("-c", "--configuration", help="2d, 3d_fullres, ...")] = None,
     format: Annotated[
@@ -183,7 +182,7 @@ def export_model(
     output : str or Path, optional
         The target, unless it is one of `paths`.
     model : str or Path, optional
-        The model, unless it is one of `paths`.
+        The model, unless it is one of `paths`; default: what `select` chose, otherwise the trained one.
     configuration : str, optional
         Export the trained model of this configuration.
     format : {"zip", "onnx", "nnunet"}
@@ -209,7 +208,7 @@ def export_model(
     Raises
     ------
     UserError
-        There is no such model, the target exists, or the format cannot represent the model.
+        There is no such model, an ensemble is selected, the target exists, or the format cannot represent the model.
 
     Examples
     --------
@@ -224,10 +223,16 @@ def export_model(
     if format != "zip" and (licence or note):
         raise UserError(f"--licence and --note are for a zip, and {format} has no place for them", target)
     if source is not None:
-        folder = find_model(source, root, dataset, configuration)
+        chosen = choose_models(None, [find_model(source, root, dataset, configuration)], [], None, postprocess=True)
     else:
-        folder = choose_model(select_dataset(workspace, dataset, needs_plan=False), configuration)
-    _, _, rules = choose_models(None, [folder], [], None, postprocess=True)
+        named = options.names_of(configuration) or []
+        chosen = choose_models(select_dataset(workspace, dataset, needs_plan=False), [], named, None, postprocess=True)
+    (folder, *others), _, rules = chosen
+    if others:
+        lost = f"; their postprocessing is not in them ({describe_rules(rules)})" if rules else ""
+        fix = f"Export each with -m NAME, and predict with both: -m A.zip -m B.zip{lost}."
+        names = " and ".join(path.name for path in (folder, *others))
+        raise UserError(f"{names} are selected together, and an export has one model", fix=fix)
     if rules and format != "zip":
         log.warn(f"{format} has no place for the postprocessing of `nnlite predict`: {describe_rules(rules)}")
     if format == "onnx":

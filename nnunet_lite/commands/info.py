@@ -11,9 +11,10 @@ from nnunet_lite import log
 from nnunet_lite.commands import options
 from nnunet_lite.data.dataset import stored_dataset
 from nnunet_lite.data.problems import plural
-from nnunet_lite.evaluation.selection import changed_models, read_selection
+from nnunet_lite.evaluation.selection import changed_models, describe_rules, packed_rules, read_selection
+from nnunet_lite.files import read_json, understood
 from nnunet_lite.models.argument import as_model_folder, find_models
-from nnunet_lite.models.folder import Checkpoint, first_training, is_model, model_folders
+from nnunet_lite.models.folder import QUALITY, Checkpoint, first_training, is_model, model_folders
 from nnunet_lite.models.lookup import describe_folder, read_model
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.planning.show import length_unit, plan_table
@@ -88,6 +89,10 @@ def describe_model(model: Path, checkpoint: Checkpoint = "final") -> options.Abo
     """
     with as_model_folder(model, checkpoint) as folder:
         plan, values = read_model(folder)[0], {"model": str(model), **describe_folder(folder)}
+        rules, quality = packed_rules(folder), folder / QUALITY
+        with understood(quality):
+            calibrated = list(read_json(quality)["weights"]) if quality.is_file() else []
+    values |= {"postprocessing": {label: str(rule) for label, rule in rules.items()}, "calibrated": calibrated}
     network = values["network"]
     axes = f"images are reoriented to {plan.orientation}"
     if plan.orientation is None:
@@ -104,6 +109,8 @@ def describe_model(model: Path, checkpoint: Checkpoint = "final") -> options.Abo
         dice = "no scores here" if state["mean_dice"] is None else f"mean Dice {state['mean_dice']:.4f}"
         lines.append(f"fold {fold}    {plural(state['epochs'], 'epoch')} in {log.duration(state['seconds'])}, {dice}")
     lines += [f"fold {fold}    not finished" for fold in values["unfinished_folds"]]
+    lines += [f"postprocessing  {describe_rules(rules)}"] if rules else []
+    lines += [f"quality   calibrated for {' and '.join(calibrated)}"] if calibrated else []
     return options.About(values, "\n".join(lines))
 
 

@@ -242,7 +242,10 @@ def choose_models(
     selection = read_selection(paths) if in_dataset else None
     if selection is None or (folders and {folder.name for folder in folders} != set(selection.models)):
         folders = folders or [choose_model(paths)]
-        return folders, folds, _packed_rules(folders) if postprocess else {}
+        rules = packed_rules(folders[0]) if postprocess and len(folders) == 1 else {}
+        if rules:
+            log.info(f"{folders[0]}: postprocessing: {describe_rules(rules)}")
+        return folders, folds, rules
     selected = [paths.models / Path(name).name for name in selection.models]
     for folder, fold in product([] if folders else selected, selection.folds):
         if not is_finished(folder / f"fold_{fold}"):
@@ -265,17 +268,13 @@ def choose_models(
     return folders or selected, folds, rules
 
 
-def _packed_rules(folders: Sequence[Path]) -> dict[str, Rule]:
-    """Return the postprocessing in a zip, or in that from which a model was imported; none for several models."""
-    folder = folders[0]
-    if len(folders) > 1 or not (is_zip(folder) or (folder / MANIFEST).is_file()):
+def packed_rules(folder: Path) -> dict[str, Rule]:
+    """Return the postprocessing in a zip, or in that from which a model was imported."""
+    if not (is_zip(folder) or (folder / MANIFEST).is_file()):
         return {}
     with understood(folder / MANIFEST, "Export the model again."):
         stored = read_manifest(folder).about.get("postprocessing", {})
-        rules = {label: Rule.model_validate(rule) for label, rule in stored.items()}
-    if rules:
-        log.info(f"{folder}: postprocessing: {describe_rules(rules)}")
-    return rules
+        return {label: Rule.model_validate(rule) for label, rule in stored.items()}
 
 
 def changed_models(paths: Paths, selection: Selection) -> list[str]:
