@@ -14,8 +14,10 @@ from samples import blocks, described, save_maps
 
 from nnunet_lite.data.check import check_dataset
 from nnunet_lite.data.dataset import read_dataset
-from nnunet_lite.data.images import read_label
+from nnunet_lite.data.images import read_geometry, read_label
+from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.problems import Problem
+from nnunet_lite.data.slicer import write_seg_nrrd
 
 
 def problems(root: Path) -> list[Problem]:
@@ -163,6 +165,31 @@ def test_palettes_that_give_a_number_other_colours(tmp_path: Path) -> None:
     (found,) = problems(tmp_path)
     assert (found.kind, found.file) == ("palettes", "labels/c4.png")
     assert found.found == "the number 0 is the colour #ff0000, and #000000 in c0.png"
+
+
+def test_segments_of_slicer_whose_numbers_differ(tmp_path: Path) -> None:
+    """3D Slicer numbers the segments of each file in their order."""
+    maps = [blocks((1, 2)) for _ in range(5)]
+    save(tmp_path, *maps)
+    names = {"liver": 1, "tumour": 2}
+    for case, numbers in enumerate([names, names, names, {"tumour": 1, "liver": 2}, names]):
+        path = tmp_path / "labels" / f"c{case}.nii.gz"
+        geometry = read_geometry(path)[0]
+        write_seg_nrrd(
+            path.with_name(f"c{case}.seg.nrrd"), maps[case], geometry, Labels(names={"background": 0, **numbers})
+        )
+        path.unlink()
+    (found,) = [problem for problem in problems(tmp_path) if problem.kind not in ("extra_label", "few_cases")]
+    assert (found.kind, found.severity, found.file) == ("segments", "error", "labels/c3.seg.nrrd")
+    assert found.found == "the number 1 is tumour, and liver in c0.seg.nrrd"
+    write_seg_nrrd(tmp_path / found.file, maps[3], geometry, Labels(names={"background": 0, **names}))
+    assert "segments" not in kinds(tmp_path)
+    described_as = {"liver": 2, "tumour": 1}
+    cases = {f"c{i}": {"images": [f"images/c{i}.nii.gz"], "label": f"labels/c{i}.seg.nrrd"} for i in range(5)}
+    table = described("grey", labels={"background": 0, **described_as}, file_ending=".nii.gz") | {"dataset": cases}
+    (tmp_path / "dataset.json").write_text(json.dumps(table))
+    (found,) = [problem for problem in problems(tmp_path) if problem.kind == "segments"]
+    assert found.found == "the number 1 is liver, which is 2 in the labels"
 
 
 def test_255_as_ignore(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from nnunet_lite.data.geometry import PICTURE_SPACING, Geometry
 from nnunet_lite.data.images import read_label
 from nnunet_lite.data.labels import Labels, label_colours
 from nnunet_lite.data.slicer import write_seg_nrrd
+from nnunet_lite.errors import UserError
+from nnunet_lite.evaluation.scores import score_files
 
 LABELS = Labels(names={"background": 0, "Anterior": 1, "Tumör 肝": 7, "never found": 300, "one voxel": 12})
 REGIONS = Labels(names={"background": 0, "whole": (1, 2), "core": 2}, region_order=(1, 2))
@@ -104,3 +106,21 @@ def test_pynrrd_reads_it(tmp_path: Path, labels: Labels) -> None:
     else:
         np.testing.assert_array_equal(array, label_map.T)
     assert header["Segment0_Name"] == next(iter(labels.segments))
+
+
+def test_references_whose_numbers_mean_other_labels_are_not_scored(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    ours, theirs = (Labels(names={"background": 0, **names}) for names in ({"L": 1, "R": 2}, {"R": 1, "l": 2}))
+    label_map, _ = written(tmp_path / "a" / "scan.seg.nrrd", [0, 1, 2], ours)
+    write_seg_nrrd(tmp_path / "b" / "scan.seg.nrrd", label_map, GRID, ours)
+    assert score_files(tmp_path / "a", tmp_path / "b", ours).foreground().mean == 1
+    write_seg_nrrd(tmp_path / "b" / "scan.seg.nrrd", label_map, GRID, theirs)
+    with pytest.raises(UserError, match=r"b/scan.seg.nrrd: the number 1 is R, which is 2 in the labels. Export it"):
+        score_files(tmp_path / "a", tmp_path / "b", ours)
+
+
+def test_layers_are_no_label_map(tmp_path: Path) -> None:
+    written(tmp_path / "a.seg.nrrd", [0, 1, 2], REGIONS)
+    with pytest.raises(UserError, match="is a segmentation of 3D Slicer in layers: it has a fourth dimension"):
+        read_label(tmp_path / "a.seg.nrrd")

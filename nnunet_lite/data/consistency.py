@@ -22,7 +22,7 @@ from nnunet_lite.data.cases import (
 from nnunet_lite.data.dataset import Dataset
 from nnunet_lite.data.geometry import Geometry, common_orientation
 from nnunet_lite.data.images import read_label
-from nnunet_lite.data.labels import BACKGROUND, palette_colours
+from nnunet_lite.data.labels import BACKGROUND, Labels, contradiction, number_meanings
 from nnunet_lite.data.names import PICTURES, stem, suffix_of
 from nnunet_lite.data.problems import Problem, few, plural
 from nnunet_lite.files import read_json
@@ -211,7 +211,7 @@ def check_consistency(dataset: Dataset, findings: Sequence[CaseFindings[Any]]) -
             fix = "Remove one: the same patient in training and validation makes scores too good."
             yield Problem("duplicate_case", str(case.images[0]), f"holds the same image as case {first.id}", "", fix)
     yield from _inverted_masks(dataset, Counter(f.surrounding for f in findings if f.surrounding is not None))
-    yield from _unlike_palettes(findings, dataset.labels.background)
+    yield from _unlike_numbers(findings, dataset.labels)
     if len(dataset.cases) < FOLDS:
         text, expected = plural(len(dataset.cases), "case"), f"at least {FOLDS} for {FOLDS}-fold cross-validation"
         fix = "Train on all of them (fold `all`), or add cases."
@@ -229,18 +229,24 @@ def _inverted_masks(dataset: Dataset, surrounding: Counter[int]) -> Iterator[Pro
         yield Problem("inverted", str(dataset.description), text, "", fix)
 
 
-def _unlike_palettes(findings: Sequence[CaseFindings[Any]], background: int) -> Iterator[Problem]:
-    """Report the first label map whose palette gives a number in it another colour than the palettes before."""
-    seen: dict[str, tuple[str, str]] = {}
+def _unlike_numbers(findings: Sequence[CaseFindings[Any]], labels: Labels) -> Iterator[Problem]:
+    """Report the first label map in which a number has another colour, or name of a segment, than elsewhere."""
+    seen: dict[int, tuple[str, str]] = {}
     for problem, values in ((problem, found.values or ()) for found in findings for problem in found.problems):
-        for number, colour in palette_colours(problem.found) if problem.kind == "understood" else ():
-            if int(number) not in (background, *values):
+        for number, meaning in number_meanings(problem.found) if problem.kind == "understood" else ():
+            if number not in (labels.background, *values):
                 continue
-            other, file = seen.setdefault(number, (colour, problem.file))
-            if other != colour:
-                text = f"the number {number} is the colour {colour}, and {other} in {Path(file).name}"
+            other, file = seen.setdefault(number, (meaning, problem.file))
+            of_palette = meaning.startswith("#")
+            text = contradiction(problem.found, labels)
+            if other != meaning:
+                where = file if Path(file).name == Path(problem.file).name else Path(file).name
+                text = f"the number {number} is {'the colour ' * of_palette}{meaning}, and {other} in {where}"
+            if text:
                 fix = "If the colours are what the labels mean, save all label maps with one palette, or as grey."
-                yield Problem("palettes", problem.file, text, "", fix)
+                if not of_palette:
+                    fix = "Export label maps from 3D Slicer with one colour table, so that numbers mean the same."
+                yield Problem("palettes" if of_palette else "segments", problem.file, text, "", fix)
                 return
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import colorsys
 import re
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -30,6 +31,7 @@ _COLOURS: tuple[Colour, ...] = (
     (143, 208, 255), (182, 155, 240), (214, 161, 150), (180, 224, 90), (229, 231, 235),
 )  # fmt: skip
 _PALETTE = "palette picture read as the numbers of its colours"
+_SEGMENTS = "segments of 3D Slicer"
 _PIECE = 1 << 20  # voxels
 _WIDEST = 1 << 20  # encoding uses a table of all values from the lowest to the highest
 
@@ -62,9 +64,30 @@ def palette_note(colours: np.ndarray) -> str:
     return f"{_PALETTE}: {first}"
 
 
-def palette_colours(note: str) -> list[tuple[str, str]]:
-    """Return the numbers and colours of a `palette_note`; none of another note."""
-    return re.findall(r"(\d+) is (#\w{6})", note) if note.startswith(_PALETTE) else []
+def segments_note(names: Mapping[int, str]) -> str:
+    """Describe the numbers of a segmentation of 3D Slicer, which it chooses anew for each file.
+
+    Parameters
+    ----------
+    names : dict of int to str
+        The name of each number.
+    """
+    return f"{_SEGMENTS}: " + ", ".join(f"{number} is {name.replace(',', ' ')}" for number, name in names.items())
+
+
+def number_meanings(note: str) -> list[tuple[int, str]]:
+    """Return the numbers and colours of a `palette_note`, or numbers and names of a `segments_note`; else none."""
+    found = re.findall(r"(\d+) is ([^,]+)", note) if note.startswith((_PALETTE, _SEGMENTS)) else []
+    return [(int(number), meaning) for number, meaning in found]
+
+
+def contradiction(note: str, labels: Labels) -> str | None:
+    """Say which number of a `segments_note` has the name of a label with another number; None if there is none."""
+    values = {name.lower(): of_label for name, of_label in labels.segments.items()}
+    for number, name in number_meanings(note):
+        if number not in values.get(name.lower(), (number,)):
+            return f"the number {number} is {name}, which is {values[name.lower()][0]} in the labels"
+    return None
 
 
 def label_colours(n: int) -> list[Colour]:

@@ -19,7 +19,7 @@ _ERRORS = (
     *("invalid_json", "invalid_dataset", "missing_image", "extra_channel", "missing_label", "ambiguous_label"),
     *("duplicate_id", "unreadable", "dimensions", "channels", "grid", "shape", "spacing", "nan"),
     *("label_fraction", "label_channels", "label_value", "label_void", "label_levels", "instances", "label_lossy"),
-    *("no_foreground", "no_spacing"),
+    *("no_foreground", "no_spacing", "segments"),
 )
 _WARNINGS = (
     *("extra_image", "extra_label", "n_cases", "origin", "direction", "forms", "instances_likely"),
@@ -33,7 +33,7 @@ KINDS: dict[str, Severity] = {
     **dict.fromkeys(_NOTICES, "notice"),
 }
 # errors about files that can be trained on
-_GUESSES = ("extra_channel", "label_void", "label_levels", "instances", "no_spacing")
+_GUESSES = ("extra_channel", "label_void", "label_levels", "instances", "no_spacing", "segments")
 ACCEPTED_KINDS = (*_WARNINGS, *_GUESSES)
 _MOST_ROWS = 50  # of a table in a notebook
 _REPR = 5  # problems that a Report shows in Python

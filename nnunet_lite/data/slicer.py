@@ -1,4 +1,4 @@
-"""Label maps are written as segmentations of 3D Slicer (.seg.nrrd): NRRD files with names and colours of segments.
+"""Segmentations of 3D Slicer (.seg.nrrd): label maps in NRRD files with names and colours of segments.
 
 Segments share the voxels of one label map. Where they may overlap, as regions do, each has a layer of its own: the file
 has four dimensions, the first of which is the layer.
@@ -6,6 +6,7 @@ has four dimensions, the first of which is the layer.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,33 @@ def needs_layers(labels: Labels) -> bool:
         Labels of the dataset.
     """
     return labels.has_regions or labels.background != 0 or min(labels.values) < 0  # in Slicer, 0 is the background
+
+
+def is_slicer(path: Path) -> bool:
+    """Return whether a file has the ending of segmentations of 3D Slicer."""
+    return path.name.lower().endswith(".seg.nrrd")
+
+
+def segment_names(path: Path) -> dict[int, str]:
+    """Read the names of the numbers in a segmentation of 3D Slicer.
+
+    Parameters
+    ----------
+    path : Path
+        A file that ends with .seg.nrrd.
+
+    Returns
+    -------
+    dict of int to str
+        Empty if the header has no segments.
+    """
+    reader = sitk().ImageFileReader()
+    reader.SetImageIO("NrrdImageIO")
+    reader.SetFileName(str(path))
+    reader.ReadImageInformation()
+    text = {key: reader.GetMetaData(key) for key in reader.GetMetaDataKeys()}
+    numbers = {key.removesuffix("_Name"): name for key, name in text.items() if re.fullmatch(r"Segment\d+_Name", key)}
+    return {int(text.get(f"{key}_LabelValue", 0)): name for key, name in sorted(numbers.items())}
 
 
 def write_seg_nrrd(path: Path, label_map: np.ndarray, geometry: Geometry, labels: Labels) -> None:

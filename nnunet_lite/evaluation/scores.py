@@ -20,7 +20,7 @@ from nnunet_lite.data.dataset import labels_of, map_labels
 from nnunet_lite.data.discovery import cases_by_name, files_below
 from nnunet_lite.data.geometry import ACCEPTABLE, Geometry
 from nnunet_lite.data.images import read_label
-from nnunet_lite.data.labels import Labels
+from nnunet_lite.data.labels import Labels, contradiction
 from nnunet_lite.data.names import case_of, stem
 from nnunet_lite.data.problems import align, few, html_table, plural
 from nnunet_lite.errors import UserError, no_such_file
@@ -549,6 +549,8 @@ def _read_pair(
 def _read(path: Path, labels: Labels, like: Geometry | None = None) -> tuple[np.ndarray, Geometry, list[_Remark]]:
     """Read a label map with the values of `labels`, aligned with the geometry `like`, its geometry, and remarks."""
     array, geometry, notes = read_label(path, like)
+    if wrong := next(filter(None, (contradiction(note, labels) for note in notes)), None):
+        raise UserError(wrong, path, "Export it from 3D Slicer with a colour table of these numbers.")
     remarks = [(note, path.name) for note in notes]
     values = _distinct_values(array)
     label_values = {*labels.values, *(() if labels.ignore is None else (labels.ignore,))}
