@@ -107,6 +107,13 @@ def test_a_model_of_another_workspace(models: tuple[Path, Path], tiny_model: Pat
     assert [row[5][0] + row[6][0] for row in page.tables["Dice of the same cases"][1:]] == ["00"] * 3
 
 
+def test_an_imported_model_has_no_curves(models: tuple[Path, Path]) -> None:
+    for name in ("metrics.jsonl", "metrics.csv", "cases.json"):
+        (models[1] / "fold_0" / name).unlink()
+    page = compare(*models)
+    assert len(page.tables["Dice of the same cases"]) == 4 and "Loss" in page.text
+
+
 def test_models_without_a_common_case(models: tuple[Path, Path]) -> None:
     """A case of the same name with another reference is another case."""
     file = models[1] / "fold_0" / "validation" / "summary.json"

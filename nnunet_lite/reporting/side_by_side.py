@@ -70,7 +70,7 @@ def write_comparison(first: Path, second: Path, output: Path | None) -> Path:
         )
     file, notes = page.page_file(output or paths.root, "comparison.html"), list[str]()
     models = [replace(read_results(folder, notes), name=name) for folder, name in _names_of(folders).items()]
-    folds = [(f"{model.label}, fold {fold.name}", i, fold) for i, model in enumerate(models) for fold in model.folds]
+    folds = [(f"{model.label}, fold {fold.name}", i, fold) for i, model in enumerate(models) for fold in model.begun]
     material = _draw_shared(replace(read_material(paths), models=tuple(models), selection=None, notes=tuple(notes)))
     tables = [_paired_table(material, metric) for metric in ("Dice", "NSD", "HD95")]
     html = page.fill_template(
