@@ -246,6 +246,26 @@ def test_a_label_that_all_other_cases_have_is_missing_also_if_no_model_sees_it()
     assert not any("nodule" in text for text in texts(7, 8, 9, blind=True)), "some cases have none"
 
 
+def test_a_correction_of_the_map_that_explains_little_is_not_the_first() -> None:
+    """Weak models see a nodule in every case; the reference of one has none, and models see some of it in the liver."""
+    evidence = []
+    for number in range(24):
+        n = (6, 10, 14)[number % 3]
+        counts = np.array([[9000, 100 - n, 100 - n], [100 - n, n, 0], [100 - n, 0, n]])
+        corrections: tuple[Correction, ...] = ()
+        if number == 0:
+            counts = np.array([[9000, 0, 93], [93, 0, 7], [0, 0, 0]])
+            absent, exchanged = np.diag([0, 0, 100]), np.array([[9000, 0, 93], [0, 0, 0], [93, 0, 7]])
+            corrections = (
+                Correction("swapped labels", "", (0, 0, 0), dice_of_counts(exchanged)),
+                Correction("missing structure", "", (0, 0, 0), dice_of_counts(counts + absent), 2),
+            )
+        evidence.append(Evidence(str(number), counts, corrections, (0, 0, 0), "", "voxel"))
+    first, *_ = rank_cases(evidence, ("background", "liver", "nodule"))
+    assert first.case == "0" and first.findings[0].kind == "missing structure"
+    assert first.score == first.findings[0].score > 2 * first.findings[1].score > 0
+
+
 def test_a_gap_is_measured_in_what_is_usual_for_its_label() -> None:
     """Weak models see long bridges between two parts in some cases: they are no evidence, in others they are."""
     counts = np.array([[9000, 20], [20, 200]])

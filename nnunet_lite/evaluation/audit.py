@@ -447,6 +447,7 @@ def _judge_case(
             text = f"Dice of {name} with the models is {dice[worst]:.2f}, usual is {usual.dice[worst]:.2f}"
             add("low agreement", worst + 1, text, one.place, _UNEXPLAINED * total)
     first = dict[tuple[Any, ...], Finding]()  # a region is a part of what all regions of its label say
-    for found in sorted(findings, key=lambda finding: (finding.kind not in _OF_THE_MAP, -finding.score)):
+    enough = _EXPLAINING * max((finding.score for finding in findings), default=0.0)  # for a reason of all others
+    for found in sorted(findings, key=lambda one: (not (one.kind in _OF_THE_MAP and one.score >= enough), -one.score)):
         first.setdefault((found.kind, found.label, found.kind == _GAP and found.place), found)
     return list(first.values())
