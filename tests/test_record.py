@@ -179,6 +179,8 @@ def test_calls_that_share_a_folder_lose_no_entry(model: Predictor, tmp_path: Pat
         ("predictions.json", "[1]", "is not as nnlite writes it"),
         ("predictions.json", '{"format": "nnlite-predictions-9"}', "is of a newer nnlite"),
         ("statistics.json", '{"liver": {"volume": 3.0}}', r"is not as nnlite writes it.*Move it elsewhere"),
+        ("statistics.csv", "case,volume", "is not of nnlite.*Move it elsewhere"),
+        ("quality.csv", "scan,artefacts", "is not of nnlite.*Move it elsewhere"),
     ],
 )
 def test_files_of_others_are_not_overwritten(

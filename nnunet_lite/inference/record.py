@@ -225,7 +225,7 @@ def read_statistics(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
     """
     file = folder / STATISTICS
     if not file.is_file():
-        return {}
+        return _nothing_beside(folder / TABLE)
     with understood(file, _FIX):
         return {case: {label: dict(row) for label, row in rows.items()} for case, rows in read_json(file).items()}
 
@@ -240,11 +240,18 @@ def read_case_qualities(folder: Path) -> dict[str, CaseQuality]:
     """
     file = folder / QUALITY
     if not file.is_file():
-        return {}
+        return _nothing_beside(folder / QUALITY_TABLE)
     with understood(file, _FIX):
         content = dict(read_json(file))
         must_be_known(content["format"], QUALITY_FORMAT, file)
         return {case: CaseQuality.from_json(value) for case, value in content["cases"].items()}
+
+
+def _nothing_beside(table: Path) -> dict[str, Any]:
+    """Return no entries; refuse a table without the JSON file that nnlite writes first: it is not ours to replace."""
+    if table.is_file():
+        raise UserError("is not of nnlite, which writes a file of this name", table, _FIX)
+    return {}
 
 
 def describe_predictor(predictor: Predictor) -> dict[str, Any]:
