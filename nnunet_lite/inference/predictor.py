@@ -255,7 +255,8 @@ def load(
         if same and sorted(one.calibrated_as for one in predictors) == sorted(names):
             predictors.sort(key=lambda one: names.index(one.calibrated_as))  # the first one describes the image
         else:
-            quality = None  # it was calibrated for other models together
+            log.info(f"{paths[0] / QUALITY} is of {' and '.join(names)}, not of what predicts now, so unused")
+            quality = None
     return replace(predictors[0], partners=tuple(predictors[1:]), quality=quality)
 
 
