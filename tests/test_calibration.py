@@ -219,8 +219,9 @@ def test_an_ensemble_is_judged_as_it_was_calibrated(pair: list[Path], images: Pa
             assert other.labels[label] == pytest.approx(values, abs=2e-3)
 
 
-def test_a_quality_of_two_models_is_not_that_of_one_of_them(pair: list[Path]) -> None:
+def test_a_quality_of_two_models_is_not_that_of_one_of_them(pair: list[Path], capfd: Any) -> None:
     assert load(pair[0], device="cpu").quality is None
+    assert "quality.json is of b and a, not of what predicts now, so unused" in capfd.readouterr().err
     twin = Path(shutil.copytree(pair[0], pair[0].with_name("twin")))
     assert load([pair[0], twin], device="cpu").quality is None
 
@@ -351,6 +352,10 @@ def test_the_report_compares_expected_and_real_dice(selected: Paths, tmp_path: P
     values = [float(value) for value in re.findall(r'data-value="([^"]*)"', first)]
     lacking = [expected - real for expected, real in zip(values[::2], values[1::2], strict=True)]
     assert 0 < len(lacking) < 12 and lacking == sorted(lacking, reverse=True) and min(lacking) > 0
+    workspace = Path(shutil.copytree(selected.root.parent, tmp_path / "workspace"))
+    quality = workspace / selected.name / "models" / "short" / "quality.json"
+    write_json(quality, read_json(quality) | {"weights": {"short": {"0": "before more training"}}})
+    assert "Expected quality" not in nnunet_lite.report(tmp_path / "page.html", workspace=workspace).read_text()
 
 
 def test_labels_may_be_renamed_after_the_training(

@@ -248,8 +248,8 @@ def read_case_qualities(folder: Path) -> dict[str, CaseQuality]:
 
 
 def _nothing_beside(table: Path) -> dict[str, Any]:
-    """Return no entries; refuse a table without the JSON file that nnlite writes first: it is not ours to replace."""
-    if table.is_file():
+    """Return no entries; refuse a table of another program that would be replaced."""
+    if table.is_file() and not table.read_bytes().startswith(b"case,label,"):
         raise UserError("is not of nnlite, which writes a file of this name", table, _FIX)
     return {}
 

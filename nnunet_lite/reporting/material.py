@@ -31,7 +31,8 @@ from nnunet_lite.evaluation.metrics import METRICS
 from nnunet_lite.evaluation.scores import CaseScore, Scores, read_fold_scores
 from nnunet_lite.evaluation.selection import Selection, changed_models, read_selection
 from nnunet_lite.files import read_json, understood
-from nnunet_lite.models.folder import MODEL, QUALITY, RECORD, VALIDATION, model_folders, read_weights_header
+from nnunet_lite.inference.quality import read_quality
+from nnunet_lite.models.folder import MODEL, RECORD, VALIDATION, model_folders, read_weights_header
 from nnunet_lite.models.lookup import read_model
 from nnunet_lite.planning.fingerprint import Fingerprint
 from nnunet_lite.planning.schema import Plan
@@ -321,7 +322,8 @@ def read_material(paths: Paths) -> Material:
     plan, dataset, selection = Plan.read(paths.plans), stored_dataset(paths.dataset), read_selection(paths)
     chosen = selection.models if selection else ()
     selected = "+".join(chosen)
-    calibrated = any((paths.models / name / QUALITY).is_file() for name in chosen)
+    qualities = [read_quality(paths.models / name) for name in chosen]
+    calibrated = any(one is not None and selection and one.weights == selection.weights for one in qualities)
     changed = changed_models(paths, selection) if selection else []
     notes = [f"{' and '.join(changed)} changed since the comparison; `nnlite select` compares again"] if changed else []
     models = list(_read_models(paths, dataset, notes))
