@@ -14,11 +14,13 @@ import SimpleITK as sitk
 import tifffile
 from bad_inputs import BadData, refuse_dataset
 from PIL import Image as Pillow
-from samples import Command, described, save_cases
+from samples import Command, described, save_arrays, save_cases
 
 import nnunet_lite
 from nnunet_lite.data.cases import Case
-from nnunet_lite.data.images import read_geometry, read_image, read_images, read_label, write_label
+from nnunet_lite.data.dataset import read_dataset
+from nnunet_lite.data.images import label_suffix, read_geometry, read_image, read_images, read_label, write_label
+from nnunet_lite.data.names import suffix_of
 from nnunet_lite.data.raw_files import scan_raw_cases
 
 UM = 1e-3  # mm
@@ -329,3 +331,16 @@ def test_check_warns_of_a_jpeg_that_programs_turn(tmp_path: Path) -> None:
     path = path.with_suffix(".jpg")
     path.write_bytes(path.read_bytes().replace(b"Exif\0\0", b"Exif\0\0\1\2", 1))  # damaged tags are no tags
     assert read_image(path).orientation_tag == 1
+
+
+def test_ome_tif_is_the_ending_of_a_name(tmp_path: Path) -> None:
+    """The masks of x.ome.tif and its channels are found by x, and its label map is no OME file."""
+    for number in range(2):
+        for name in (f"images/c{number}_0000.ome.tif", f"images/c{number}_0001.OME.TIFF"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            tifffile.imwrite(tmp_path / name, np.arange(63, dtype=np.uint16).reshape(7, 9), ome=True)
+        save_arrays(tmp_path, {f"masks/c{number}_mask.png": np.eye(7, 9, dtype=np.uint8)[None]})
+    found = {case.id: ([path.name for path in case.images], case.label) for case in read_dataset(tmp_path).cases}
+    assert found["c1"] == (["c1_0000.ome.tif", "c1_0001.OME.TIFF"], tmp_path / "masks" / "c1_mask.png")
+    assert read_image(tmp_path / "images" / "c1_0000.ome.tif").array.shape == (1, 1, 7, 9)
+    assert label_suffix(suffix_of(Path("c1.ome.tif"))) == ".tif"

@@ -324,7 +324,7 @@ def _channel_name(words: Words) -> str:
     name = "_".join(words)
     if name.isdecimal():
         return f"channel_{int(name)}"
-    return "image" if name.lower() in ("", "ome", *IMAGE_FOLDERS) else name  # x.ome.tif with x_mask.tif
+    return "image" if name.lower() in ("", *IMAGE_FOLDERS) else name
 
 
 def _names_of_channels(root: Path, channels: Collection[dict[str, Path]]) -> list[str]:

@@ -68,6 +68,7 @@ def label_suffix(suffix: str) -> str:
         Such as ".png" for ".jpg".
     """
     others = {".jpg": ".png", ".jpeg": ".png", ".mhd": ".mha", ".nhdr": ".nrrd"}
+    others |= {".ome.tif": ".tif", ".ome.tiff": ".tif"}
     return others.get(suffix, ".nii.gz" if suffix in ("", *names.PAIRS) else suffix)
 
 

@@ -65,7 +65,7 @@ def palette_note(colours: np.ndarray) -> str:
 
 
 def segments_note(names: Mapping[int, str]) -> str:
-    """Describe the numbers of a segmentation of 3D Slicer, which it chooses anew for each file.
+    """Describe the numbers of a segmentation of 3D Slicer, which numbers each file by itself.
 
     Parameters
     ----------

@@ -22,7 +22,7 @@ from typing import Literal
 from nnunet_lite.errors import UserError
 
 NIFTI = (".nii.gz", ".nii")
-TIFF = (".tif", ".tiff")
+TIFF = (".ome.tif", ".ome.tiff", ".tif", ".tiff")
 PICTURES = (".png", *TIFF, ".bmp", ".jpg", ".jpeg")
 GIPL = (".gipl.gz", ".gipl")
 _HEADERS, _VOXELS = (".hdr.gz", ".hdr"), (".img.gz", ".img")
