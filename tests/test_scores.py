@@ -164,6 +164,19 @@ def test_a_dataframe_is_the_csv(folders: tuple[Path, Path], monkeypatch: pytest.
         scores.to_dataframe()
 
 
+def test_references_of_bids_without_images(tmp_path: Path) -> None:
+    """Masks in derivatives/, of patients with one visit or several, as `predict` names their label maps."""
+    mask = np.zeros((4, 8, 8), np.uint8)
+    mask[1:3, 2:6, 2:6] = 1
+    names = {"sub-01": "sub-01", "sub-02_ses-1": "sub-02/ses-1", "sub-02_ses-2": "sub-02/ses-2"}
+    for shift, (case, folders) in enumerate(names.items()):
+        moved = np.roll(mask, shift, 2)
+        file = f"masks/derivatives/manual/{folders}/anat/{folders.replace('/', '_')}_desc-tumour_mask.nii.gz"
+        save_arrays(tmp_path, {f"out/{case}.nii.gz": mask, file: moved})
+    scores = score_files(tmp_path / "out", tmp_path / "masks", surface=False, workers=0)
+    assert [(row.case, row.mean_dice) for row in scores.rows] == list(zip(names, (1, 0.75, 0.5), strict=True))
+
+
 def test_labels_have_the_names_in_the_record_beside_predictions_and_cases_a_line_each(tmp_path: Path) -> None:
     mask = np.zeros((4, 8, 8), np.uint8)
     mask[1:3, 2:6, 2:6] = 1

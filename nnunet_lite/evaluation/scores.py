@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_lite.data.cases import Case, folders_in, image_files, label_base, label_maps, unsupported_files
+from nnunet_lite.data.cases import folders_in, image_files, label_base, label_maps, unsupported_files
 from nnunet_lite.data.dataset import labels_of, map_labels
 from nnunet_lite.data.discovery import cases_by_name, files_below
 from nnunet_lite.data.geometry import ACCEPTABLE, Geometry
 from nnunet_lite.data.images import read_label
 from nnunet_lite.data.labels import Labels, contradiction
-from nnunet_lite.data.names import case_of, stem
+from nnunet_lite.data.names import case_of, has_label_word, stem
 from nnunet_lite.data.problems import align, few, html_table, plural
 from nnunet_lite.errors import UserError, no_such_file
 from nnunet_lite.evaluation.metrics import COARSE, METRICS, Metric, MetricValues, is_coarse, score_case
@@ -428,15 +428,18 @@ def _match(prediction: Path, reference: Path) -> tuple[dict[str, tuple[Path, Pat
         return {stem(reference): (prediction, reference)}, []
     predicted, found = _by_name(prediction, case_of), {}
     if not image_files(reference) and folders_in(reference):  # as `nnlite init` reads it, such as one for each patient
-        cases = _cases_of_references(reference)
-        found = {case.id: case.label for case in cases if case.label}
+        found = _label_maps_below(reference)
     references = found or _by_name(reference, stem)
     images = {label_base(name) for name in references if label_base(name) != name}  # x beside x_mask
     references = {name: path for name, path in references.items() if name not in images}
     maps = {case: [path] for case, path in found.items() if case in predicted}
-    if not maps:  # `predict` names a case by its folder: sub-01 for sub-01/anat/sub-01_T1w.nii.gz
+    if not maps:  # `predict` names a case by its folders: sub-01, or sub-01_ses-1, for sub-01/ses-1/anat/T1w.nii.gz
         folders = {path: path.relative_to(reference).parts[:-1] for path in found.values()}
-        maps = {case: inside for case in predicted if (inside := [path for path in folders if case in folders[path]])}
+        for case in predicted:
+            inside = [
+                p for p in folders if case in (*folders[p], "_".join(name for name in folders[p] if name in case))
+            ]
+            maps |= {case: inside} if inside else {}
     maps = maps or label_maps(references.values(), predicted)  # a name may end in a word, as case_0_mask
     pairs = {case: (predicted[case], maps[case][0]) for case in sorted(maps) if len(maps[case]) == 1}
     if not pairs:
@@ -455,9 +458,13 @@ def _match(prediction: Path, reference: Path) -> tuple[dict[str, tuple[Path, Pat
     return pairs, [note for note in notes if note]
 
 
-def _cases_of_references(folder: Path) -> tuple[Case, ...]:
+def _label_maps_below(folder: Path) -> dict[str, Path]:
+    files = files_below(folder)
+    paths = {path.relative_to(folder): path for path in files.images}
+    if all(map(has_label_word, paths)):  # masks without images, as in derivatives/ of BIDS
+        return {path.as_posix(): paths[path] for path in paths}
     try:
-        return cases_by_name(files_below(folder)).cases
+        return {case.id: case.label for case in cases_by_name(files).cases if case.label}
     except UserError as error:  # which says what to do about `nnlite init`
         fix = "Give a folder of label maps that have the names of the predictions."
         raise UserError(error.what, folder, fix) from None
