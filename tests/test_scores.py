@@ -188,6 +188,11 @@ def test_labels_have_the_names_in_the_record_beside_predictions_and_cases_a_line
                              "the labels are the values found, 1",)  # fmt: skip
     record = {"runs": [{"labels": {"background": 0, "liver": 1}}]}
     (tmp_path / "out" / "predictions.json").write_text(json.dumps(record))
+    table = tmp_path / "references" / "dataset.json"  # as `nnlite init` numbers the masks of a folder that lacks some
+    table.write_text(json.dumps({"labels": {"background": 0, "kidney": 1, "liver": 2}}))
+    with pytest.raises(UserError, match=r"liver is 2 here, and 1 in .*predictions.json. Give label maps in which"):
+        score_files(tmp_path / "out", tmp_path / "references", surface=False, workers=0)
+    table.unlink()
     named = score_files(tmp_path / "out", tmp_path / "references", surface=False, workers=0)
     assert named.labels.region_names == ("liver",) and named.notes == ()
     lines = named.to_text().splitlines()

@@ -476,7 +476,8 @@ def _by_name(folder: Path, name_of: Callable[[Path], str]) -> dict[str, Path]:
         if (other := files.setdefault(name_of(path), path)) != path:
             raise UserError(f"{other.name} and {path.name} are the same case", folder, "Remove one.")
     if not files:
-        raise UserError(f"contains no label map of a supported format{unsupported_files(folder)}", folder)
+        what, fix = unsupported_files(folder), "Of DICOM masks, `nnlite init` writes label maps, with their series."
+        raise UserError(f"contains no label map of a supported format{what}", folder, fix if ".dcm" in what else "")
     return files
 
 
@@ -491,17 +492,25 @@ def described_labels(prediction: Path, reference: Path) -> tuple[str, Labels | N
     Raises
     ------
     UserError
-        The description is broken.
+        The description is broken, or two of them give a label different numbers.
     """
     ours, theirs = (path if path.is_dir() else path.parent for path in (prediction.absolute(), reference.absolute()))
     places = [folder / "dataset.json" for folder in dict.fromkeys((theirs, theirs.parent, ours))] + [ours / RECORD]
-    table = next((file for file in places if file.is_file()), None)
-    content = None if table is None else read_json(table)
-    if table is not None and table.name == RECORD:
-        content = content["runs"][-1] if isinstance(content, dict) and content.get("runs") else {}
-        table = table if "labels" in content else None
+    described: list[tuple[Path, Labels]] = []
+    for file in (file for file in places if file.is_file()):
+        content = read_json(file)
+        if file.name == RECORD:
+            content = content["runs"][-1] if isinstance(content, dict) and content.get("runs") else {}
+        if file.name != RECORD or "labels" in content:
+            described.append((file, labels_of(content if isinstance(content, dict) else {}, file)))
+    for file, other in described[1:]:
+        for name, numbers in described[0][1].segments.items():
+            if other.segments.get(name, numbers) != numbers:
+                here, there = (few(list(map(str, found))) for found in (numbers, other.segments[name]))
+                fix = "Give label maps in which numbers mean the same."
+                raise UserError(f"{name} is {here} here, and {there} in {file}", described[0][0], fix)
     looked = f"dataset.json in {', '.join(str(file.parent) for file in places[:-1])}"
-    return looked, None if table is None else labels_of(content if isinstance(content, dict) else {}, table)
+    return looked, described[0][1] if described else None
 
 
 def _found_labels(values_by_file: Sequence[set[int]], folder: Path) -> Labels:
