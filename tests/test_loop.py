@@ -27,6 +27,7 @@ from nnunet_lite.networks.precision import ComputeFormat
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.preprocessing.stored_case import CaseArrays, sample_voxels
 from nnunet_lite.settings import Settings, with_changes
+from nnunet_lite.training import learner as learning
 from nnunet_lite.training import loop
 from nnunet_lite.training.cache import load_case
 from nnunet_lite.training.job import Job, configure_plan
@@ -302,6 +303,14 @@ def test_held_out_logits_that_are_not_finite_have_no_dice(
     for row in train(job(cases=[*tiny_cases[:7], spoiled(tiny_cases[7])], training__iterations=1)):
         assert row["validation_loss"] is None and row["mean_dice"] is None and set(row["dice"].values()) == {None}
     assert "held-out loss not finite" in capfd.readouterr().err
+
+
+def test_runs_with_other_seeds_have_the_same_held_out_patches(job: MakeJob) -> None:
+    run = job(training__validation_iterations=2)
+    state = State(compute=ComputeFormat())
+    learner = learning.make_learner(run, learning.make_network(run), state.compute)
+    first, second = (loop._pseudo_validate(replace(run, seed=seed), learner, state, math.inf) for seed in (5, 6))
+    assert first["mean_dice"] is not None and first == second
 
 
 # -------------------------------------------------------------------------------------------------- the end of a run

@@ -445,8 +445,9 @@ def _count_bad_steps(job: Job, state: State, steps: list[_Step]) -> int:
 
 @torch.inference_mode()
 def _pseudo_validate(job: Job, learner: Learner, state: State, allowed: float) -> Metrics:
-    """Loss and pseudo-Dice on fixed patches of the held-out cases; the Dice of a label that none shows is None.
+    """Loss and pseudo-Dice on patches of the held-out cases; the Dice of a label that none shows is None.
 
+    The patches are the same after each epoch, and in runs with other seeds, so that their curves can be compared.
     After `allowed` seconds the remaining patches are left out.
     """
     n_batches, labels = job.settings.training.validation_iterations, job.plan.labels
@@ -457,8 +458,9 @@ def _pseudo_validate(job: Job, learner: Learner, state: State, allowed: float) -
     total = torch.zeros((), device=job.device)
     counts = torch.zeros(3, len(labels.region_names), device=job.device, dtype=torch.int64)
     finite = torch.ones((), device=job.device, dtype=torch.int64)
+    seedless = replace(job, seed=0)
     makers: Iterator[Callable[[], Batch]] = (
-        partial(make_batch, job, job.validation, _VALIDATION_STREAM, i, augment=False) for i in range(n_batches)
+        partial(make_batch, seedless, job.validation, _VALIDATION_STREAM, i, augment=False) for i in range(n_batches)
     )
     begin, done = time.monotonic(), 0
     times: list[float] = []
