@@ -172,7 +172,8 @@ def test_segments_of_slicer_whose_numbers_differ(tmp_path: Path) -> None:
     maps = [blocks((1, 2)) for _ in range(5)]
     save(tmp_path, *maps)
     names = {"liver": 1, "tumour": 2}
-    for case, numbers in enumerate([names, names, names, {"tumour": 1, "liver": 2}, names]):
+    others = {"Segment_1": 1, "Tumour": 2}, {"liver": 1, "tumour of B": 2}
+    for case, numbers in enumerate([names, *others, {"tumour": 1, "liver": 2}, names]):
         path = tmp_path / "labels" / f"c{case}.nii.gz"
         geometry = read_geometry(path)[0]
         write_seg_nrrd(
@@ -181,9 +182,11 @@ def test_segments_of_slicer_whose_numbers_differ(tmp_path: Path) -> None:
         path.unlink()
     (found,) = [problem for problem in problems(tmp_path) if problem.kind not in ("extra_label", "few_cases")]
     assert (found.kind, found.severity, found.file) == ("segments", "error", "labels/c3.seg.nrrd")
-    assert found.found == "the number 1 is tumour, and liver in c0.seg.nrrd"
+    assert found.found == "the number 1 is tumour, which is 2 in c0.seg.nrrd"
     write_seg_nrrd(tmp_path / found.file, maps[3], geometry, Labels(names={"background": 0, **names}))
-    assert "segments" not in kinds(tmp_path)
+    (found,) = [problem for problem in problems(tmp_path) if problem.kind.startswith("segment")]
+    assert (found.kind, found.severity) == ("segment_names", "warning")
+    assert found.found == "the number 2 is tumour of B, and tumour in c0.seg.nrrd"
     described_as = {"liver": 2, "tumour": 1}
     cases = {f"c{i}": {"images": [f"images/c{i}.nii.gz"], "label": f"labels/c{i}.seg.nrrd"} for i in range(5)}
     table = described("grey", labels={"background": 0, **described_as}, file_ending=".nii.gz") | {"dataset": cases}

@@ -230,24 +230,36 @@ def _inverted_masks(dataset: Dataset, surrounding: Counter[int]) -> Iterator[Pro
 
 
 def _unlike_numbers(findings: Sequence[CaseFindings[Any]], labels: Labels) -> Iterator[Problem]:
-    """Report the first label map in which a number has another colour, or name of a segment, than elsewhere."""
-    seen: dict[int, tuple[str, str]] = {}
+    """Report the first label map in which a number has another colour, or name of a segment, than elsewhere.
+
+    Another name may be the same label, spelled otherwise, unless it has another number in `labels` or a file before.
+    """
+    seen, numbers, doubt = dict[int, tuple[str, str]](), dict[str, tuple[int, str]](), None
     for problem, values in ((problem, found.values or ()) for found in findings for problem in found.problems):
         for number, meaning in number_meanings(problem.found) if problem.kind == "understood" else ():
             if number not in (labels.background, *values):
                 continue
             other, file = seen.setdefault(number, (meaning, problem.file))
-            of_palette = meaning.startswith("#")
-            text = contradiction(problem.found, labels)
-            if other != meaning:
-                where = file if Path(file).name == Path(problem.file).name else Path(file).name
-                text = f"the number {number} is {'the colour ' * of_palette}{meaning}, and {other} in {where}"
-            if text:
-                fix = "If the colours are what the labels mean, save all label maps with one palette, or as grey."
-                if not of_palette:
-                    fix = "Export label maps from 3D Slicer with one colour table, so that numbers mean the same."
-                yield Problem("palettes" if of_palette else "segments", problem.file, text, "", fix)
+            kind, what, wrong = "palettes", f"the number {number} is the colour {meaning}", None
+            fix = "If the colours are what the labels mean, save all label maps with one palette, or as grey."
+            if not meaning.startswith("#"):
+                kind, what = "segment_names", f"the number {number} is {meaning}"
+                wrong = contradiction(problem.found, labels)
+                fix = "Export label maps from 3D Slicer with one colour table, so that numbers mean the same."
+                before, place = numbers.setdefault(meaning.lower(), (number, problem.file))
+                if before != number:
+                    wrong = wrong or f"{what}, which is {before} in {_short_name(place, problem.file)}"
+            if wrong:
+                yield Problem("segments", problem.file, wrong, "", fix)
                 return
+            if other.lower() != meaning.lower():
+                text = f"{what}, and {other} in {_short_name(file, problem.file)}"
+                doubt = doubt or Problem(kind, problem.file, text, "", fix)
+    yield from [doubt] if doubt else []
+
+
+def _short_name(file: str, beside: str) -> str:
+    return file if Path(file).name == Path(beside).name else Path(file).name
 
 
 def _unlikely_channel(dataset: Dataset, name: str, ranges: Sequence[ChannelRange]) -> Iterator[Problem]:

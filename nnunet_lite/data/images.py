@@ -210,7 +210,7 @@ def read_label_image(path: str | Path, like: Geometry | None = None) -> Image:
             flat = names.suffix_of(path) in names.PICTURES and array.shape[1] == 1
             what = "a colour picture" if flat else "not a label map: it has a fourth dimension"
             fix = "Store one integer per voxel: 0 for background, 1, 2, ... for the labels."
-            if segments:
+            if is_slicer(path):
                 what = "a segmentation of 3D Slicer in layers: it has a fourth dimension"
                 fix = "Export it from 3D Slicer as a label map, with one colour table for all."
             raise UserError(f"is {what} ({array.shape[0]} different channels)", path, fix)

@@ -25,6 +25,7 @@ _WARNINGS = (
     *("extra_image", "extra_label", "n_cases", "origin", "direction", "forms", "instances_likely"),
     *("label_absent", "label_outside", "constant", "two_values", "looks_like_ct", "not_ct", "duplicate_case"),
     *("few_cases", "orientation_tag", "region_order", "not_annotated", "sheared", "palettes", "inverted"),
+    "segment_names",
 )
 _NOTICES = ("orientation", "understood")
 KINDS: dict[str, Severity] = {

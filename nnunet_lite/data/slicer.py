@@ -44,7 +44,7 @@ def segment_names(path: Path) -> dict[int, str]:
     Returns
     -------
     dict of int to str
-        Empty if the header has no segments.
+        Without segments that have no voxels, or no name but that of 3D Slicer.
     """
     reader = sitk().ImageFileReader()
     reader.SetImageIO("NrrdImageIO")
@@ -52,7 +52,11 @@ def segment_names(path: Path) -> dict[int, str]:
     reader.ReadImageInformation()
     text = {key: reader.GetMetaData(key) for key in reader.GetMetaDataKeys()}
     numbers = {key.removesuffix("_Name"): name for key, name in text.items() if re.fullmatch(r"Segment\d+_Name", key)}
-    return {int(text.get(f"{key}_LabelValue", 0)): name for key, name in sorted(numbers.items())}
+    return {
+        int(text.get(f"{key}_LabelValue", 0)): name
+        for key, name in sorted(numbers.items())
+        if not re.fullmatch(r"Segment[ _]?\d+", name) and not text.get(f"{key}_Extent", "").startswith("0 -1 ")
+    }
 
 
 def write_seg_nrrd(path: Path, label_map: np.ndarray, geometry: Geometry, labels: Labels) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -434,12 +435,12 @@ def _match(prediction: Path, reference: Path) -> tuple[dict[str, tuple[Path, Pat
     references = {name: path for name, path in references.items() if name not in images}
     maps = {case: [path] for case, path in found.items() if case in predicted}
     if not maps:  # `predict` names a case by its folders: sub-01, or sub-01_ses-1, for sub-01/ses-1/anat/T1w.nii.gz
-        folders = {path: path.relative_to(reference).parts[:-1] for path in found.values()}
-        for case in predicted:
-            inside = [
-                p for p in folders if case in (*folders[p], "_".join(name for name in folders[p] if name in case))
-            ]
-            maps |= {case: inside} if inside else {}
+        inside = defaultdict[str, list[Path]](list)
+        for path in found.values():
+            folders = path.relative_to(reference).parts[:-1]
+            for name in {"_".join(some) for n in range(len(folders)) for some in combinations(folders, n + 1)}:
+                inside[name].append(path)
+        maps = {case: inside[case] for case in predicted if case in inside}
     maps = maps or label_maps(references.values(), predicted)  # a name may end in a word, as case_0_mask
     pairs = {case: (predicted[case], maps[case][0]) for case in sorted(maps) if len(maps[case]) == 1}
     if not pairs:
