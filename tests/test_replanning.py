@@ -349,6 +349,8 @@ def test_images_stay_as_stored_for_models_of_an_older_nnlite(planned: Planned, t
 
 def test_an_edited_spacing_keeps_its_shape_patch_and_batch_with_a_warning(planned: Planned) -> None:
     made = planned.plan().configuration("3d_fullres")
+    planned.set("3d_fullres", spacing=[1, 1, 1.004])
+    assert planned.plan() and "at which the median image has" not in planned.said(), "it is a rounded spacing"
     planned.set("3d_fullres", spacing=[2, 1, 1])
     planned.set("mine", inherits_from="2d", spacing=[0.5, 0.5])
     shape = " x ".join(str(round(n / step)) for n, step in zip(made.median_shape, (2, 1, 1), strict=True))

@@ -125,9 +125,10 @@ def _warn_of_old_shapes(plan: Plan, planned: Plan, file: Path) -> None:
     spacings = {c.median_shape: c.spacing for c in planned.configurations.values()}
     for name, c in plan.configurations.items():
         old = spacings.get(c.median_shape, c.spacing)
-        if old != c.spacing:
-            expected = [round(n * a / b) for n, a, b in zip(c.median_shape, old, c.spacing, strict=True)]
-            new, shape, old_mm = (" x ".join(f"{n:.4g}" for n in each) for each in (c.spacing, expected, old))
+        expected = [n * a / b for n, a, b in zip(c.median_shape, old, c.spacing, strict=True)]
+        if any(abs(n - m) > 1 for n, m in zip(expected, c.median_shape, strict=True)):
+            shapes = c.spacing, [round(n) for n in expected], old
+            new, shape, old_mm = (" x ".join(f"{n:.4g}" for n in each) for each in shapes)
             what = f"{name} has a spacing of {new} mm, at which the median image has about {shape} voxels, and still "
             what += f"the median_shape of {old_mm} mm; an edited spacing changes neither patch nor batch"
             log.warn_once(f"{file}: {what}: `nnlite plan DATA --spacing` plans all of them")
