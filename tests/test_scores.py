@@ -193,6 +193,18 @@ def test_labels_have_the_names_in_the_record_beside_predictions_and_cases_a_line
     with pytest.raises(UserError, match=r"liver is 2 here, and 1 in .*predictions.json. Give label maps in which"):
         score_files(tmp_path / "out", tmp_path / "references", surface=False, workers=0)
     table.unlink()
+    (tmp_path / "out" / "dataset.json").write_text('{"citation": "of another program"}')
+    table.write_text(json.dumps(record["runs"][0]))
+    assert score_files(tmp_path / "out", tmp_path / "references", surface=False, workers=0).labels.values == (0, 1)
+    regions = {"labels": {"background": 0, "all": [1, 2], "core": 2}, "regions_class_order": [1, 2]}
+    table.write_text(json.dumps(regions))
+    regions["labels"] = {"background": 0, "all": [2, 1], "core": 2}
+    (tmp_path / "out" / "dataset.json").write_text(json.dumps(regions))
+    (tmp_path / "out" / "predictions.json").unlink()
+    assert score_files(tmp_path / "out", tmp_path / "references", surface=False, workers=0).labels.has_regions
+    table.unlink()
+    (tmp_path / "out" / "dataset.json").unlink()
+    (tmp_path / "out" / "predictions.json").write_text(json.dumps(record))
     named = score_files(tmp_path / "out", tmp_path / "references", surface=False, workers=0)
     assert named.labels.region_names == ("liver",) and named.notes == ()
     lines = named.to_text().splitlines()

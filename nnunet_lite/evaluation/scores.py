@@ -502,11 +502,12 @@ def described_labels(prediction: Path, reference: Path) -> tuple[str, Labels | N
         content = read_json(file)
         if file.name == RECORD:
             content = content["runs"][-1] if isinstance(content, dict) and content.get("runs") else {}
-        if file.name != RECORD or "labels" in content:
-            described.append((file, labels_of(content if isinstance(content, dict) else {}, file)))
+        content = content if isinstance(content, dict) else {}
+        if "labels" in content or not (described or file.name == RECORD):
+            described.append((file, labels_of(content, file)))
     for file, other in described[1:]:
         for name, numbers in described[0][1].segments.items():
-            if other.segments.get(name, numbers) != numbers:
+            if {*other.segments.get(name, numbers)} != {*numbers}:
                 here, there = (few(list(map(str, found))) for found in (numbers, other.segments[name]))
                 fix = "Give label maps in which numbers mean the same."
                 raise UserError(f"{name} is {here} here, and {there} in {file}", described[0][0], fix)
