@@ -185,7 +185,7 @@ REFUSED = {
     ),
     "a normalisation that was edited after the training": Bad(
         lambda place: edit(place / "model" / "plans.json", lambda plan: plan["channels"][0].update(normalization="ct")),
-        PREDICT, ("fold_0", "trained with another plan: channels[0] = ", "zscore", "Undo the edit of plans.json"),
+        PREDICT, ("fold_0", "another plan: channels.0.normalization = zscore, not ct. Undo the edit of plans.json"),
     ),
     "weights of another shape": weights(lambda t: t.update({first(t): np.zeros(3, np.float32)}), "another network"),
     "a weight too few": weights(lambda t: t.pop(first(t)), "another network"),

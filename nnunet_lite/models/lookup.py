@@ -64,8 +64,9 @@ def read_headers(folder: Path, plan: Plan, configuration: str, folds: Iterable[s
         if (of := header.get("configuration", configuration)) != configuration:
             what = f"was trained for {of}, and the model is of {configuration}"
             raise UserError(what, folder / f"fold_{fold}", "Put it back into the model folder that it comes from.")
-        before = header.get("inputs", now)  # older weights and those of nnU-Net have none
-        if changed := [f"{key} = {before[key]}, not {now.get(key)}" for key in before if before[key] != now.get(key)]:
+        before = header.get("inputs", {})  # older weights and those of nnU-Net have none
+        both = [key for key in before if key in now]
+        if changed := [f"{key} = {before[key]}, not {now[key]}" for key in both if before[key] != now[key]]:
             fix = "Undo the edit of plans.json, or put the fold back into the model folder that it comes from."
             raise UserError(f"was trained with another plan: {'; '.join(changed)}", folder / f"fold_{fold}", fix)
     return headers

@@ -301,17 +301,12 @@ class Plan(_Model):
         return len(self.channels) + (self.labels.n_classes - 1 if second else 0)
 
     def input_values(self, configuration: str) -> dict[str, Any]:
-        """Return what the networks of a configuration expect of images, as values for JSON; stored with weights."""
-        return {
-            "orientation": self.orientation,
-            "axis_order": list(self.axis_order),
-            "spacing": list(self.configuration(configuration).spacing),
-            **{
-                f"channels[{i}]": channel.model_dump(mode="json", exclude={"name", "statistics"})
-                | {"statistics": channel.statistics_used}
-                for i, channel in enumerate(self.channels)
-            },
-        }
+        """Return what the networks of a configuration expect of images, by dotted key; stored with weights."""
+        names: Any = {"channels": {"__all__": {"name"}}}
+        content = self.model_dump(mode="json", include={"orientation", "axis_order", "channels"}, exclude=names)
+        for channel, entry in zip(self.channels, content["channels"], strict=True):
+            entry["statistics"] = channel.statistics_used
+        return dict(flatten({**content, "spacing": list(self.configuration(configuration).spacing)}))
 
     def to_json(self) -> str:
         """Return the text of plans.json."""
