@@ -14,7 +14,7 @@ from test_dicom import GRID
 from nnunet_lite.data.geometry import PICTURE_SPACING, Geometry
 from nnunet_lite.data.images import read_label
 from nnunet_lite.data.labels import Labels, label_colours
-from nnunet_lite.data.slicer import write_seg_nrrd
+from nnunet_lite.data.slicer import segment_names, write_seg_nrrd
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.scores import score_files
 
@@ -118,6 +118,16 @@ def test_references_whose_numbers_mean_other_labels_are_not_scored(tmp_path: Pat
     write_seg_nrrd(tmp_path / "b" / "scan.seg.nrrd", label_map, GRID, theirs)
     with pytest.raises(UserError, match=r"b/scan.seg.nrrd: the number 1 is R, which is 2 in the labels. Export it"):
         score_files(tmp_path / "a", tmp_path / "b", ours)
+
+
+def test_segments_without_voxels_or_a_name_mean_nothing(tmp_path: Path) -> None:
+    """3D Slicer writes an empty extent, and any number, for a segment that was not drawn."""
+    file = tmp_path / "a.seg.nrrd"
+    written(file, [1, 2, 3], Labels(names={"background": 0, "L": 1, "Segment_2": 2, "R": 3}))
+    image = sitk.ReadImage(str(file))
+    image.SetMetaData("Segment2_Extent", "0 -1 0 -1 0 -1")
+    sitk.WriteImage(image, str(file))
+    assert segment_names(file) == {1: "L"}
 
 
 def test_layers_are_no_label_map(tmp_path: Path) -> None:

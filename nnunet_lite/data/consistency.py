@@ -235,16 +235,17 @@ def _unlike_numbers(findings: Sequence[CaseFindings[Any]], labels: Labels) -> It
     Another name may be the same label, spelled otherwise, unless it has another number in `labels` or a file before.
     """
     seen, numbers, doubt = dict[int, tuple[str, str]](), dict[str, tuple[int, str]](), None
-    for problem, values in ((problem, found.values or ()) for found in findings for problem in found.problems):
-        for number, meaning in number_meanings(problem.found) if problem.kind == "understood" else ():
+    notes = [(one, found.values or ()) for found in findings for one in found.problems if one.kind == "understood"]
+    for problem, values in notes:
+        wrong = contradiction(problem.found, labels)
+        for number, meaning in number_meanings(problem.found):
             if number not in (labels.background, *values):
                 continue
             other, file = seen.setdefault(number, (meaning, problem.file))
-            kind, what, wrong = "palettes", f"the number {number} is the colour {meaning}", None
+            kind, what = "palettes", f"the number {number} is the colour {meaning}"
             fix = "If the colours are what the labels mean, save all label maps with one palette, or as grey."
             if not meaning.startswith("#"):
                 kind, what = "segment_names", f"the number {number} is {meaning}"
-                wrong = contradiction(problem.found, labels)
                 fix = "Export label maps from 3D Slicer with one colour table, so that numbers mean the same."
                 before, place = numbers.setdefault(meaning.lower(), (number, problem.file))
                 if before != number:

@@ -408,12 +408,11 @@ def _find_first_stage(folder: Path, second: _Trained) -> Path:
     if (run["configuration"], plan.labels.meaning) != (stage, second.plan.labels.meaning):
         raise UserError(f"is no model of {stage} for the labels of {folder.name}", first, fix)
     for name, header in second.headers.items():
-        known = header.get("first_stage", {})
-        if changed := [fold for fold, weights in known.items() if weights_fingerprint(first, fold) != weights]:
+        known = header.get("first_stage", {}).items()
+        if changed := [fold for fold, weights in known if weights_fingerprint(first, fold) not in ("", weights)]:
             what = f"fold {name} of {folder.name} learned from other weights of {first.name}, its first stage"
-            log.warn(
-                f"{what} (fold {', '.join(changed)}); train it again with --restart to learn from the present ones"
-            )
+            fix = "train it again with --restart to learn from the present ones"
+            log.warn(f"{what} (fold {', '.join(changed)}); {fix}")
     return first
 
 
