@@ -248,6 +248,8 @@ def test_other_files_of_a_series_are_ignored(series: Path, capsys: pytest.Captur
         path.unlink()
     (case,) = find_cases([series.parent], 1)
     assert case.id == "study", "one series besides its localizer is the only case of a patient"
+    with pytest.raises(UserError, match="localizers, masks and reports are none"):
+        find_cases([series.parent / "study" / "scouts" / "scout"], 1)
 
 
 def test_one_of_several_series_is_chosen_by_a_file(series: Path, pixels: np.ndarray) -> None:

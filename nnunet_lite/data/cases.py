@@ -36,7 +36,7 @@ _PART = re.compile(r"\d+|[^\W\d_]+")  # of a name: a number or a word
 _PART_OF_CASE = re.compile("anat|func|dwi|fmap|perf|pet|ses-.+|dicom", re.IGNORECASE)  # folders in that of a patient
 _DEPTH = 4  # levels of folders that are searched for images: patient, visit, modality, and one more
 _MOST_CHANNELS = 8  # of one case in separate files; more files of one name are a series of cases
-_ALSO_DICOM = f"{SUPPORTED} and DICOM series."
+_ALSO_DICOM = f"{SUPPORTED} and DICOM series (localizers, masks and reports are none)."
 
 
 @dataclass(frozen=True)
