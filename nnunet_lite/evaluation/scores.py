@@ -438,7 +438,7 @@ def _match(prediction: Path, reference: Path) -> tuple[dict[str, tuple[Path, Pat
         inside = defaultdict[str, list[Path]](list)
         for path in found.values():
             folders = path.relative_to(reference).parts[:-1]
-            for name in {"_".join(some) for n in range(len(folders)) for some in combinations(folders, n + 1)}:
+            for name in {"_".join(some) for n in range(1, 5) for some in combinations(folders, n)}:
                 inside[name].append(path)
         maps = {case: inside[case] for case in predicted if case in inside}
     maps = maps or label_maps(references.values(), predicted)  # a name may end in a word, as case_0_mask
