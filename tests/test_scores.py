@@ -275,6 +275,9 @@ def test_labels_come_from_dataset_json_or_the_files(folders: tuple[Path, Path]) 
     predictions, references = folders
     found = score_files(*folders)
     assert found.labels.region_names == ("1", "2") and "no dataset.json" in found.notes[0]
+    for planned in (TWO, Labels(names={"front": 1}, ignore=2)):
+        assert score_files(*folders, default=planned).labels == planned
+    assert score_files(*folders, default=Labels(names={"front": 1})).labels == found.labels
     (predictions / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "front": 1}}))
     one_label = score_files(*folders)
     assert one_label.labels.region_names == ("front",) and "value 2, counted as background" in one_label.notes[0]
@@ -344,14 +347,14 @@ def test_all_pairs_on_other_grids_are_named(folders: tuple[Path, Path], command:
 
 
 def test_two_files_mixed_formats_and_masks(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    """A 0/255 mask in NRRD against 0/1 in NIfTI: one label, whether it is described or found."""
+    """A 0/255 mask in NRRD against 0/1 in NIfTI: one label, whether it is described or found; not a planned one."""
     array, geometry, _ = read_label(REFERENCES[0])
     reference, prediction = tmp_path / "truth.nii.gz", tmp_path / "guess.nrrd"
     mask = (array > 0).astype(np.uint8)
     write_label(reference, mask, geometry)
     write_label(prediction, mask * 255, geometry)
     for labels in (Labels(names={"it": 1}), None):
-        scores = score_files(prediction, reference, labels)
+        scores = score_files(prediction, reference, labels, default=TWO)
         assert scores.foreground().mean == 1.0 and scores.rows[0].case == "truth"
         assert "255 read as 1 (guess.nrrd)" in scores.notes
     with pytest.raises(UserError, match="two folders, or two files"):

@@ -367,9 +367,9 @@ def score_files(
     labels = labels or described
     if labels is None:
         files = [path for pair in pairs.values() for path in pair]
-        labels = _found_labels(map_in_threads(_values_of_file, files, at_once, "labels"), reference)
-        whose = "the values found"
-        if default is not None and set(labels.values) <= set(default.values):
+        values = map_in_threads(_values_of_file, files, at_once, "labels")
+        labels, whose = _found_labels(values, reference), "the values found"
+        if default is not None and set().union(*values) <= {0, *default.values, default.ignore}:
             labels, whose = default, "those of the planned dataset"
         notes = [*notes, f"no {looked}: the labels are {whose}, {', '.join(labels.region_names)}"]
     known = labels
