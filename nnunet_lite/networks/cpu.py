@@ -102,7 +102,7 @@ def _avoids_onednn(layer: nn.Conv2d | nn.Conv3d, x: Tensor) -> bool:
 def _convolve_onednn(layer: nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
     assert not isinstance(layer.padding, str)
     stride = layer.stride
-    if layer.weight[0, 0].numel() == 1:  # with a stride, oneDNN writes beyond its memory for less than 8 channels
+    if layer.weight[0, 0].numel() == 1:  # else oneDNN writes beyond its memory: uxlfoundation/oneDNN#6035
         x, stride = _thin_out(x, stride), (1,) * len(stride)
     y: Tensor = _OneDnnConvolution.apply(x, layer.weight, layer.bias, layer.padding, stride)
     return y
