@@ -335,6 +335,8 @@ def test_gradients_of_large_slices_in_bf16(kernel: Any, stride: Any, shape: tupl
         ((1, 3, 3), 1, True, False, (2, 24, 4, 7, 9)),
         (5, 1, True, False, (2, 24, 1, 1, 2)),
         (3, 2, True, False, (2, 24, 6, 8, 10)),
+        (5, 2, True, False, (1, 24, 4, 8, 8)),
+        (3, (1, 2, 2), True, False, (2, 24, 2, 8, 8)),
         (1, (1, 2, 2), False, False, (2, 24, 6, 8, 10)),
         (1, 1, False, False, (2, 1, 6, 8, 10)),
         (3, 2, True, True, (2, 24, 3, 4, 5)),

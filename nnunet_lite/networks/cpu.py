@@ -74,7 +74,7 @@ class FastConv3d(nn.Conv3d):
             return convolve_winograd(x, self.weight, self.bias)
         if _is_pointwise(self, x):
             return _mix_channels(_thin_out(x, self.stride), self.weight.flatten(1), self.bias)
-        if (_is_depthwise(self, x) and max(self.stride) == 1) or _is_gradient_wrong(self, x):
+        if _is_depthwise(self, x) or _is_gradient_wrong(self, x):
             assert not isinstance(self.padding, str)
             return _convolve_by_slices(x, self.weight, self.bias, self.stride, self.padding, self.groups)
         return _convolve_onednn(self, x) if _avoids_onednn(self, x) else super().forward(x)
@@ -261,9 +261,10 @@ def _spread(x: Tensor, stride: Sequence[int]) -> Tensor:
 class _ConvolutionBySlices(torch.autograd.Function):
     """A 3D convolution whose gradient of the kernel is computed slice by slice, as that of 2D convolutions.
 
-    oneDNN has no fast kernel for it if the convolution is depthwise, and a wrong one in bf16. The slices of a sample
-    are a batch of 2D images in the same memory. The gradient of the input of a depthwise convolution is a convolution
-    with the flipped kernel.
+    oneDNN has no fast kernel for it if the convolution is depthwise, and wrong ones in bf16: for large slices, and for
+    depthwise kernels longer than their input (with a stride it returns numbers from memory that it has not written).
+    The slices of a sample are a batch of 2D images in the same memory. The gradient of the input of a depthwise
+    convolution without a stride is a convolution with the flipped kernel.
     """
 
     @staticmethod
@@ -281,11 +282,11 @@ class _ConvolutionBySlices(torch.autograd.Function):
         if is_channels_last(x):
             grad = grad.contiguous(memory_format=torch.channels_last_3d)
         dx = None
-        if groups > 1:
+        if groups > 1 and max(stride) == 1:
             dx = F.conv3d(grad, weight.flip(2, 3, 4), padding=padding, groups=groups)
         elif ctx.needs_input_grad[0]:
             dx, _, _ = torch.ops.aten.convolution_backward(
-                grad, x, weight, None, stride, padding, (1, 1, 1), False, (0, 0, 0), 1, (True, False, False)
+                grad, x, weight, None, stride, padding, (1, 1, 1), False, (0, 0, 0), groups, (True, False, False)
             )
         dw = torch.zeros_like(weight, dtype=torch.float32)
         for inputs, outputs in zip(x.transpose(1, 2), grad.transpose(1, 2), strict=True):
