@@ -4,7 +4,7 @@
 channels-last memory format, for which torch's own layers make copies:
 
 FastConv2d, FastConv3d  oneDNN for a single small sample, where torch falls back to a slow kernel, in both directions;
-                        winograd.py for 3x3x3; and right gradients in bf16, where oneDNN's are not
+                        winograd.py for 3x3x3; and right results in bf16, where oneDNN's are not
 FastConvTranspose3d     the depthwise and pointwise ones of MedNeXt, as convolutions
 FastInstanceNorm        batch normalization of one sample after the other, in both directions
 FastUNet                upsampling as one matrix product that writes into the concatenation
@@ -63,6 +63,8 @@ class FastConv2d(nn.Conv2d):
     """A convolution that uses oneDNN where torch does not."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if _is_output_wrong(self, x):
+            return _convolve_crop(self, x)
         return _convolve_onednn(self, x) if _avoids_onednn(self, x) else super().forward(x)
 
 
@@ -74,6 +76,8 @@ class FastConv3d(nn.Conv3d):
             return convolve_winograd(x, self.weight, self.bias)
         if _is_pointwise(self, x):
             return _mix_channels(_thin_out(x, self.stride), self.weight.flatten(1), self.bias)
+        if _is_output_wrong(self, x):
+            return _convolve_crop(self, x)
         if _is_depthwise(self, x) or _is_gradient_wrong(self, x):
             assert not isinstance(self.padding, str)
             return _convolve_by_slices(x, self.weight, self.bias, self.stride, self.padding, self.groups)
@@ -227,7 +231,7 @@ def _is_gradient_wrong(layer: nn.Conv3d, x: Tensor) -> bool:
 
     With AMX, in bf16 and in three dimensions, it writes beyond its memory or returns NaN if the input and output of a
     slice are over 0.5 MB together, such as 48 channels of 80 x 80. The limit here is half of that, as it depends on
-    the size of a cache.
+    the size of a cache. It pads channels to 16.
     """
     return (
         not torch.compiler.is_compiling()
@@ -235,9 +239,40 @@ def _is_gradient_wrong(layer: nn.Conv3d, x: Tensor) -> bool:
         and torch.is_grad_enabled()
         and torch.is_autocast_enabled("cpu")
         and layer.groups == 1
-        and 2 * (layer.in_channels + layer.out_channels) * prod(x.shape[3:]) > _LARGE_SLICE
+        and 2 * (_padded(layer.in_channels) + _padded(layer.out_channels)) * prod(x.shape[3:]) > _LARGE_SLICE
         and torch.cpu._is_amx_tile_supported()
     )
+
+
+def _padded(channels: int) -> int:
+    return -(-channels // 16) * 16
+
+
+def _is_output_wrong(layer: nn.Conv2d | nn.Conv3d, x: Tensor) -> bool:
+    """Return whether oneDNN 3.12 may return memory that it has not written.
+
+    With AMX, in bf16, it does so if the output has one voxel along the last axis, by a stride; or if the input has one
+    slice and the kernel has more.
+    """
+    return (
+        torch.is_autocast_enabled("cpu")
+        and x.is_cpu
+        and layer.groups == 1
+        and (x.shape[-1] <= layer.stride[-1] > 1 or (x.ndim == 5 and x.shape[2] == 1 < layer.kernel_size[0]))
+    )
+
+
+def _convolve_crop(layer: nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
+    """Convolve with the part of the kernel that sees the input, along each axis on which the output has one voxel."""
+    assert not isinstance(layer.padding, str)
+    weight, stride, padding = layer.weight, list(layer.stride), list(layer.padding)
+    for i, n in enumerate(x.shape[2:]):
+        if n <= stride[i]:
+            overlap = min(n, layer.kernel_size[i] - padding[i])
+            x, weight = x.narrow(i + 2, 0, overlap), weight.narrow(i + 2, padding[i], overlap)
+            stride[i], padding[i] = 1, 0
+    y: Tensor = (F.conv2d if x.ndim == 4 else F.conv3d)(x, weight, layer.bias, stride, padding)
+    return y
 
 
 def _convolve_by_slices(
