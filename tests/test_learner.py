@@ -69,11 +69,12 @@ def test_what_needs_fp32_on_a_cpu(job: MakeJob) -> None:
         for changes in (
             {"training.seed": 0},
             {"training.compile": True},
+            {"training.channels_last": False},
             {"network.factory": "their.py:network"},
             {"network.factory": "their.py:network", "training.precision": "bf16"},
         )
     ]
-    assert first == ["fp32", "fp32", "fp32", "bf16"]
+    assert first == ["fp32", "fp32", "fp32", "fp32", "bf16"]
 
 
 def test_fp16_replaces_a_wrong_bf16(job: MakeJob, gpu: dict[Any, bool], capfd: pytest.CaptureFixture[str]) -> None:

@@ -268,13 +268,14 @@ def list_training_formats(job: Job) -> list[ComputeFormat]:
     """List the formats in which a job may be trained, likely winners first; compiled ones last.
 
     A run with a seed computes in fp32, unless it is on a GPU: it has the same result on every CPU. So does, on a CPU, a
-    network of the user and a compiled one: bf16 needs the gradients of networks/cpu.py.
+    network of the user, a compiled one, and one not in channels-last: bf16 needs the gradients of networks/cpu.py.
 
     On a GPU whose library computes bf16 convolutions of this size wrongly, fp16 takes the place of bf16, unless the
     settings name bf16. Networks are compiled on a GPU, if the time limit leaves a minute for it, or on request.
     """
     training, network, device = job.settings.training, job.planned.network, job.device
-    needs_fp32 = training.seed is not None or job.settings.network.factory is not None or training.compile is True
+    factory, others = job.settings.network.factory, training.compile is True or not training.channels_last
+    needs_fp32 = training.seed is not None or factory is not None or others
     precision = "fp32" if needs_fp32 and device.type != "cuda" and training.precision == "auto" else training.precision
     formats = list_formats(device, precision, training.channels_last)
     if device.type != "cuda":
