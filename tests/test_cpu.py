@@ -302,54 +302,6 @@ def test_upsampling_in_low_precision() -> None:
     torch.testing.assert_close(y.float(), UNet.join(up, x, skip), rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("kernel", [(1, 3, 3), (3, 3, 3)])
-@pytest.mark.parametrize("stride", [(1, 1, 1), (1, 2, 2), (2, 2, 2)])
-@pytest.mark.parametrize("shape", [(1, 64, 3, 64, 64), (2, 16, 4, 57, 41), (1, 2, 2, 96, 96)])
-def test_gradients_of_large_slices_in_bf16(kernel: Any, stride: Any, shape: tuple[int, ...]) -> None:
-    """With AMX, oneDNN 3.12 writes beyond its memory or returns NaN, of which only some runs die."""
-    torch.manual_seed(0)
-    x, padding = torch.randn(shape), tuple(n // 2 for n in kernel)
-    expected = nn.Conv3d(shape[1], 32, kernel, stride, padding)
-    layer: Any = FastConv3d(shape[1], 32, kernel, stride, padding)
-    layer.load_state_dict(expected.state_dict())
-    layer.to(memory_format=torch.channels_last_3d)
-    inputs = (x.clone().requires_grad_(), x.contiguous(memory_format=torch.channels_last_3d).requires_grad_())
-    other = expected(inputs[0])
-    upstream = torch.randn_like(other)
-    other.backward(upstream)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = layer(inputs[1])
-    y.backward(upstream.to(y.dtype))
-    pairs = [(y, other), (inputs[1].grad, inputs[0].grad)]
-    pairs += [(a.grad, b.grad) for a, b in zip(layer.parameters(), expected.parameters(), strict=True)]
-    for found, right in pairs:
-        assert found is not None and right is not None
-        assert float((found.float() - right).detach().norm()) <= 0.01 * float(right.detach().norm())
-
-
-@pytest.mark.parametrize("shape", [(2, 32, 9, 2), (1, 1, 4, 1), (2, 32, 3, 9, 2), (1, 48, 2, 2, 2), (1, 1, 1, 4, 12)])
-@pytest.mark.parametrize("kernel", [3, 5])
-def test_outputs_of_a_single_column_or_slice_in_bf16(kernel: int, shape: tuple[int, ...]) -> None:
-    """With AMX, oneDNN 3.12 returns memory that it has not written."""
-    torch.manual_seed(0)
-    plain, fast = ((nn.Conv2d, FastConv2d), (nn.Conv3d, FastConv3d))[len(shape) - 4]
-    expected, layer = (kind(shape[1], 48, kernel, 2, kernel // 2) for kind in (plain, fast))
-    layer.load_state_dict(expected.state_dict())
-    layout = memory_format(len(shape) - 2, True)
-    x = torch.randn(shape)
-    inputs = (x.clone().requires_grad_(), x.contiguous(memory_format=layout).requires_grad_())
-    other = expected(inputs[0])
-    with torch.autocast("cpu", torch.bfloat16):
-        y = layer.to(memory_format=layout)(inputs[1])
-    upstream = torch.randn_like(other)
-    other.backward(upstream)
-    y.backward(upstream.to(y.dtype))
-    pairs = [(y, other), (inputs[1].grad, inputs[0].grad), (layer.weight.grad, expected.weight.grad)]
-    for found, right in pairs:
-        assert found is not None and right is not None and found.shape == right.shape
-        assert float((found.float() - right).detach().norm()) <= 0.01 * float(right.detach().norm())
-
-
 @pytest.mark.parametrize(
     ("kernel", "stride", "depthwise", "up", "shape"),
     [
@@ -360,6 +312,7 @@ def test_outputs_of_a_single_column_or_slice_in_bf16(kernel: int, shape: tuple[i
         (3, 2, True, False, (2, 24, 6, 8, 10)),
         (5, 2, True, False, (1, 24, 4, 8, 8)),
         (3, (1, 2, 2), True, False, (2, 24, 2, 8, 8)),
+        (3, 1, False, False, (2, 16, 2, 9, 9)),
         (1, (1, 2, 2), False, False, (2, 24, 6, 8, 10)),
         (1, 1, False, False, (2, 1, 6, 8, 10)),
         (3, 2, True, True, (2, 24, 3, 4, 5)),

@@ -62,21 +62,6 @@ def test_formats_on_a_gpu(job: MakeJob, gpu: dict[tuple[int, ...], bool]) -> Non
     assert list_training_formats(job(**FP32 | few)) == [ComputeFormat()]
 
 
-def test_what_needs_fp32_on_a_cpu(job: MakeJob) -> None:
-    """A repeatable run; and networks without the layers of networks/cpu.py, whose gradients in bf16 may be wrong."""
-    first = [
-        list_training_formats(job(**AUTO | changes))[0].precision
-        for changes in (
-            {"training.seed": 0},
-            {"training.compile": True},
-            {"training.channels_last": False},
-            {"network.factory": "their.py:network"},
-            {"network.factory": "their.py:network", "training.precision": "bf16"},
-        )
-    ]
-    assert first == ["fp32", "fp32", "fp32", "fp32", "bf16"]
-
-
 def test_fp16_replaces_a_wrong_bf16(job: MakeJob, gpu: dict[Any, bool], capfd: pytest.CaptureFixture[str]) -> None:
     planned = job(**AUTO).planned
     gpu[planned.batch_size, planned.network.features[0], *planned.patch_size] = False
@@ -111,6 +96,7 @@ def test_on_a_cpu_nothing_is_timed_and_a_seed_means_fp32(job: MakeJob, monkeypat
     monkeypatch.setattr(learner, "pick_fastest", None)
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(precision, "has_bf16", lambda _: True)
+    monkeypatch.setattr(precision, "has_amx", lambda: False)
     for seed, expected in ((None, "bf16"), (3, "fp32")):
         run = job(**AUTO | {"training.seed": seed, "training.patch_size": [8, 8, 8]})
         assert choose_format(run, make_network(run)) == ComputeFormat(expected, channels_last=True)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from nnunet_lite import log
 from nnunet_lite.networks import precision
 from nnunet_lite.networks.precision import ComputeFormat, apply_format, list_formats, pick_fastest
 
@@ -18,22 +19,31 @@ FP32 = ComputeFormat()
 
 
 @pytest.mark.parametrize(
-    ("capability", "native", "precisions"),
+    ("capability", "native", "amx", "precisions"),
     [
-        ("AVX512", True, ["bf16", "fp32"]),
-        ("AVX512", False, ["fp32", "bf16"]),
-        ("AVX2", False, ["fp32"]),  # only reference code computes bf16, but a setting may name it
-        ("DEFAULT", False, ["fp32"]),
+        ("AVX512", True, False, ["bf16", "fp32"]),
+        ("AVX512", True, True, ["fp32"]),  # oneDNN's bf16 is wrong there
+        ("AVX512", False, False, ["fp32", "bf16"]),
+        ("AVX2", False, False, ["fp32"]),  # only reference code computes bf16, but a setting may name it
+        ("DEFAULT", False, False, ["fp32"]),
     ],
 )
 def test_a_cpu_computes_in_bf16_if_it_has_instructions_for_it(
-    capability: str, native: bool, precisions: list[str], monkeypatch: pytest.MonkeyPatch
+    capability: str,
+    native: bool,
+    amx: bool,
+    precisions: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(precision, "has_bf16", lambda _: native)
+    monkeypatch.setattr(precision, "has_amx", lambda: amx)
+    log.warn_once.cache_clear()
     found = [(a.precision, a.channels_last) for a in list_formats(CPU, "auto", "auto")]
     assert found == [(name, last) for name in precisions for last in (True, False)]
     assert [a.precision for a in list_formats(CPU, "bf16", False)] == ["bf16"]
+    assert ("on CPUs with AMX" in capfd.readouterr().err) is amx
     assert [(a.precision, a.channels_last) for a in list_formats(CPU, "fp32", True)] == [("fp32", True)]
 
 

@@ -284,6 +284,7 @@ def test_the_number_format_on_a_cpu_is_no_matter_of_speed(
     )
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr("nnunet_lite.networks.precision.has_bf16", lambda _: native)
+    monkeypatch.setattr("nnunet_lite.networks.precision.has_amx", lambda: False)
     monkeypatch.setattr("nnunet_lite.inference.predictor.pick_fastest", None)
     found = _choose_arithmetic(trained, InferenceSettings(), torch.device("cpu"))
     assert (found.precision, found.channels_last) == (expected, True)

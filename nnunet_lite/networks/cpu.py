@@ -1,10 +1,10 @@
-"""Make a built network faster on CPUs; without this file everything works in float32, only slower.
+"""Make a built network faster on CPUs; without this file everything works, only slower.
 
 `speed_up_on_cpu` replaces layers by subclasses that compute the same with the same weights. Most of them need the
 channels-last memory format, for which torch's own layers make copies:
 
 FastConv2d, FastConv3d  oneDNN for a single small sample, where torch falls back to a slow kernel, in both directions;
-                        winograd.py for 3x3x3; and right results in bf16, where oneDNN's are not
+                        winograd.py for 3x3x3
 FastConvTranspose3d     the depthwise and pointwise ones of MedNeXt, as convolutions
 FastInstanceNorm        batch normalization of one sample after the other, in both directions
 FastUNet                upsampling as one matrix product that writes into the concatenation
@@ -30,7 +30,6 @@ from nnunet_lite.networks.unet import EncoderDecoder, UNet, mixes_samples
 from nnunet_lite.networks.winograd import convolve_winograd, is_channels_last, is_winograd_faster, thread_pool
 
 _LEAST_OUTPUTS = 16  # of a pointwise convolution; with fewer, torch is as fast
-_LARGE_SLICE = 1 << 18  # bytes
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # parameters of mallopt(3)
 
 
@@ -63,8 +62,6 @@ class FastConv2d(nn.Conv2d):
     """A convolution that uses oneDNN where torch does not."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if _is_output_wrong(self, x):
-            return _convolve_crop(self, x)
         return _convolve_onednn(self, x) if _avoids_onednn(self, x) else super().forward(x)
 
 
@@ -72,15 +69,16 @@ class FastConv3d(nn.Conv3d):
     """A convolution by Winograd's filtering, a matrix product or own gradients where faster; or else by oneDNN."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[2] < self.kernel_size[0] and x.is_cpu and torch.is_autocast_enabled("cpu"):
+            # in bf16, oneDNN 3.12 returns gradients from memory that it has not written
+            with torch.autocast("cpu", enabled=False):
+                return self(x.float()).to(torch.get_autocast_dtype("cpu"))
         if is_winograd_faster(self, x):
             return convolve_winograd(x, self.weight, self.bias)
         if _is_pointwise(self, x):
             return _mix_channels(_thin_out(x, self.stride), self.weight.flatten(1), self.bias)
-        if _is_output_wrong(self, x):
-            return _convolve_crop(self, x)
-        if _is_depthwise(self, x) or _is_gradient_wrong(self, x):
-            assert not isinstance(self.padding, str)
-            return _convolve_by_slices(x, self.weight, self.bias, self.stride, self.padding, self.groups)
+        if _is_depthwise(self, x) and max(self.stride) == 1:
+            return _convolve_depthwise(x, self.weight, self.bias)
         return _convolve_onednn(self, x) if _avoids_onednn(self, x) else super().forward(x)
 
 
@@ -196,8 +194,7 @@ class FastConvTranspose3d(nn.ConvTranspose3d):
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         if _is_depthwise(self, x):
-            spread, border = _spread(x, self.stride), [n // 2 for n in self.kernel_size]
-            return _convolve_by_slices(spread, self.weight.flip(2, 3, 4), self.bias, (1, 1, 1), border, self.groups)
+            return _convolve_depthwise(_spread(x, self.stride), self.weight.flip(2, 3, 4), self.bias)
         if _is_pointwise(self, x) and self.bias is not None:
             y = _spread(_mix_channels(x, self.weight.flatten(1).t()), self.stride)
             return y + self.bias.view(-1, 1, 1, 1).to(y.dtype)
@@ -226,62 +223,10 @@ def _is_depthwise(layer: nn.Conv3d | nn.ConvTranspose3d, x: Tensor) -> bool:
     )
 
 
-def _is_gradient_wrong(layer: nn.Conv3d, x: Tensor) -> bool:
-    """Return whether oneDNN 3.12 (of torch 2.13) may compute the gradient of the kernel wrongly.
-
-    With AMX, in bf16 and in three dimensions, it writes beyond its memory or returns NaN if the input and output of a
-    slice are over 0.5 MB together, such as 48 channels of 80 x 80. The limit here is half of that, as it depends on
-    the size of a cache. It pads channels to 16.
-    """
-    return (
-        not torch.compiler.is_compiling()
-        and x.is_cpu
-        and torch.is_grad_enabled()
-        and torch.is_autocast_enabled("cpu")
-        and layer.groups == 1
-        and 2 * (_padded(layer.in_channels) + _padded(layer.out_channels)) * prod(x.shape[3:]) > _LARGE_SLICE
-        and torch.cpu._is_amx_tile_supported()
-    )
-
-
-def _padded(channels: int) -> int:
-    return -(-channels // 16) * 16
-
-
-def _is_output_wrong(layer: nn.Conv2d | nn.Conv3d, x: Tensor) -> bool:
-    """Return whether oneDNN 3.12 may return memory that it has not written.
-
-    With AMX, in bf16, it does so if the output has one voxel along the last axis, by a stride; or if the input has one
-    slice and the kernel has more.
-    """
-    return (
-        torch.is_autocast_enabled("cpu")
-        and x.is_cpu
-        and layer.groups == 1
-        and (x.shape[-1] <= layer.stride[-1] > 1 or (x.ndim == 5 and x.shape[2] == 1 < layer.kernel_size[0]))
-    )
-
-
-def _convolve_crop(layer: nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
-    """Convolve with the part of the kernel that sees the input, along each axis on which the output has one voxel."""
-    assert not isinstance(layer.padding, str)
-    weight, stride, padding = layer.weight, list(layer.stride), list(layer.padding)
-    for i, n in enumerate(x.shape[2:]):
-        if n <= stride[i]:
-            overlap = min(n, layer.kernel_size[i] - padding[i])
-            x, weight = x.narrow(i + 2, 0, overlap), weight.narrow(i + 2, padding[i], overlap)
-            stride[i], padding[i] = 1, 0
-    y: Tensor = (F.conv2d if x.ndim == 4 else F.conv3d)(x, weight, layer.bias, stride, padding)
-    return y
-
-
-def _convolve_by_slices(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], groups: int
-) -> Tensor:
+def _convolve_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if torch.is_autocast_enabled("cpu"):
         x, weight = x.to(torch.get_autocast_dtype("cpu")), weight.to(torch.get_autocast_dtype("cpu"))
-    y: Tensor = _ConvolutionBySlices.apply(x, weight, bias, stride, padding, groups)
-    return y
+    return _Depthwise.apply(x, weight, bias)
 
 
 def _spread(x: Tensor, stride: Sequence[int]) -> Tensor:
@@ -293,51 +238,38 @@ def _spread(x: Tensor, stride: Sequence[int]) -> Tensor:
     return out
 
 
-class _ConvolutionBySlices(torch.autograd.Function):
-    """A 3D convolution whose gradient of the kernel is computed slice by slice, as that of 2D convolutions.
+class _Depthwise(torch.autograd.Function):
+    """A depthwise 3D convolution in the channels-last format, whose gradients oneDNN has no fast kernel for.
 
-    oneDNN has no fast kernel for it if the convolution is depthwise, and wrong ones in bf16: for large slices, and for
-    depthwise kernels longer than their input (with a stride it returns numbers from memory that it has not written).
-    The slices of a sample are a batch of 2D images in the same memory. The gradient of the input of a depthwise
-    convolution without a stride is a convolution with the flipped kernel.
+    That of the input is a convolution with the flipped kernel. That of the kernel is computed slice by slice as that of
+    depthwise 2D convolutions, which have one: the slices of a sample are a batch of 2D images in the same memory.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.stride, ctx.padding, ctx.groups = stride, padding, groups = options
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return F.conv3d(x, weight, bias, stride, padding, groups=groups)
+        return F.conv3d(x, weight, bias, padding=[n // 2 for n in weight.shape[2:]], groups=len(weight))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         x, weight = ctx.saved_tensors
-        stride, padding, groups = ctx.stride, ctx.padding, ctx.groups
-        if is_channels_last(x):
-            grad = grad.contiguous(memory_format=torch.channels_last_3d)
-        dx = None
-        if groups > 1 and max(stride) == 1:
-            dx = F.conv3d(grad, weight.flip(2, 3, 4), padding=padding, groups=groups)
-        elif ctx.needs_input_grad[0]:
-            dx, _, _ = torch.ops.aten.convolution_backward(
-                grad, x, weight, None, stride, padding, (1, 1, 1), False, (0, 0, 0), groups, (True, False, False)
-            )
+        grad = grad.contiguous(memory_format=torch.channels_last_3d)
+        channels, border = len(weight), [n // 2 for n in weight.shape[2:]]
+        dx = F.conv3d(grad, weight.flip(2, 3, 4), padding=border, groups=channels)
         dw = torch.zeros_like(weight, dtype=torch.float32)
         for inputs, outputs in zip(x.transpose(1, 2), grad.transpose(1, 2), strict=True):
-            for i in range(weight.shape[2]):  # the output slice n sees through this slice of the kernel the input slice
-                shift = i - padding[0]  # stride * n + shift
-                first, last = max(0, -(shift // stride[0])), min(len(outputs), -((shift - len(inputs)) // stride[0]))
-                if first < last:
-                    targets, start = outputs[first:last], stride[0] * first + shift
-                    sources = inputs[start :: stride[0]][: last - first]
-                    _, slice_dw, _ = torch.ops.aten.convolution_backward(
-                        targets, sources, weight[:, :, i], None, stride[1:], padding[1:], (1, 1), False, (0, 0), groups,
-                        (False, True, False),
-                    )  # fmt: skip
-                    dw[:, :, i] += slice_dw
+            for i in range(weight.shape[2]):  # the slice i of the kernel sees inputs that are `shift` slices further
+                shift, n = i - border[0], len(inputs)
+                sources, targets = inputs[max(0, shift) : n + shift], outputs[max(0, -shift) : n - shift]
+                _, slice_dw, _ = torch.ops.aten.convolution_backward(
+                    targets, sources, weight[:, :, i], None, (1, 1), border[1:], (1, 1), False, (0, 0), channels,
+                    (False, True, False),
+                )  # fmt: skip
+                dw[:, :, i] += slice_dw
         db = None if ctx.bias_dtype is None else grad.sum((0, 2, 3, 4), dtype=torch.float32).to(ctx.bias_dtype)
-        return dx, dw.to(weight.dtype), db, None, None, None
+        return dx, dw.to(weight.dtype), db
 
 
 # ------------------------------------------------------------------------------------------------ instance norm

@@ -121,9 +121,18 @@ def release_memory(device: torch.device) -> None:
 def has_bf16(device: torch.device) -> bool:
     """Return whether a CUDA GPU, or a CPU of the x86 kind, has instructions for bf16."""
     if device.type == "cpu":
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.cpu._is_avx512_bf16_supported()
     with torch.cuda.device(device):
         return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def has_amx() -> bool:
+    """Return whether the CPU has AMX, with which oneDNN 3.12 (of torch 2.13) computes convolutions in bf16 wrongly.
+
+    Gradients of kernels are NaN, or written beyond their memory, if the slices of input and output are over 0.5 MB
+    together, such as 48 channels of 80 x 80. Outputs of one voxel along an axis are memory that was not written.
+    """
+    return torch.cpu._is_amx_tile_supported()
 
 
 @lru_cache

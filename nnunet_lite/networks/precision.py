@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from nnunet_lite import log
 from nnunet_lite.errors import describe
-from nnunet_lite.networks.devices import has_bf16, is_out_of_memory
+from nnunet_lite.networks.devices import has_amx, has_bf16, is_out_of_memory
 
 _WARM_UPS, _TIMED = 2, 5  # steps of each format on a GPU
 _COMPILE_GAIN = 0.95  # of the time of the fastest other format, which a compiled one may take at most
@@ -85,8 +85,9 @@ def list_formats(device: torch.device, precision: str, channels_last: str | bool
         Device of the run.
     precision : str
         fp32, bf16, fp16 or "auto". On a GPU with bf16, "auto" never tries fp16: bf16 needs no loss scaling and does not
-        overflow. On a CPU bf16 is first if the CPU has AVX512-BF16 or AMX, last if it has other AVX-512, and missing
-        without AVX-512: oneDNN has only its reference code there, of which one step takes minutes.
+        overflow. On a CPU bf16 is first if the CPU has AVX512-BF16, last if it has other AVX-512, and missing without
+        AVX-512, where oneDNN has only its reference code, of which one step takes minutes, and with AMX, where it is
+        wrong; if it is named there, a warning says so.
     channels_last : bool or str
         Whether to use the channels-last memory format; "auto" means both on CUDA GPUs and CPUs, else no.
 
@@ -97,9 +98,11 @@ def list_formats(device: torch.device, precision: str, channels_last: str | bool
     """
     if precision != "auto":
         precisions = [precision]
+        if precision == "bf16" and device.type == "cpu" and has_amx():
+            log.warn_once("on CPUs with AMX some convolutions in bf16 are wrong or end the program; fp32 is right")
     elif device.type == "cuda":
         precisions = ["bf16"] if has_bf16(device) else ["fp16"]
-    elif device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+    elif device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX512") and not has_amx():
         precisions = ["bf16", "fp32"] if has_bf16(device) else ["fp32", "bf16"]
     else:
         precisions = ["fp32"]

@@ -267,17 +267,14 @@ def _trial_step(job: Job, learner: Learner, batch: Batch) -> Callable[[], None]:
 def list_training_formats(job: Job) -> list[ComputeFormat]:
     """List the formats in which a job may be trained, likely winners first; compiled ones last.
 
-    A run with a seed computes in fp32, unless it is on a GPU: it has the same result on every CPU. So does, on a CPU, a
-    network of the user, a compiled one, and one not in channels-last: bf16 needs the gradients of networks/cpu.py.
+    A run with a seed computes in fp32, unless it is on a GPU: it has the same result on every CPU.
 
     On a GPU whose library computes bf16 convolutions of this size wrongly, fp16 takes the place of bf16, unless the
     settings name bf16. Networks are compiled on a GPU, if the time limit leaves a minute for it, or on request.
     """
     training, network, device = job.settings.training, job.planned.network, job.device
-    factory, others = job.settings.network.factory, training.compile is True or not training.channels_last
-    needs_fp32 = training.seed is not None or factory is not None or others
-    precision = "fp32" if needs_fp32 and device.type != "cuda" and training.precision == "auto" else training.precision
-    formats = list_formats(device, precision, training.channels_last)
+    repeats = training.seed is not None and training.precision == "auto" and device.type != "cuda"
+    formats = list_formats(device, "fp32" if repeats else training.precision, training.channels_last)
     if device.type != "cuda":
         return [replace(option, compiled=training.compile is True) for option in formats]
     if formats[0].precision == "bf16" and not computes_bf16(device, *job.planned.first_convolution):
