@@ -199,7 +199,7 @@ def test_a_ct_that_is_not_in_hounsfield_units_is_reported(
 def test_an_image_of_one_value_is_reported(
     model: Predictor, scans: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of a case of the training, the check says so."""
+    """Of a case of the training, the check says so. A channel that was empty in the training may be empty."""
     image, file = read_image(scans[0]), tmp_path / "scan.nii.gz"
     write_label(file, image.array[0].astype("u1") * 0 + 7, image.geometry)
     for scheme in ("zscore", "ct"):
@@ -207,8 +207,12 @@ def test_an_image_of_one_value_is_reported(
         read_case_image(plan, Case("scan", (file,), None))
         said = f"warning: {file}: all voxels of channel MRI (7) are equal: is it lost? Its label map may be wrong\n"
         assert capsys.readouterr().err == said
-        read_case_image(plan, Case("scan", (file,), tmp_path / "label.nii.gz"))
-        assert capsys.readouterr().err == ""
+        (channel,), label = plan.channels, tmp_path / "label.nii.gz"
+        statistics = channel.statistics.model_copy(update={"max": channel.statistics.min})
+        empty = channel.model_copy(update={"statistics": statistics})
+        for of, path in ((plan, label), (plan.model_copy(update={"channels": (empty,)}), None)):
+            read_case_image(of, Case("scan", (file,), path))
+            assert ": all voxels of" not in capsys.readouterr().err
 
 
 def test_an_image_that_is_measured_is_reported_once(

@@ -123,16 +123,17 @@ def _warn_of_other_voxels(stated: Sequence[float], plan: Plan, path: Path) -> No
 
 
 def _warn_of_values(image: Image, plan: Plan, path: Path, of_training: bool) -> None:
-    """Warn of channels that show nothing, except in the training, where the check does; and of a CT without HU below 0.
+    """Warn of channels of one value, except in the training, where the check does; and of a CT without HU below 0.
 
-    If the training had such values, its offset was lost, or it shows a window.
+    Only if the training had other values: a channel may be empty in all images. Such a CT has lost its offset, or shows
+    a window.
     """
     constant = []
     for channel, array in zip(plan.channels, image.array, strict=True):
-        low = array.min()
-        if low == array.max():
+        low, trained = array.min(), channel.statistics
+        if low == array.max() and trained.min < trained.max:
             constant.append(f"{channel.name} ({low:g})")
-        elif channel.normalization == "ct" and channel.statistics.min < 0 <= low:
+        elif channel.normalization == "ct" and trained.min < 0 <= low:
             what = f"channel {channel.name} has no value below {low:g}, and the model expects Hounsfield units"
             log.warn(f"{path}: {what}, where air is -1000; export the image with its rescale slope and intercept")
     if constant and not of_training:

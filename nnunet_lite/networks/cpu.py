@@ -72,7 +72,7 @@ class FastConv3d(nn.Conv3d):
         if x.shape[2] < self.kernel_size[0] and x.is_cpu and torch.is_autocast_enabled("cpu"):
             # in bf16, oneDNN 3.12 returns gradients from memory that it has not written
             with torch.autocast("cpu", enabled=False):
-                return self(x.float()).to(torch.get_autocast_dtype("cpu"))
+                return self.forward(x.float()).to(torch.get_autocast_dtype("cpu"))
         if is_winograd_faster(self, x):
             return convolve_winograd(x, self.weight, self.bias)
         if _is_pointwise(self, x):
