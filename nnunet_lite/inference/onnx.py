@@ -92,7 +92,7 @@ def _write(predictor: Predictor, out: Path) -> dict[str, float]:
     for fold, network in zip(predictor.folds, predictor.networks, strict=True):
         file = out / f"fold_{fold}.onnx"
         log.info(f"writing {predictor.configuration_name} fold {fold}")
-        contiguous = network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        contiguous = network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload, unused-ignore]
         _write_graph(_with_stepwise_norms(contiguous), window, metadata, file)
         differences[file.name] = _difference(contiguous, window[:1], file)
     if predictor.first_stage is not None:

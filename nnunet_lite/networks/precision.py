@@ -227,7 +227,7 @@ def apply_format(network: nn.Module, compute: ComputeFormat, dimensions: int) ->
     dimensions : int
         Of the images, 2 or 3.
     """
-    network.to(memory_format=compute.memory_format(dimensions))  # type: ignore[call-overload]
+    network.to(memory_format=compute.memory_format(dimensions))  # type: ignore[call-overload, unused-ignore]
     of_torch = nn.InstanceNorm2d if dimensions == 2 else nn.InstanceNorm3d
     for layer in network.modules():
         if type(layer) in (of_torch, PlainInstanceNorm):
