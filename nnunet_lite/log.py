@@ -91,7 +91,7 @@ def _print(text: str, stream: TextIO | None) -> None:
     text = text.encode(encoding, "backslashreplace").decode(encoding)
     try:
         if _bars is None:
-            print(text, file=stream, flush=True)
+            print(text + "\n", end="", file=stream, flush=True)  # one write: threads and forks print, too
         else:
             _bars.write(text, file=stream)
             stream.flush()

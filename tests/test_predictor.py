@@ -244,7 +244,7 @@ def test_the_number_format_on_a_gpu(
     """
     plan = sample_plan(labels_of(3))
     header = {"device": "cuda", "arithmetic": {"precision": "bf16", "compiled": True, "plain_norm": True}}
-    trained = _Trained(plan, {"configuration": "3d_fullres", **origin}, {"0": Brightness()}, header)
+    trained = _Trained(plan, {"configuration": "3d_fullres", **origin}, {"0": Brightness()}, {"0": header})
 
     def compute(*_: Any) -> bool:
         assert computes_right is not None, "there is no bf16"
@@ -280,7 +280,7 @@ def test_the_number_format_on_a_cpu_is_no_matter_of_speed(
     """That of the training on a CPU, bf16 only where the CPU has instructions for it, fp32 for a model of nnU-Net."""
     header = {} if device is None else {"device": device, "arithmetic": {"precision": precision, "channels_last": True}}
     trained = _Trained(
-        sample_plan(labels_of(3)), {"configuration": "3d_fullres", **origin}, {"0": Brightness()}, header
+        sample_plan(labels_of(3)), {"configuration": "3d_fullres", **origin}, {"0": Brightness()}, {"0": header}
     )
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr("nnunet_lite.networks.precision.has_bf16", lambda _: native)
