@@ -13,7 +13,7 @@ from nnunet_lite.data.formats import read_file, read_file_header, require_pictur
 from nnunet_lite.data.geometry import ACCEPTABLE, IDENTITY, Geometry, Image
 from nnunet_lite.data.labels import segments_note, smallest_dtype
 from nnunet_lite.data.nifti import write_nifti
-from nnunet_lite.data.slicer import is_slicer, segment_names
+from nnunet_lite.data.slicer import segment_names
 from nnunet_lite.data.tiff import read_tiff, write_tiff
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import atomic, write_json
@@ -203,14 +203,15 @@ def read_label_image(path: str | Path, like: Geometry | None = None) -> Image:
         fix = "Save the mask as grey values: 0 for background, 1, 2, ... for the labels."
         raise UserError("is transparent in parts and of one colour: the mask is in its alpha channel", path, fix)
     array, notes = image.array, [*image.notes, *alpha_notes]
-    segments = segment_names(path) if is_slicer(path) else {}
+    of_slicer = names.format_of(path) == "seg.nrrd"
+    segments = segment_names(path) if of_slicer else {}
     notes += [segments_note(segments)] if segments else []
     if array.shape[0] > 1:
         if any(not np.array_equal(array[0], channel) for channel in array[1:]):
             flat = names.suffix_of(path) in names.PICTURES and array.shape[1] == 1
             what = "a colour picture" if flat else "not a label map: it has a fourth dimension"
             fix = "Store one integer per voxel: 0 for background, 1, 2, ... for the labels."
-            if is_slicer(path):
+            if of_slicer:
                 what = "a segmentation of 3D Slicer in layers: it has a fourth dimension"
                 fix = "Export it from 3D Slicer as a label map, with one colour table for all."
             raise UserError(f"is {what} ({array.shape[0]} different channels)", path, fix)

@@ -28,11 +28,6 @@ def needs_layers(labels: Labels) -> bool:
     return labels.has_regions or labels.background != 0 or min(labels.values) < 0  # in Slicer, 0 is the background
 
 
-def is_slicer(path: Path) -> bool:
-    """Return whether a file has the ending of segmentations of 3D Slicer."""
-    return path.name.lower().endswith(".seg.nrrd")
-
-
 def segment_names(path: Path) -> dict[int, str]:
     """Read the names of the numbers in a segmentation of 3D Slicer.
 

@@ -1,9 +1,9 @@
 """The compute format of a network: its number format (precision) and its memory format.
 
-On a CPU it follows a rule, so that a model computes the same every time: bf16 where the CPU has instructions for it,
-otherwise fp32, in the channels-last format, for which our layers are made. On one core with AVX512-BF16, bf16 takes
-0.5 to 0.7 of the time of fp32. On a GPU the precision follows a rule as well; what is fastest of the other choices
-depends on its generation, so each candidate runs a few steps.
+On a CPU it follows a rule, so that a model computes the same every time: bf16 where the CPU has right instructions for
+it (AVX512-BF16 without AMX), otherwise fp32, in the channels-last format, for which our layers are made. On one
+core with AVX512-BF16, bf16 takes 0.5 to 0.7 of the time of fp32. On a GPU the precision follows a rule as well; what is
+fastest of the other choices depends on its generation, so each candidate runs a few steps.
 """
 
 from __future__ import annotations
