@@ -35,6 +35,7 @@ def test_round_trip_and_inheritance(tmp_path: Path) -> None:
     [
         ("x", {"inherits_from": ["2d"]}, r"configurations.x.inherits_from \['2d'\], which does not exist"),
         (FULL, {"median_shape": [36, 50]}, r"median_shape = \[36.0, 50.0\] must have 3 numbers, one per axis"),
+        (FULL, {"patch_size": [8, 8, 8]}, r"patch_size = \[8, 8, 8\] leaves one voxel in the coarsest stage"),
         (FULL, {"spacing": [1, float("inf"), 1]}, r"3d_fullres.spacing.1: .*finite number \(found inf\)"),
     ],
 )

@@ -197,6 +197,10 @@ class Configuration(_Model):
             if size % d:
                 what = f"patch_size[{axis}] = {size} cannot be pooled: it must be a multiple of {d}"
                 raise ValueError(f"{what}; the nearest are {max(d, size // d * d)} and {size // d * d + d}")
+        normalised = {"instance": 1, "batch": self.batch_size, "none": 2}[self.network.norm]  # values, at one voxel
+        if 1 < prod(self.patch_size) == prod(self.network.divisor) and normalised == 1:
+            what = f"patch_size = {list(self.patch_size)} leaves one voxel in the coarsest stage, which becomes 0"
+            raise ValueError(f"{what} when normalised; make it larger, or the strides smaller")
         return self
 
 
