@@ -194,6 +194,12 @@ def test_what_the_paper_says_about_settings(tiny_model: Path, tmp_path: Path) ->
     run["settings"]["training"] |= {"patch_growth": 0.4, "teachers": ["large"]}
     plan["configurations"]["3d_fullres"]["network"] |= {"kind": "mednext_s", "activation": "gelu"}
     plan["labels"] |= {"names": {"whole": [1, 2], "tail": [2]}, "region_order": [1, 2], "ignore": 9}
+    plan["configurations"]["coarse"] = {**plan["configurations"]["3d_fullres"], "spacing": [4, 2, 2]}
+    plan["configurations"]["3d_fullres"] |= {"spacing": [3, 1, 1], "previous_stage": "coarse"}
+    plan["axis_order"] = [2, 0, 1]
+    fingerprint = read_json(planned_paths(tmp_path / "w").fingerprint)
+    fingerprint["spacings"] = [[1, 1, 3]] * len(fingerprint["spacings"])
+    write_json(planned_paths(tmp_path / "w").fingerprint, fingerprint)
     write_json(folder / "run.json", run)
     write_json(folder / "plans.json", plan)
     nnunet_lite.report(workspace=tmp_path / "w", output=tmp_path / "report.html")
@@ -201,6 +207,8 @@ def test_what_the_paper_says_about_settings(tiny_model: Path, tmp_path: Path) ->
     for said in (
         "The network is a 3D MedNeXt (Roy et al. 2023, arXiv:2303.09975) with 3 resolution stages",
         "instance normalisation and GELU.",
+        "All images have a spacing of 3 × 1 × 1 mm and were not resampled.",
+        "the segmentation by coarse, which sees images at 4 × 2 × 2 mm.",
         "after smaller ones in the first 40 % of the run",
         "The loss was the sum of binary cross-entropy, soft Dice and 0.5 times soft Dice of each connected component "
         "of each region in annotated voxels, with deep supervision.",

@@ -837,7 +837,7 @@ def _methods_section(material: Material) -> dict[str, Any]:
         described.append({
             "name": model.name, "plan": model.plan, "configuration": planned,
             "settings": Settings.model_validate(model.run["settings"]), "versions": model.run.get("versions", {}),
-            "unit": length_unit(model.plan), "is_resampled": not _has_spacing(material, planned.spacing),
+            "unit": length_unit(model.plan), "is_resampled": not _has_spacing(material, model.plan, planned.spacing),
             "normalizations": _normalizations(model.plan), "epochs": more + plural(lengths[-1], "epoch"),
         })  # fmt: skip
     held_out = set(result.fold_of.values()) if result else set()
@@ -856,10 +856,12 @@ def _methods_section(material: Material) -> dict[str, Any]:
     }}  # fmt: skip
 
 
-def _has_spacing(material: Material, spacing: Sequence[float]) -> bool:
-    """Return whether all images have a spacing, so that none was resampled."""
-    found = material.fingerprint.spacings if material.fingerprint else ()
-    return bool(found) and all(np.allclose(one[-len(spacing) :], spacing) for one in found)
+def _has_spacing(material: Material, plan: Plan, spacing: Sequence[float]) -> bool:
+    """Return whether all images have a spacing, in the plan's order of axes, so that none was resampled."""
+    if material.fingerprint is None:
+        return False
+    found = np.array(material.fingerprint.spacings)[:, list(plan.axis_order)]
+    return np.allclose(found[:, -len(spacing) :], spacing)
 
 
 def _normalizations(plan: Plan) -> list[tuple[list[str], Any]]:
