@@ -117,7 +117,8 @@ REFUSED: dict[str, tuple[list[str], dict[str, list[str]], str]] = {  # names, pa
         r"no label map was found; images: flair\.nii \(3 files\), lesion\.nii \(3 files\)\. .*--label"),
     "two masks for a case": (
         each("P{}/ct.nii", "P{}/liver_mask.nii", "P{}/tumor_mask.nii"), {},
-        r"0 of 6 label maps .*: liver_mask\.nii \(3 files\), tumor_mask\.nii \(3 files\); images: ct\.nii"),
+        r"0 of 6 label maps .*: liver_mask\.nii \(3 files\), tumor_mask\.nii \(3 files\); images: ct\.nii.*"
+        r"Merge masks of several structures into one file .*: --label 'liver_mask\.nii'\."),
     "two label maps": (
         each("P{}/t1.nii", "P{}/seg.nii", "P{}/gt.nii"), {}, r"P1 has 2 label maps: P1/gt\.nii, P1/seg\.nii"),
     "another mask in each folder": (
@@ -151,7 +152,7 @@ def test_refused_with_the_candidates(tmp_path: Path, name: str) -> None:
     names, patterns, says = REFUSED[name]
     with pytest.raises(UserError, match=f"(?i){says}") as refused:
         found_in(fill(tmp_path / "data", names), **patterns)
-    assert "--label" in refused.value.fix and ("--image" in refused.value.fix or name == "two label maps")
+    assert "--label" in refused.value.fix and ("--image" in refused.value.fix or "Merge masks" in refused.value.fix)
 
 
 def test_what_is_left_out_has_a_reason(tmp_path: Path) -> None:

@@ -263,7 +263,8 @@ def _case_folders(
             files = image_files(folder)
             masks = [file for file in files if has_label_word(Path(file.name))]
             others = [file for file in files if file not in masks]
-            images = tuple(others) if len(others) == channels == 1 else _named_files(others, names)
+            numbered = group_files(others, channels)
+            images = numbered[0].images if len(numbered) == 1 else _named_files(others, names)
             if not images:
                 shown = few([f"{file.name}{', which looks like a mask' * (file in masks)}" for file in files])
                 each = few([f"*{name}.*" for name in names])

@@ -31,6 +31,10 @@ _CHOOSE = (
     "A case has one label map, with a word such as mask, seg or label in its name. Say which files to take: --label "
     "'*_tumour.nii.gz' (what * replaces names the case), --image '*_t1.nii.gz' (once for each channel)."
 )
+_MERGE = (
+    "A case has one label map. Merge masks of several structures into one file with a value for each, or take one of "
+    "them: --label "
+)
 CONTOURS = "1.2.840.10008.5.1.4.1.1.481.3"  # RTSTRUCT
 _MASKS = (CONTOURS, "1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")  # and segmentations
 _COLUMNS = "The first line names the columns: case, label, and image or a column for each channel."
@@ -160,8 +164,9 @@ def cases_by_name(files: Files, images: Sequence[str] = (), labels: Sequence[str
         what = f"{what}; images: {_some(scans, root) or 'none'}{_unsupported(files)}"
         inside = sorted({path.parent.as_posix() for path in paths.values()})
         a, b = inside if len(inside) == 2 else ("", "")
-        both = f" If {a} holds the images: --image '{a}/*' --label '{b}/*'." if b else ""
-        raise UserError(what, root, _CHOOSE + both)
+        fix = _CHOOSE + (f" If {a} holds the images: --image '{a}/*' --label '{b}/*'." if b else "")
+        several = [name for name, n in Counter(path.name for path in sorted(maps)).items() if n > 1]
+        raise UserError(what, root, f"{_MERGE}'{several[0]}'." if several[1:] else fix)
     chosen = {pattern: _channel_name(_words(_name(Path(pattern)))) for pattern in images}
     channels: dict[Path, dict[str, Path]] = {label: {} for label in groups}
     spelling = {name.lower(): name for name in chosen.values()}
@@ -263,8 +268,7 @@ def _case_ids(root: Path, parts: Mapping[Path, tuple[str, ...]]) -> dict[Path, s
     for case_id, n in Counter(ids.values()).items():
         if n > 1:
             maps = [label.relative_to(root) for label in ids if ids[label] == case_id]
-            fix = "A case has one label map. Merge masks of several structures into one file with a value for each, or "
-            fix += f"take one of them: --label '{maps[0].name.replace(case_id, '*')}' (what * replaces names the case)."
+            fix = f"{_MERGE}'{maps[0].name.replace(case_id, '*')}' (what * replaces names the case)."
             raise UserError(f"{case_id} has {n} label maps: {few(list(map(str, maps)))}", root, fix)
     return ids
 
