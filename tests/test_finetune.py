@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from samples import Counts, reference_plan, sample_plan
 from torch import Tensor, nn
@@ -405,3 +407,37 @@ def test_fine_tuning_starts_where_the_model_ended(models: Path, tune: Tune, tiny
     assert Plan.read(models / "tuned" / "plans.json").configuration("3d_fullres") == tuned
     with pytest.raises(UserError, match="is no model folder"):
         tune(model, longer, fold="1")
+
+
+def test_weights_that_are_damaged_not_finite_or_of_an_unfinished_run_are_refused(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    file = Path(shutil.copytree(tiny_model, tmp_path / "model")) / "fold_0" / "model.safetensors"
+    weights = load_file(file)
+    first = next(name for name in weights if weights[name].ndim > 1)
+    weights[first][0, 0] = 7.0
+    with safe_open(file, "pt") as opened:
+        save_file(weights, file, opened.metadata())
+    with pytest.raises(UserError, match=r"model\.safetensors: is damaged: its checksum is wrong"):
+        source_of(file, "x", "0")
+    weights[first][0, 0] = math.nan
+    save_file(weights, file, {"state": "{}"})
+    with pytest.raises(UserError, match=r"model\.safetensors: holds weights that are not finite \(" + first):
+        source_of(file, "x", "0")
+    theirs = torch.load(NNUNET / "fold_0" / "checkpoint_final.pth", weights_only=False)
+    next(iter(theirs["network_weights"].values()))[0] = math.nan
+    torch.save(theirs, tmp_path / "diverged.pth")
+    with pytest.raises(UserError, match=r"diverged\.pth: holds weights that are not finite"):
+        source_of(tmp_path / "diverged.pth", "x", "0")
+    with pytest.raises(UserError, match=r"only its own command resumes\. Give the model\.safetensors that it ends"):
+        source_of(file.with_name("checkpoint.safetensors"), "x", "0")
+
+
+def test_a_model_of_other_folds_warns(models: Path, tune: Tune, tiny_model: Path, tmp_path: Path) -> None:
+    """Fold 0 of another division of the same dataset may have learnt from what fold 0 holds out now."""
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    assert "held out now" not in tune(model, {})
+    cases = model / "fold_0" / "cases.json"
+    write_json(cases, read_json(cases) | {"sha256": "of other folds"})
+    warning = "model was trained on other cases of fold 0, maybe some that are held out now"
+    assert warning in " ".join(tune(model, {}, name="other").split())

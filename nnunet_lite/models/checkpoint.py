@@ -46,9 +46,20 @@ def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         There is no such file, it is no safetensors file, it is damaged, or it has NaN.
     """
     tensors, header = _load(file)
-    if bad := [name for name, value in tensors.items() if not bool(torch.isfinite(value).all())]:
-        raise UserError(f"holds weights that are not finite ({bad[0]})", file, "Train it again.")
+    check_finite(tensors, file)
     return tensors, header
+
+
+def check_finite(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Refuse weights that are infinite or NaN.
+
+    Raises
+    ------
+    UserError
+        Names the first tensor that has such a value.
+    """
+    if bad := [name for name, value in tensors.items() if not bool(torch.isfinite(value).all())]:
+        raise UserError(f"holds weights that are not finite ({bad[0]})", file, "Take other weights, or train it again.")
 
 
 def snapshot_checkpoint(

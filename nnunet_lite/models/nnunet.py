@@ -24,7 +24,7 @@ from nnunet_lite.data.labels import BACKGROUND, Labels
 from nnunet_lite.data.problems import few
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json, understood, write_json
-from nnunet_lite.models.checkpoint import load_weights, save_weights
+from nnunet_lite.models.checkpoint import check_finite, load_weights, save_weights
 from nnunet_lite.models.folder import (
     EXPECTED,
     MODEL,
@@ -603,7 +603,7 @@ def rename_tensors(
     Raises
     ------
     UserError
-        A tensor is missing, or has another shape.
+        A tensor is missing, has another shape, or has NaN.
     """
     rest, state = {_WRAPPERS.sub("", name): value for name, value in weights.items()}, {}
     for name, tensor in own.items():
@@ -616,4 +616,5 @@ def rename_tensors(
             raise UserError(f"{theirs[0]} has shape {shapes}", file, _READABLE)
         elif name not in optional:
             raise UserError(f"lacks {theirs[0]}, which the plan's network has", file, _READABLE)
+    check_finite(state, file)
     return state | rest

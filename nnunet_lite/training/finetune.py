@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nnunet_lite import log
@@ -23,7 +22,8 @@ from nnunet_lite.data.problems import few
 from nnunet_lite.errors import UserError
 from nnunet_lite.models.argument import find_model, unpacked
 from nnunet_lite.models.bundle import find_licence
-from nnunet_lite.models.folder import EXPECTED, is_model, is_nnunet, read_weights_header, weight_files
+from nnunet_lite.models.checkpoint import read_weights
+from nnunet_lite.models.folder import CHECKPOINT, EXPECTED, MODEL, is_model, is_nnunet, weight_files
 from nnunet_lite.models.lookup import read_model
 from nnunet_lite.models.nnssl import ADAPTATION, read_nnssl
 from nnunet_lite.models.nnunet import read_checkpoint, read_nnunet_fold
@@ -34,6 +34,7 @@ from nnunet_lite.planning.topology import join_by_x
 from nnunet_lite.settings import AugmentationSettings, Part, Settings
 from nnunet_lite.system import expand_home
 from nnunet_lite.training.job import Job
+from nnunet_lite.training.splits import ALL, are_other_cases
 
 Names = tuple[Sequence[str], Sequence[str]]  # of the trained network, and of this one
 _FROZEN: dict[str, tuple[str, ...]] = {"encoder": ("stem.", "encoder."), "all-but-head": ("",)}
@@ -124,8 +125,9 @@ def _read_source(file: Path, plan: Plan, configuration: str) -> Source:
     folder, checkpoint = file.absolute().parents[1], {}
     state: Mapping[str, Tensor]
     if file.suffix == ".safetensors":
-        read_weights_header(file)  # refuses a file that is no safetensors file
-        state, fold = load_file(file), file.parent.name.removeprefix("fold_")
+        if file.name == CHECKPOINT:
+            raise UserError("is a run that only its own command resumes", file, f"Give the {MODEL} that it ends with.")
+        state, fold = read_weights(file)[0], file.parent.name.removeprefix("fold_")
         if not is_model(folder):
             raise UserError(f"is in no model folder of nnlite; it contains {few(list(state))}", file, EXPECTED)
         theirs, run = read_model(folder)
@@ -208,8 +210,12 @@ def start_from(network: nn.Module, job: Job) -> None:
     fold = job.folder.name.removeprefix("fold_")
     workspace = job.folder.absolute().parents[3]  # WORKSPACE/DATASET/models/MODEL/fold_0
     with open_source(training.init, workspace, job.plan, fold, job.configuration) as source:
-        if source.plan.dataset == job.plan.dataset and source.fold not in ("", fold) and fold != "all":
-            log.warn(f"{training.init} is of fold {source.fold}, which was trained on cases that fold {fold} holds out")
+        if source.plan.dataset == job.plan.dataset and source.fold and fold != ALL:
+            if source.fold != fold:
+                other = f"is of fold {source.fold}, which was trained on cases that fold {fold} holds out"
+                log.warn(f"{training.init} {other}")
+            elif are_other_cases(source.file.parent, job.folder):
+                log.warn(f"{training.init} was trained on other cases of fold {fold}, maybe some that are held out now")
         own, earlier = job.settings.augmentation, source.augmentation.mirrored_axes(job.dimensions)
         if new := ", ".join(str(axis) for axis in own.mirrored_axes(job.dimensions) if axis not in earlier):
             log.warn(

@@ -638,6 +638,12 @@ def record_cases(fold_folder: Path, split: Split) -> None:
     write_json(fold_folder / CASES, _fingerprint(split))
 
 
+def are_other_cases(one: Path, other: Path) -> bool:
+    """Whether two fold folders say that they were trained on different cases; False if one of them says nothing."""
+    files = [folder / CASES for folder in (one, other)]
+    return all(file.is_file() for file in files) and read_json(files[0]) != read_json(files[1])
+
+
 def _fingerprint(split: Split) -> dict[str, Any]:
     """Count the cases and hash their ids; a model that is passed on does not contain the ids."""
     sides = [sorted(split.training), sorted(split.validation)]
