@@ -7,6 +7,7 @@ the pictures that fit the page.
 from __future__ import annotations
 
 import json
+import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,7 @@ from nnunet_lite.evaluation.calibration_rows import Row, read_rows
 from nnunet_lite.evaluation.metrics import METRICS
 from nnunet_lite.evaluation.scores import CaseScore, Scores, read_fold_scores
 from nnunet_lite.evaluation.selection import Selection, changed_models, read_selection
+from nnunet_lite.evaluation.statistics import Statistic
 from nnunet_lite.files import read_json, understood
 from nnunet_lite.inference.quality import read_quality
 from nnunet_lite.models.folder import MODEL, RECORD, VALIDATION, model_folders, read_weights_header
@@ -119,15 +121,24 @@ class ModelResults:
     def label(self) -> str:
         return " + ".join(self.name.split("+"))
 
+    @property
+    def n_finished(self) -> int:
+        """The number of folds whose training is finished."""
+        return sum(bool(fold.state) for fold in self.folds)
+
     @cached_property
     def where(self) -> str:
         """The options that select its dataset on a command line."""
         return Paths(self.folder.parents[1]).where
 
+    def view_command(self, case: str) -> str:
+        """Return the command that shows a case with its prediction."""
+        return shlex.join(["nnlite", "view", case, "-m", self.folder.name]) + self.where
+
     @cached_property
-    def dice(self) -> float | None:
-        """The foreground mean over all held-out cases."""
-        return self.scores.foreground().mean
+    def dice(self) -> Statistic:
+        """Dice over all held-out cases and labels."""
+        return self.scores.foreground()
 
     @cached_property
     def examples(self) -> dict[str, str]:
@@ -331,7 +342,7 @@ def read_material(paths: Paths) -> Material:
     if "+" in selected and ensemble.is_dir():
         scores = read_fold_scores(ensemble, dataset.labels, notes)
         models.append(ModelResults(ensemble, selected, {}, None, (), *scores))
-    models.sort(key=lambda model: (model.name != selected, model.dice is None, -(model.dice or 0.0), model.name))
+    models.sort(key=lambda m: (m.name != selected, m.dice.mean is None, -(m.dice.mean or 0.0), m.name))
     return Material(
         paths,
         dataset,

@@ -126,11 +126,12 @@ def render_page(material: Material) -> str:
     return fill_template(
         "report.html.j2",
         material,
-        overview=_overview_section(material),
+        next_command=_next_command(material),
         data=_data_section(material),
-        plan=_plan_section(material),
+        plan_title=plan_title(material.plan),
+        plan_table=_plan_table(material.plan),
+        plan_reasons=plan_reasons(material.plan),
         trainings=_training_section(material),
-        size=material.units.size,
         verdicts=[judge_training(m, [split.name for split in material.splits]) for m in material.trained if m.begun],
         methods=_methods_section(material),
         models=_scores_section(material),
@@ -138,7 +139,7 @@ def render_page(material: Material) -> str:
         quality=_quality_section(material),
         audit=_audit_section(material),
         costs=costs_table(material),
-        settings=_settings_section(material),
+        versions=_versions_table(material),
     )
 
 
@@ -167,13 +168,14 @@ def fill_template(template: str, material: Material, **content: Any) -> str:
         lstrip_blocks=True,
     )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "ensure_ascii": False}
-    environment.filters |= {"page_size": _page_size}
+    environment.filters |= {"page_size": _page_size, "duration": log.duration}
+    environment.globals |= {"plural": plural}
     script, style = _read_source("report.js"), _read_source("report.css") + _picture_colours()
     return environment.get_template(template).render(
         script=Markup(script),
         style=Markup(style),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        name=material.paths.name,
+        material=material,
         version=nnunet_lite.__version__,
         date=datetime.now().astimezone().strftime("%d %B %Y, %H:%M"),
         labels=material.dataset.labels.region_names,
@@ -253,58 +255,27 @@ def _times(values: Sequence[float], number_format: str = "g") -> str:
 # -------------------------------------------------------------------------------------------------------- the overview
 
 
-def _overview_section(material: Material) -> dict[str, Any]:
-    """Return cards (what, figure, detail), the next command, and what the report leaves out."""
-    labels, plan = material.dataset.labels, material.plan
-    named = plural(len(labels.region_names), "region" if labels.has_regions else "label")
-    cards = [
-        ("Cases", str(len(material.dataset.cases)), f"{named}, {plural(len(plan.channels), 'channel')}"),
-        ("Configurations", str(len(plan.configurations)), ", ".join(plan.configurations)),
-    ]
-    finished = {model.name: sum(bool(fold.state) for fold in model.folds) for model in material.trained}
-    if finished:
-        of = f" of {len(material.splits)}" if material.splits else ""
-        more = {m.name: len(m.begun) - finished[m.name] for m in material.trained}
-        folds = [f"{name}: {n}{of}{f', {more[name]} not finished' * (more[name] > 0)}" for name, n in finished.items()]
-        seconds = sum(fold.seconds for model in material.models for fold in model.folds)
-        cards.append(("Folds trained", str(sum(finished.values())), "; ".join(folds)))
-        cards.append(("Training time", log.duration(seconds), "all folds and models"))
-    if material.scored and (dice := material.scored[0].scores.foreground()).mean is not None:
-        interval = _interval(dice.mean, dice)
-        ends = f", 95 % interval {interval[0]}" if isinstance(interval, tuple) else ""
-        about = f"{material.scored[0].label}, {plural(dice.n, 'case')}, median {dice.median:.3f}{ends}"
-        cards.append(("Dice, held-out", f"{dice.mean:.3f}", about))
-    following = "nnlite select" if material.selection is None and len(material.scored) > 1 else ""
-    if not any(finished.values()):
-        following = first_training(material.paths).removesuffix(material.paths.option)
-    return {"cards": cards, "next": following and following + material.paths.where, "notes": material.notes}
+def _next_command(material: Material) -> str:
+    """Return the next command for the dataset; empty if there is none."""
+    if not any(fold.state for model in material.trained for fold in model.folds):
+        return first_training(material.paths).removesuffix(material.paths.option) + material.paths.where
+    is_open = material.selection is None and len(material.scored) > 1
+    return f"nnlite select{material.paths.where}" if is_open else ""
 
 
 # ------------------------------------------------------------------------------------------------------------ the data
 
 
 def _data_section(material: Material) -> dict[str, Any]:
-    """Return what the dataset contains, what its check found, the montage, sizes, volumes and intensities."""
-    dataset, labels = material.dataset, material.dataset.labels
-    named = [f"{name} ({', '.join(map(str, values))})" for name, values in labels.regions.items()]
-    named += [] if labels.ignore is None else [f"ignore ({labels.ignore})"]
+    """Return what the check found, sizes, volumes and intensities."""
     volumes = _volumes(material)
     charts, constants = _spreads(material, volumes)
     return {
-        "facts": [
-            ("Cases", f"{len(dataset.cases)} with a label map"),
-            ("Channels", ", ".join(f"{c.name} ({c.to_text()})" for c in material.plan.channels)),
-            ("Regions" if labels.has_regions else "Labels", ", ".join(named)),
-            ("Layout", f"{dataset.layout}, {dataset.file_ending}"),
-            ("Folder", str(dataset.root)),
-            *(("Understood", note) for note in dataset.notes),
-        ],
         "problems": by_severity(material.problems),
-        "tiles": [(case, pictures.tile) for case, pictures in material.pictures.items() if pictures.tile],
         "charts": charts,
         "constants": constants,
         "intensity_charts": _intensity_charts(material),
-        "intensity_labels": labels.region_names[:_INTENSITY_LABELS],
+        "intensity_labels": material.dataset.labels.region_names[:_INTENSITY_LABELS],
         "intensity_table": _intensity_table(material),
         "cases": _case_table(material, volumes),
     }
@@ -413,24 +384,10 @@ def _case_table(material: Material, volumes: Volumes) -> Table:
 # ------------------------------------------------------------------------------------------- the plan and the training
 
 
-def _plan_section(material: Material) -> dict[str, Any]:
-    """Return the configurations, the reasons for them, and their networks."""
-    plan = material.plan
-    networks = {name: c.network for name, c in plan.configurations.items()}
-    return {
-        "title": plan_title(plan),
-        "table": Table("Configurations", [
-            Column(name, values, "s" * (i > 0))
-            for i, (name, values) in enumerate(zip(plan_head(plan), zip(*plan_rows(plan), strict=True), strict=True))
-        ]),
-        "reasons": plan_reasons(plan),
-        "networks": [
-            (name, f"{n.kind}{' U-Net' * (n.kind in ('plain', 'residual'))}, "
-                   f"features {'-'.join(map(str, n.features))}, kernels {', '.join(map(_times, n.kernels))}, "
-                   f"strides {', '.join(map(_times, n.strides))}, {n.norm} normalisation")
-            for name, n in networks.items()
-        ],
-    }  # fmt: skip
+def _plan_table(plan: Plan) -> Table:
+    """Return a column for each configuration."""
+    columns = enumerate(zip(plan_head(plan), zip(*plan_rows(plan), strict=True), strict=True))
+    return Table("Configurations", [Column(name, values, "s" * (i > 0)) for i, (name, values) in columns])
 
 
 def _training_section(material: Material) -> list[dict[str, Any]]:
@@ -530,28 +487,19 @@ def costs_table(material: Material) -> Table:
 
 
 def _scores_section(material: Material) -> list[dict[str, Any]]:
-    """Return for each model its scores by label, all its held-out cases, and pictures of some of them."""
+    """Return for each model its scores by label, and all its held-out cases."""
     sections = []
     for model in material.scored:
-        rows, pictures, labels = model.worst_first, material.overlays[model.name], _hardest_labels(model)
-        dots = [(label, [(row.case, row.metrics[label]["Dice"]) for row in rows]) for label in labels]
-        means = {row.case: row.mean_dice for row in rows}
+        labels = _hardest_labels(model)
+        dots = [(label, [(row.case, row.metrics[label]["Dice"]) for row in model.worst_first]) for label in labels]
         sections.append(
             {
-                "name": model.name,
-                "label": model.label,
-                "cases": plural(len(rows), "held-out case"),
-                "folds": sorted(set(model.fold_of.values())),
+                "model": model,
                 "by_label": _label_table(material, model),
                 "chart": figures.plot_dots(f"Dice of each case by label, {model.label}", dots, model.name),
                 "omitted_labels": len(model.scores.labels.region_names) - len(labels),
                 "agreement": _agreement_charts(material, model, labels),
                 "table": _held_out_table(material, model, labels),
-                "examples": [
-                    (case, what, means[case], pictures[case], _view_command(case, model))
-                    for case, what in model.examples.items()
-                    if case in pictures
-                ],
             }
         )
     return sections
@@ -593,11 +541,6 @@ def _agreement_charts(material: Material, model: ModelResults, labels: Sequence[
         title = f"{material.units.size} of {label}, {model.label}"
         charts.append(figures.plot_agreement(title, volumes, material.units.volume, model.name))
     return [chart for chart in charts if chart]
-
-
-def _view_command(case: str, model: ModelResults) -> str:
-    """Return the command that shows a case with the prediction of a model."""
-    return shlex.join(["nnlite", "view", case, "-m", model.folder.name]) + model.where
 
 
 def _hardest_labels(model: ModelResults) -> list[str]:
@@ -661,7 +604,7 @@ def page_data(material: Material) -> dict[str, Any]:
             "fold": model.fold_of,
             "scores": scores,
             "pictures": material.overlays[model.name],
-            "view": {case: _view_command(case, model) for case in scores},
+            "view": {case: model.view_command(case) for case in scores},
         }
     return {
         "labels": list(names),
@@ -699,8 +642,6 @@ def _comparison_section(material: Material) -> dict[str, Any]:
     rules = selection.postprocessing if selection else {}
     gains = [selection.postprocessing_gain.get(label) for label in rules] if selection else []
     return {
-        "selected": " + ".join(selection.models) if selection else "",
-        "date": selection.made if selection else "",
         "table": Table(caption, columns, sorted_by=2, first_is_best=bool(selection)),
         "chart": figures.plot_intervals("Dice of the candidates", bars, "mean Dice with 95 % interval"),
         "postprocessing": Table("Postprocessing of the predictions", [
@@ -873,11 +814,10 @@ def _normalizations(plan: Plan) -> list[tuple[list[str], Any]]:
     return [([channel.name for channel in group], group[0]) for group in groups.values()]
 
 
-def _settings_section(material: Material) -> tuple[Table, dict[str, dict[str, Any]]]:
-    """Return seed and versions of the models, and their settings."""
+def _versions_table(material: Material) -> Table:
+    """Return seed and versions of the models."""
     runs = {model.name: model.run for model in material.trained}
     about = [{**run["settings"], **run, **run.get("versions", {})} for run in runs.values()]
     packages = list(dict.fromkeys(package for run in runs.values() for package in run.get("versions", {})))
     columns = [Column(key, [str(one.get(key, "")) for one in about]) for key in ("began", "recipe", "seed", *packages)]
-    table = Table("Versions and seeds of the models", [Column("Model", list(runs)), *columns])
-    return table, {name: run["settings"] for name, run in runs.items()}
+    return Table("Versions and seeds of the models", [Column("Model", list(runs)), *columns])

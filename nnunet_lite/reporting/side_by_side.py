@@ -83,7 +83,6 @@ def write_comparison(first: Path, second: Path, output: Path | None) -> Path:
         unpaired=[_own_scores(model) for model in models if model.scores.rows],
         chart=_difference_chart(material),
         changes=_most_changed(material),
-        overlays=material.overlays,
         cases=_case_changes(material),
         charts=page.training_charts(folds),
         costs=page.costs_table(material),
