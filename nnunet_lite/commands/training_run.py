@@ -197,7 +197,10 @@ def plan_runs(
         )
         _check_trainable(run)
         if restart or not run.is_trained():
-            run = replace(run, teachers=_find_teachers(run))
+            names = settings.training.teachers
+            if folder.name in names:
+                raise UserError("a model cannot learn from itself", folder, "Give the new one another --name.")
+            run = replace(run, teachers=find_teachers(paths, dataset, plan, configuration, names, split))
         if first is not None:
             refuse_other_cases(first.folder, split, paths.splits, dataset)
             if restart or not run.is_trained():
@@ -232,13 +235,6 @@ def _refuse_edited_stage(paths: Paths, first: FirstStage) -> None:
         words = "; ".join(f"{key}: {before} -> {after}" for key, (before, after) in changes.items())
         fix = f"Undo the edit, or train it again: `{models.training_command(first.folder, 'all-folds')} --restart`."
         raise UserError(f"is the first stage, trained before its plan was changed ({words})", first.folder, fix)
-
-
-def _find_teachers(run: TrainingRun) -> list[Teacher]:
-    names = run.settings.training.teachers
-    if run.folder.name in names:
-        raise UserError("a model cannot learn from itself", run.folder, "Give the new one another --name.")
-    return find_teachers(run.paths, run.dataset, run.plan, run.configuration, names, run.split)
 
 
 def _check_trainable(run: TrainingRun) -> None:

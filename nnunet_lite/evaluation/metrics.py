@@ -111,8 +111,8 @@ def _absolute(value: float | None) -> float | None:
     return None if value is None else abs(value)
 
 
-def _lesion_f1(mask: MaskComparison) -> float | None:
-    return _ratio(2 * mask.lesion_tp, 2 * mask.lesion_tp + mask.lesion_fp + mask.lesion_fn)
+def _f1(tp: int, fp: int, fn: int) -> float | None:
+    return _ratio(2 * tp, 2 * tp + fp + fn)
 
 
 def _volume_error(mask: MaskComparison) -> float | None:
@@ -125,7 +125,7 @@ def _volume_error(mask: MaskComparison) -> float | None:
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
-        Metric("Dice", lambda m: _ratio(2 * m.tp, 2 * m.tp + m.fp + m.fn), "Dice", ".4f", "higher"),
+        Metric("Dice", lambda m: _f1(m.tp, m.fp, m.fn), "Dice", ".4f", "higher"),
         Metric("IoU", lambda m: _ratio(m.tp, m.tp + m.fp + m.fn), "IoU", ".4f", "higher"),
         Metric("TP", lambda m: m.tp, "TP", "d", unit="voxels"),
         Metric("FP", lambda m: m.fp, "FP", "d", unit="voxels"),
@@ -142,7 +142,7 @@ METRICS: dict[str, Metric] = {
         Metric("lesion_TP", lambda m: m.lesion_tp, "lesion TP", "d"),
         Metric("lesion_FP", lambda m: m.lesion_fp, "lesion FP", "d"),
         Metric("lesion_FN", lambda m: m.lesion_fn, "lesion FN", "d"),
-        Metric("lesion_F1", _lesion_f1, "lesion F1", ".3f", "higher"),
+        Metric("lesion_F1", lambda m: _f1(m.lesion_tp, m.lesion_fp, m.lesion_fn), "lesion F1", ".3f", "higher"),
     )
 }
 

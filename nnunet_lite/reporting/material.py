@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from math import prod
@@ -337,7 +337,12 @@ def read_material(paths: Paths) -> Material:
     calibrated = any(one is not None and selection and one.weights == selection.weights for one in qualities)
     changed = changed_models(paths, selection) if selection else []
     notes = [f"{' and '.join(changed)} changed since the comparison; `nnlite select` compares again"] if changed else []
-    models = list(_read_models(paths, dataset, notes))
+    models = []
+    for folder in model_folders(paths):
+        try:
+            models.append(read_results(folder, notes, dataset.labels))
+        except UserError as error:
+            notes.append(f"model {folder.name} is left out: {error}")
     ensemble = paths.folder_of(selected)
     if "+" in selected and ensemble.is_dir():
         scores = read_fold_scores(ensemble, dataset.labels, notes)
@@ -355,14 +360,6 @@ def read_material(paths: Paths) -> Material:
         tuple(notes),
         tuple(read_rows(paths.calibration_of(selected))) if calibrated else (),
     )
-
-
-def _read_models(paths: Paths, dataset: Dataset, notes: list[str]) -> Iterable[ModelResults]:
-    for folder in model_folders(paths):
-        try:
-            yield read_results(folder, notes, dataset.labels)
-        except UserError as error:
-            notes.append(f"model {folder.name} is left out: {error}")
 
 
 def read_results(folder: Path, notes: list[str], labels: Labels | None = None) -> ModelResults:

@@ -48,7 +48,6 @@ from nnunet_lite.workspace import Paths
 
 PAGE = "report.html"
 _OF_PICTURES = {"bias field": "uneven light", "thick slices": "coarse along an axis"}  # names of their degraded copies
-_PLANE_SIZE, _PICTURE_SIZE = 240, 320  # pixels on the page along the longer side of a plane, and of a flat image
 _INTENSITY_LABELS = 8  # labels whose intensities are drawn
 _VOLUME_LABELS = 12  # labels whose volumes are drawn
 _ROUNDING = 1e-4  # up to this relative difference, a quantity is equal in all cases
@@ -168,12 +167,13 @@ def fill_template(template: str, material: Material, **content: Any) -> str:
         lstrip_blocks=True,
     )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "ensure_ascii": False}
-    environment.filters |= {"page_size": _page_size, "duration": log.duration}
-    environment.globals |= {"plural": plural}
-    script, style = _read_source("report.js"), _read_source("report.css") + _picture_colours()
+    environment.filters["duration"] = log.duration
+    environment.globals["plural"] = plural
+    script = _read_source("report.js")
     return environment.get_template(template).render(
         script=Markup(script),
-        style=Markup(style),
+        style=Markup(_read_source("report.css")),
+        palette={"c": label_colours(_PALETTE), "e": ERROR_COLOURS.values()},
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         material=material,
         version=nnunet_lite.__version__,
@@ -188,19 +188,6 @@ def fill_template(template: str, material: Material, **content: Any) -> str:
 def _read_source(name: str) -> str:
     """Read a file of this package that goes into the page as it is."""
     return (Path(__file__).parent / "templates" / name).read_text(encoding="utf-8")
-
-
-def _page_size(plane: Picture) -> tuple[float, float]:
-    """Return width and height of a plane on the page."""
-    scale = (_PICTURE_SIZE if plane["of"] == 1 else _PLANE_SIZE) / max(plane["mm"])
-    return round(scale * plane["mm"][0], 1), round(scale * plane["mm"][1], 1)
-
-
-def _picture_colours() -> str:
-    """Return the colours of labels and errors on pictures as a rule of CSS."""
-    named = {"c": label_colours(_PALETTE), "e": ERROR_COLOURS.values()}
-    rules = [f"--{name}{i}: rgb{colour};" for name, colours in named.items() for i, colour in enumerate(colours)]
-    return f".plane svg, .swatch-on-picture {{ {' '.join(rules)} }}\n"
 
 
 def error_names(material: Material) -> list[str]:
@@ -508,7 +495,10 @@ def _scores_section(material: Material) -> list[dict[str, Any]]:
 def _held_out_table(material: Material, model: ModelResults, labels: Sequence[str]) -> Table:
     """Return every held-out case with its fold, its means over the labels, and the Dice of some labels."""
     rows, surfaces = model.worst_first, [metric for metric in ("NSD", "HD95") if metric in _measured(model)]
-    means = {metric: [_label_mean(material, row, metric) for row in rows] for metric in surfaces}
+    means = {
+        metric: [mean_of_known(_case_value(material, row, label, metric) for label in row.metrics) for row in rows]
+        for metric in surfaces
+    }
     columns = [
         Column("Case", [row.case for row in rows]),
         Column("fold", [model.fold_of[row.case] for row in rows]),
@@ -522,11 +512,6 @@ def _held_out_table(material: Material, model: ModelResults, labels: Sequence[st
 def _measured(model: ModelResults) -> list[str]:
     """Return the metrics of a label that a case has."""
     return [name for name in _LABEL_METRICS if np.isfinite(model.scores.values(name)).any()]
-
-
-def _label_mean(material: Material, row: CaseScore, metric: str) -> float | None:
-    """Return the mean of a metric over the labels of a case."""
-    return mean_of_known(_case_value(material, row, label, metric) for label in row.metrics)
 
 
 def _agreement_charts(material: Material, model: ModelResults, labels: Sequence[str]) -> list[Chart]:
