@@ -20,11 +20,12 @@ from nnunet_lite.data.images import read_label
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.members import find_members
-from nnunet_lite.files import read_json
+from nnunet_lite.files import read_json, write_json
 from nnunet_lite.models.argument import find_model, find_models, unpacked
 from nnunet_lite.models.folder import model_folders, stage_path
 from nnunet_lite.models.lookup import read_model
 from nnunet_lite.training.finetune import open_source
+from nnunet_lite.training.splits import load_splits
 from nnunet_lite.workspace import Paths
 
 NAMES = {
@@ -284,12 +285,30 @@ def test_the_first_stage_is_imported_once_and_gets_a_name(results: Path, tmp_pat
     assert made == paths.models / "mine" and (paths.models / "3d_lowres-mine" / "fold_0").is_dir()
 
 
-def test_select_says_which_models_were_imported(tiny_workspace: Path, tiny_model: Path, tmp_path: Path) -> None:
-    """nnlite does not know on which cases their folds were trained."""
+@pytest.mark.parametrize("as_zip", [False, True], ids=["folder", "zip"])
+def test_select_judges_imported_models_by_the_cases_that_they_held_out(
+    tiny_workspace: Path, tiny_model: Path, as_zip: bool, tmp_path: Path
+) -> None:
+    """The summary.json of nnU-Net's validation names them, and cases.json in a zip of nnlite has a hash of them."""
     shutil.copytree(tiny_workspace, tmp_path / "w", ignore=shutil.ignore_patterns("preprocessed"))
-    nnunet_lite.export_model([tiny_model, tmp_path / "tiny.zip"])
-    nnunet_lite.import_model(tmp_path / "tiny.zip", name="theirs", workspace=tmp_path / "w")
     paths = Paths(tmp_path / "w" / tiny_model.parents[1].name)
-    members, notes = find_members(paths, stored_dataset(paths.dataset))
-    assert [member.name for member in members] == ["theirs", "tiny"]
-    assert notes == ["theirs was imported: its scores count only if it held out the folds of splits.json"]
+    dataset, held_out = stored_dataset(paths.dataset), [split.validation for split in load_splits(paths.splits)]
+    nnunet_lite.export_model([tiny_model, tmp_path / "ours.zip"])
+    nnunet_lite.import_model(tmp_path / "ours.zip", name="ours", workspace=tmp_path / "w")
+    for name, cases in (("same", held_out[0]), ("other", held_out[1]), ("unknown", None)):
+        folder = tmp_path / name
+        nnunet_lite.export_model([tiny_model, folder], format="nnunet")
+        if cases is not None:  # on Windows and elsewhere
+            files = [f"{parent}{case}.nii.gz" for case, parent in zip(cases, ("/v/", "C:\\v\\"), strict=False)]
+            rows = {"metric_per_case": [{"prediction_file": file} for file in files]}
+            write_json(folder / "fold_0" / "validation" / "summary.json", rows)
+        if as_zip:
+            folder = Path(shutil.make_archive(str(folder), "zip", tmp_path, name))
+        nnunet_lite.import_model(folder, name=name, workspace=tmp_path / "w")
+    members, notes = find_members(paths, dataset)
+    assert [member.name for member in members] == ["ours", "same", "tiny", "unknown"]
+    assert notes == [
+        "other is left out: fold 0 was trained on other cases than splits.json has now",
+        "unknown was imported without a record of the cases that it held out: its scores count only if they are those "
+        "of splits.json",
+    ]

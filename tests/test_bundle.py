@@ -114,7 +114,7 @@ def test_an_unpacked_model_predicts_the_same(bundle: Path, tiny_model: Path, tmp
     np.testing.assert_array_equal(load(folder, device="cpu", settings=FAST)(scans[0]), expected)
     assert len(np.unique(expected)) > 1, "otherwise this shows nothing"
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    assert names == {MANIFEST, "plans.json", "dataset.json", "run.json", f"fold_0/{MODEL}"}
+    assert names == {MANIFEST, "plans.json", "dataset.json", "run.json", f"fold_0/{MODEL}", "fold_0/cases.json"}
     assert (folder / "run.json").stat().st_mode & 0o044, "others may read it"
 
 

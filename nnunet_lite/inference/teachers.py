@@ -26,13 +26,13 @@ from nnunet_lite.inference.cases import read_case_image
 from nnunet_lite.inference.folder import array_on_disk
 from nnunet_lite.inference.outputs import ExtraMaps
 from nnunet_lite.inference.predictor import Predictor, check_vote, load, prepare_image, segment
-from nnunet_lite.models.folder import model_folder, model_folders, trained_folds
+from nnunet_lite.models.folder import CASES, model_folder, model_folders, trained_folds
 from nnunet_lite.models.lookup import model_fingerprint, read_model
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.preprocessing.pipeline import Placement
 from nnunet_lite.preprocessing.store import open_case
 from nnunet_lite.preprocessing.stored_case import compress_array
-from nnunet_lite.training.splits import ALL, CASES, Split, refuse_other_cases
+from nnunet_lite.training.splits import ALL, Split, refuse_other_cases
 from nnunet_lite.workspace import Paths
 
 _VERSION = 1  # of how probabilities are made; a larger number makes them again

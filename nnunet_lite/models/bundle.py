@@ -33,7 +33,16 @@ import nnunet_lite
 from nnunet_lite.data.problems import few
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import atomic, must_be_known, read_json, read_text, read_validated, understood, write_json
-from nnunet_lite.models.folder import EXPECTED, MODEL, QUALITY, new_model_folder, read_run, stage_path, weight_files
+from nnunet_lite.models.folder import (
+    CASES,
+    EXPECTED,
+    MODEL,
+    QUALITY,
+    new_model_folder,
+    read_run,
+    stage_path,
+    weight_files,
+)
 from nnunet_lite.models.lookup import describe_folder, read_model
 from nnunet_lite.settings import Settings
 from nnunet_lite.system import in_units
@@ -45,9 +54,12 @@ _JSON_LIMIT = 16 * 2**20  # bytes of a JSON file; a plan has 10 KB
 _RATIO = 100  # weights shrink by a tenth; a file that grows by more than this factor is meant to fill the disk
 _LONGEST_NAME = 80
 _LICENCE_WIDTH = 80  # of the first words of a licence
-_PART = re.compile(rf"(plans|dataset|run|quality)\.json|fold_(all|\d+)/{re.escape(MODEL)}")  # of a model folder
+_PART = re.compile(  # of a model folder
+    rf"(plans|dataset|run|quality)\.json|fold_(all|\d+)/({re.escape(MODEL)}|{re.escape(CASES)})"
+)
 _NNUNET_PART = re.compile(  # of a model folder of nnU-Net; no part of its path begins with a dot
-    r"((?:[^/\\:.][^/\\:]*/)*)((?:plans|dataset)\.json|fold_(?:all|\d+)/checkpoint_(?:final|best)\.pth)"
+    r"((?:[^/\\:.][^/\\:]*/)*)"
+    r"((?:plans|dataset)\.json|fold_(?:all|\d+)/(?:checkpoint_(?:final|best)\.pth|validation/summary\.json))"
 )
 _LICENCE = re.compile(r"((?:[^/\\:.][^/\\:]*/)*)LICEN[CS]E(?:\.\w+)?")  # of what is in the same folder, or further in
 _ABOUT = ("configuration", "recipe", "channels", "labels", "spacing")  # what the manifest says of a model
@@ -180,6 +192,8 @@ def _contents(folder: Path) -> Iterator[tuple[str, bytes]]:
         yield f"{folder.name}/{QUALITY}", quality.read_bytes()
     for fold, file in weights.items():
         yield f"{folder.name}/fold_{fold}/{MODEL}", file.read_bytes()
+        if (cases := file.with_name(CASES)).is_file():
+            yield f"{folder.name}/fold_{fold}/{CASES}", cases.read_bytes()
 
 
 def _write(archive: ZipFile, path: str, content: bytes) -> PackedFile:

@@ -33,7 +33,17 @@ from nnunet_lite import log
 from nnunet_lite.data.dataset import Dataset, summarize_dataset
 from nnunet_lite.data.problems import few
 from nnunet_lite.errors import Busy, UserError
-from nnunet_lite.files import locked, must_be_known, must_fit, read_json, scratch, understood, write_json, write_text
+from nnunet_lite.files import (
+    hash_of,
+    locked,
+    must_be_known,
+    must_fit,
+    read_json,
+    scratch,
+    understood,
+    write_json,
+    write_text,
+)
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import Settings, differences, load_settings, time_text, with_changes
 from nnunet_lite.system import has_no_gpu
@@ -45,11 +55,12 @@ CHECKPOINT = "checkpoint.safetensors"
 VALIDATION = "validation"  # in a fold's folder: its held-out cases, predicted and scored
 RECORD = "predictions.json"  # in a folder of label maps, `VALIDATION` too: what predicted them; inference/record.py
 QUALITY = "quality.json"  # in a model folder what `nnlite select` calibrated, in a folder of label maps what to expect
+CASES = "cases.json"  # in a fold's folder: how many cases it was trained on, and a hash of their ids
 PREVIEW = "preview.png"  # augmented samples, in a fold's folder
 SUMMARY = "summary.json"  # the scores, in that folder
 _RUN = "run.json"
 _MODEL_FILES = {".lock", _RUN, "plans.json", "dataset.json"}  # besides the folders of its folds
-_FIRST_FILES = {".lock", "cases.json", "metrics.jsonl", "metrics.csv"}  # of a fold before its first checkpoint
+_FIRST_FILES = {".lock", CASES, "metrics.jsonl", "metrics.csv"}  # of a fold before its first checkpoint
 OLD = "old_"  # starts the names of folders that were set aside
 EXPECTED = "A model is a folder with run.json, or with plans.json and fold_0/checkpoint_final.pth of nnU-Net, or a zip."
 Checkpoint = Literal["final", "best"]  # of nnU-Net: after the last epoch, and after the epoch with the best validation
@@ -557,6 +568,18 @@ def trained_folds(folder: Path, checkpoint: Checkpoint = "final") -> list[str]:
     """Return the folds to predict with: those of `weight_files`, fold "all" only if there is no other."""
     folds = list(weight_files(folder, checkpoint))
     return [fold for fold in folds if fold != "all"] or folds
+
+
+def held_out_fingerprint(case_ids: Iterable[str]) -> dict[str, Any]:
+    """Return the content of cases.json where only the held-out cases of a fold are known: their number and a hash.
+
+    Parameters
+    ----------
+    case_ids : iterable of str
+        Ids of the held-out cases, in any order.
+    """
+    ids = sorted(case_ids)
+    return {"validation": len(ids), "sha256": hash_of(ids)}
 
 
 def held_out_dice(folder: Path, folds: Iterable[str]) -> float | None:

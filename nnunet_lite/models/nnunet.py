@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, Literal
 from zipfile import BadZipFile, ZipFile
 
@@ -21,14 +21,19 @@ from torch import Tensor
 
 from nnunet_lite import log
 from nnunet_lite.data.labels import BACKGROUND, Labels
+from nnunet_lite.data.names import case_of
 from nnunet_lite.data.problems import few
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json, understood, write_json
 from nnunet_lite.models.checkpoint import check_finite, load_weights, save_weights
 from nnunet_lite.models.folder import (
+    CASES,
     EXPECTED,
     MODEL,
+    SUMMARY,
+    VALIDATION,
     Checkpoint,
+    held_out_fingerprint,
     is_nnunet,
     is_taken,
     new_model_folder,
@@ -385,6 +390,8 @@ def import_nnunet(
         for fold_name, fold in zip(files, read_nnunet(files.values()), strict=True):
             about = {"configuration": fold.run["configuration"], "checkpoint": files[fold_name].name, **fold.training}
             save_weights(partial / f"fold_{fold_name}" / MODEL, fold.network, about)
+            if held_out := _held_out_cases(files[fold_name].parent):
+                write_json(partial / f"fold_{fold_name}" / CASES, held_out_fingerprint(held_out))
         first, run = stage_path(folder, fold.run), fold.run
         if first is not None and name is not None:
             run = {**run, "previous": stage_name(first.name, name)}
@@ -394,6 +401,16 @@ def import_nnunet(
             if not has_first_stage(target, first, checkpoint, replace):
                 made += import_nnunet(first, target, checkpoint, replace=replace)
     return made
+
+
+def _held_out_cases(fold_folder: Path) -> list[str]:
+    """Return the ids of the cases that nnU-Net held out and predicted after the training; none if that is unknown."""
+    summary = fold_folder / VALIDATION / SUMMARY
+    if not summary.is_file():
+        return []
+    with understood(summary, "Delete it.", "nnU-Net"):
+        files = [case["prediction_file"] for case in read_json(summary)["metric_per_case"]]
+        return [case_of(Path(PureWindowsPath(file).name)) for file in files]  # of any system
 
 
 # ------------------------------------------------------------------------------------------------------------- writing

@@ -30,6 +30,7 @@ from nnunet_lite.data.dataset import Dataset, read_annotation
 from nnunet_lite.data.problems import few, name_cases, plural
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import hash_of, read_json, read_table, understood, write_json
+from nnunet_lite.models.folder import CASES, held_out_fingerprint
 from nnunet_lite.system import cpus
 
 ALL = "all"  # the fold that trains on every case
@@ -38,7 +39,6 @@ SEED = 12345  # nnU-Net's, so that folds can be compared
 _READERS = 4  # label maps in memory at the same time
 _VOLUME_PARTS = 4  # strata by volume, at most
 _BY_LABELS = "labels"  # the recorded name of the strata of `--stratify`
-CASES = "cases.json"
 _TABLES = (".csv", ".tsv")
 _PATIENT = re.compile(r"(?i)(?:^|[^a-z])(?:p|pt|pat|patient|sub|subj|subject)[-_]?\d+$")
 _FIX = "Correct or remove it, or give --folds, --group-by, --stratify or --splits."
@@ -609,7 +609,10 @@ def refuse_other_cases(folder: Path, split: Split, file: Path, dataset: Dataset,
     """
     ids = tuple(_ids([*dataset.cases, *dataset.excluded]))
     whole = [Split(ALL, ids, ids)] if split.name == ALL else load_splits(file)
-    expected = [(one.name, _fingerprint(one)) for one in (*whole, *leave_out(whole, dataset))]
+    possible = [*whole, *leave_out(whole, dataset)]
+    expected = [
+        (one.name, known) for one in possible for known in (_fingerprint(one), held_out_fingerprint(one.validation))
+    ]
     for cases_file in sorted(folder.glob(f"fold_*/{CASES}")):
         name = cases_file.parent.name.removeprefix("fold_")
         if (name == ALL) != (split.name == ALL) or (restart and name == split.name):
