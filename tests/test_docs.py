@@ -92,6 +92,12 @@ def write_patients(folder: Path) -> None:
             shutil.copy(image, patient / "flair.nii.gz")
             if chosen is images:
                 shutil.copy(image.parent.parent / "labelsTr" / image.name, patient / "mask.nii.gz")
+    for patient in (folder / "my_patients").iterdir():
+        other = folder / "other_patients" / patient.name
+        other.mkdir(parents=True)
+        shutil.copy(patient / "t1.nii.gz", other)
+        for structure in ("liver", "spleen"):
+            shutil.copy(patient / "mask.nii.gz", other / f"{structure}_mask.nii.gz")
 
 
 def write_cells(folder: Path) -> None:
