@@ -309,6 +309,6 @@ def test_select_judges_imported_models_by_the_cases_that_they_held_out(
     assert [member.name for member in members] == ["ours", "same", "tiny", "unknown"]
     assert notes == [
         "other is left out: fold 0 was trained on other cases than splits.json has now",
-        "unknown was imported without a record of the cases that it held out: its scores count only if they are those "
-        "of splits.json",
+        "unknown does not say which cases it held out (fold_k/cases.json): its scores count only if these are those of "
+        "splits.json",
     ]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nnunet_lite.data.dataset import Dataset
 from nnunet_lite.errors import UserError
+from nnunet_lite.models.bundle import is_imported
 from nnunet_lite.models.folder import CASES, MODEL, first_training, model_folders, stage_path, trained_folds
 from nnunet_lite.models.lookup import read_model
 from nnunet_lite.planning.schema import Plan
@@ -84,9 +85,9 @@ def find_members(
             notes.append(f"{member.name} is left out: {reason}")
         else:
             members.append(member)
-            if not all((folder / f"fold_{fold}" / CASES).is_file() for fold in folds):
-                what = "was imported without a record of the cases that it held out"
-                notes.append(f"{member.name} {what}: its scores count only if they are those of splits.json")
+            if is_imported(folder) and not all((folder / f"fold_{fold}" / CASES).is_file() for fold in folds):
+                what = "does not say which cases it held out (fold_k/cases.json)"
+                notes.append(f"{member.name} {what}: its scores count only if these are those of splits.json")
     fix = f"Run `{first_training(paths)}`."
     if missing := [name for name in only or () if name not in names]:
         raise UserError(f"no model of {paths.name} is {missing[0]}", paths.models, fix)

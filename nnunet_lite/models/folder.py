@@ -579,7 +579,7 @@ def held_out_fingerprint(case_ids: Iterable[str]) -> dict[str, Any]:
         Ids of the held-out cases, in any order.
     """
     ids = sorted(case_ids)
-    return {"validation": len(ids), "sha256": hash_of(ids)}
+    return {"validation": len(ids), "held_out_sha256": hash_of(ids)}
 
 
 def held_out_dice(folder: Path, folds: Iterable[str]) -> float | None:
