@@ -179,8 +179,7 @@ def fill_template(template: str, material: Material, **content: Any) -> str:
         version=nnunet_lite.__version__,
         date=datetime.now().astimezone().strftime("%d %B %Y, %H:%M"),
         labels=material.dataset.labels.region_names,
-        errors=error_names(material),
-        page_data=page_data(material),
+        page_data=_page_data(material),
         **content,
     )
 
@@ -188,17 +187,6 @@ def fill_template(template: str, material: Material, **content: Any) -> str:
 def _read_source(name: str) -> str:
     """Read a file of this package that goes into the page as it is."""
     return (Path(__file__).parent / "templates" / name).read_text(encoding="utf-8")
-
-
-def error_names(material: Material) -> list[str]:
-    """Return the kinds of errors; with one label there is no other one.
-
-    Parameters
-    ----------
-    material : Material
-        From `read_material`.
-    """
-    return list(ERROR_COLOURS)[: 3 if len(material.dataset.labels.region_names) > 1 else 2]
 
 
 def _case_value(material: Material, row: CaseScore, label: str, metric: str) -> float | None:
@@ -569,14 +557,8 @@ def metric_column(material: Material, metric: str, what: str, values: Sequence[V
     return share_column(name, values) if is_share else Column(name, values, METRICS[metric].number_format)
 
 
-def page_data(material: Material) -> dict[str, Any]:
-    """Return what report.js opens cases from: the metrics of every case, and the pictures.
-
-    Parameters
-    ----------
-    material : Material
-        From `draw_cases`.
-    """
+def _page_data(material: Material) -> dict[str, Any]:
+    """Return what report.js opens cases from: the metrics of every case, and the pictures."""
     names = material.dataset.labels.region_names
     models = {}
     for model in material.scored:
@@ -594,7 +576,7 @@ def page_data(material: Material) -> dict[str, Any]:
     return {
         "labels": list(names),
         "channels": [channel.name for channel in material.plan.channels],
-        "errors": error_names(material),
+        "errors": list(ERROR_COLOURS)[: 3 if len(names) > 1 else 2],  # with one label there is no other one
         "measures": [metric_heading(material, metric) for metric in _CASE_METRICS],
         "formats": [METRICS[metric].number_format for metric in _CASE_METRICS],
         "models": models,
@@ -767,19 +749,18 @@ def _methods_section(material: Material) -> dict[str, Any]:
             "normalizations": _normalizations(model.plan), "epochs": more + plural(lengths[-1], "epoch"),
         })  # fmt: skip
     held_out = set(result.fold_of.values()) if result else set()
-    scored = [split for split in material.splits if split.name in held_out]
-    return {"models": described, "n_folds": len(material.splits), "scores": result and {
-        "n_training": sorted({len(split.training) for split in scored}),
+    scores = {metric: result.scores.foreground(metric) for metric in _measured(result)} if result else {}
+    return {
+        "models": described,
+        "result": result,
         "folds": sorted(held_out),
-        "label": result.label,
-        "n_cases": len(result.scores.rows),
+        "n_training": sorted({len(split.training) for split in material.splits if split.name in held_out}),
         "metrics": [
             (metric_heading(material, metric).partition(" (")[0], f" {units.length}" if metric == "HD95" else "",
-             units.scale_of(metric), result.scores.foreground(metric))
-            for metric in _measured(result) if metric in ("Dice", "NSD", "HD95")
+             units.scale_of(metric), statistic)
+            for metric, statistic in scores.items() if metric in ("Dice", "NSD", "HD95")
         ],
-        "postprocessing": selection.postprocessing if selection else {},
-    }}  # fmt: skip
+    }  # fmt: skip
 
 
 def _has_spacing(material: Material, plan: Plan, spacing: Sequence[float]) -> bool:
