@@ -52,6 +52,8 @@ def _to_absolute(factory: str) -> str:
     return f"{expand_home(where).absolute()}:{name}" if where.endswith(".py") else factory
 
 
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Range = tuple[float, float]
 Factors = Annotated[Range, must_be("[low, high] with 0 < low <= high", lambda r: 0 < r[0] <= r[1])]
 Deviations = Annotated[Range, must_be("[low, high] with 0 <= low <= high", lambda r: 0 <= r[0] <= r[1])]
@@ -109,8 +111,8 @@ class PlanSettings(_Section):
 class TrainingSettings(_Section):
     """Length, sampling and arithmetic of a run."""
 
-    epochs: int = Field(1000, ge=1, description="number of epochs; after each one a checkpoint is written")
-    iterations: int = Field(250, ge=1, description="training steps of an epoch")
+    epochs: Count = Field(1000, description="number of epochs; after each one a checkpoint is written")
+    iterations: Count = Field(250, description="training steps of an epoch")
     validation_iterations: int = Field(
         50, ge=0, description="batches of held-out patches that are scored after each epoch; 0: no progress curve"
     )
@@ -120,12 +122,10 @@ class TrainingSettings(_Section):
     limit_validation: bool = Field(
         True, description="whether the time limit includes the prediction of the held-out images at the end"
     )
-    early_stop: int | None = Field(
-        None,
-        ge=1,
-        description="epochs without a better held-out Dice after which the run ends; none: never before its end",
+    early_stop: Count | None = Field(
+        None, description="epochs without a better held-out Dice after which the run ends; none: never before its end"
     )
-    batch_size: int | None = Field(None, ge=1, description="patches in a batch; none: as planned")
+    batch_size: Count | None = Field(None, description="patches in a batch; none: as planned")
     patch_size: tuple[int, ...] | None = Field(
         None, description="voxels of a patch along (z, y, x), or (y, x) for 2d; none: as planned"
     )
@@ -135,17 +135,12 @@ class TrainingSettings(_Section):
     batch_voxels: int | None = Field(
         None, ge=64, description="most voxels of a batch, which keeps at least two patches; none: no limit"
     )
-    patch_growth: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="share of the run in which patches grow, with as many voxels in a batch; 0: full size at once",
+    patch_growth: Share = Field(
+        0.0, description="share of the run in which patches grow, with as many voxels in a batch; 0: full size at once"
     )
-    accumulate: int = Field(1, ge=1, description="batches whose gradients make one step, as one larger batch would")
-    foreground: float = Field(
+    accumulate: Count = Field(1, description="batches whose gradients make one step, as one larger batch would")
+    foreground: Share = Field(
         0.33,
-        ge=0,
-        le=1,
         description="share of the patches that are centred on a voxel of a label (oversampling); 0.33 is 1 of a batch "
         "of 2, as nnU-Net rounds it",
     )
@@ -183,8 +178,8 @@ class TrainingSettings(_Section):
     logger: Logger = Field(
         "none", description="program that gets the metrics of each epoch too; needs the extra of that name"
     )
-    max_bad_steps: int = Field(
-        20, ge=1, description="steps of an epoch with a non-finite loss at which the run ends; fewer are skipped"
+    max_bad_steps: Count = Field(
+        20, description="steps of an epoch with a non-finite loss at which the run ends; fewer are skipped"
     )
 
     @model_validator(mode="before")
@@ -211,10 +206,10 @@ class TrainingSettings(_Section):
 class NetworkSettings(_Section):
     """Changes to the planned network; what is not set stays as planned."""
 
-    features_base: int | None = Field(
-        None, ge=1, description="channels of the first stage; each further stage has twice as many; none: as planned"
+    features_base: Count | None = Field(
+        None, description="channels of the first stage; each further stage has twice as many; none: as planned"
     )
-    features_max: int | None = Field(None, ge=1, description="most channels of a stage; none: as planned")
+    features_max: Count | None = Field(None, description="most channels of a stage; none: as planned")
     kernel: Literal[3, 5] | None = Field(
         None, description="size of the kernels along the axes that they span; MedNeXt has both; none: as planned"
     )
@@ -243,8 +238,8 @@ class LossSettings(_Section):
     class_weights: Weights | None = Field(
         None, description="weight of each class in all terms, background first, or of each region; none: all equal"
     )
-    distillation: float = Field(
-        0.5, ge=0, le=1, description="with training.teachers: share of the loss that compares with their probabilities"
+    distillation: Share = Field(
+        0.5, description="with training.teachers: share of the loss that compares with their probabilities"
     )
 
     @model_validator(mode="after")
@@ -279,7 +274,7 @@ class ScheduleSettings(_Section):
     cooldown: float = Field(
         0.0, ge=0, lt=1, description="share of the run at its end in which the rate falls linearly to 0"
     )
-    patience: int = Field(30, ge=1, description="plateau: epochs without improvement after which the rate falls")
+    patience: Count = Field(30, description="plateau: epochs without improvement after which the rate falls")
     factor: float = Field(0.2, gt=0, lt=1, description="plateau: what the rate is multiplied by when it falls")
     min_lr: float = Field(1e-6, ge=0, description="plateau: the run ends when the rate is lower")
 
@@ -304,29 +299,29 @@ class AugmentationSettings(_Section):
         (),
         description='batchgenerators transforms, applied last: [{name = "RicianNoiseTransform", p_per_sample = 0.1}]',
     )
-    p_rotation: float = Field(0.2, ge=0, le=1, description="probability of a rotation")
+    p_rotation: Share = Field(0.2, description="probability of a rotation")
     rotation: float = Field(30.0, ge=0, le=180, description="degrees either way about each axis of a 3D patch")
     rotation_in_plane: float | None = Field(
         None, ge=0, le=180, description="degrees for 2D and anisotropic patches; none: 180, for elongated 2D ones 15"
     )
-    p_scaling: float = Field(0.2, ge=0, le=1, description="probability of a change of size")
+    p_scaling: Share = Field(0.2, description="probability of a change of size")
     scaling: Factors = Field((0.7, 1.4), description="range of its factor; below 1 magnifies")
-    p_noise: float = Field(0.1, ge=0, le=1, description="probability of Gaussian noise")
+    p_noise: Share = Field(0.1, description="probability of Gaussian noise")
     noise_std: Deviations = Field((0.0, 0.1), description="range of its standard deviation, of normalised intensities")
-    p_blur: float = Field(0.2, ge=0, le=1, description="probability of a Gaussian blur, of half of the channels")
+    p_blur: Share = Field(0.2, description="probability of a Gaussian blur, of half of the channels")
     blur_sigma: Factors = Field((0.5, 1.0), description="range of its sigma in voxels")
-    p_brightness: float = Field(0.15, ge=0, le=1, description="probability that intensities are multiplied")
+    p_brightness: Share = Field(0.15, description="probability that intensities are multiplied")
     brightness: Factors = Field((0.75, 1.25), description="range of the factor")
-    p_contrast: float = Field(0.15, ge=0, le=1, description="probability that distances from the mean are multiplied")
+    p_contrast: Share = Field(0.15, description="probability that distances from the mean are multiplied")
     contrast: Factors = Field((0.75, 1.25), description="range of the factor")
-    p_low_resolution: float = Field(
-        0.25, ge=0, le=1, description="probability of a lower resolution (down and up again), of half of the channels"
+    p_low_resolution: Share = Field(
+        0.25, description="probability of a lower resolution (down and up again), of half of the channels"
     )
     low_resolution: Shares = Field((0.5, 1.0), description="range of the share of voxels along an axis that are kept")
-    p_gamma_inverted: float = Field(0.1, ge=0, le=1, description="probability of a gamma curve on inverted intensities")
-    p_gamma: float = Field(0.3, ge=0, le=1, description="probability of a gamma curve: intensities to a power")
+    p_gamma_inverted: Share = Field(0.1, description="probability of a gamma curve on inverted intensities")
+    p_gamma: Share = Field(0.3, description="probability of a gamma curve: intensities to a power")
     gamma: Factors = Field((0.7, 1.5), description="range of the power, of both")
-    p_mirror: float = Field(0.5, ge=0, le=1, description="probability of mirroring, for each axis")
+    p_mirror: Share = Field(0.5, description="probability of mirroring, for each axis")
     mirror_axes: Axes | None = Field(
         None, description="axes of the patch that are mirrored, also when predicting; none: all of them"
     )
@@ -336,14 +331,11 @@ class AugmentationSettings(_Section):
     mirror_swap_axis: int | None = Field(
         None, ge=0, le=2, description="axis of the patch from left to right; none: by the plan's orientation"
     )
-    p_cascade_morphology: float = Field(
-        0.4,
-        ge=0,
-        le=1,
-        description="cascade: probability that the first stage's labels are dilated, eroded, opened or closed",
+    p_cascade_morphology: Share = Field(
+        0.4, description="cascade: probability that the first stage's labels are dilated, eroded, opened or closed"
     )
-    p_cascade_removal: float = Field(
-        0.2, ge=0, le=1, description="cascade: probability that the first stage's labels lose a component"
+    p_cascade_removal: Share = Field(
+        0.2, description="cascade: probability that the first stage's labels lose a component"
     )
 
     def mirrored_axes(self, dimensions: int) -> tuple[int, ...]:
