@@ -139,10 +139,7 @@ def remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-@cache
-def _sweep_once(folder: Path) -> None:
-    """Sweep a folder when this process first writes there."""
-    sweep(folder)
+_sweep_once = cache(sweep)  # of a folder, when this process first writes there
 
 
 def is_locked(folder: Path) -> bool:
@@ -456,9 +453,8 @@ def lacks_space(error: BaseException | None) -> TypeGuard[OSError]:
 
 def shortage(error: Exception) -> int:
     """Return the system's error number of a lack of space, also of a library that wraps it in text; otherwise 0."""
-    if lacks_space(error):
-        return error.errno or errno.ENOSPC
-    return next((number for number in _NO_SPACE if os.strerror(number) in str(error)), 0)
+    found = getattr(error, "errno", None)
+    return next((number for number in _NO_SPACE if number == found or os.strerror(number) in str(error)), 0)
 
 
 def no_space(folder: Path, what: str, needed: int, reason: int | None = errno.ENOSPC) -> OSError:
@@ -495,8 +491,7 @@ def cut_short(written: Path) -> int:
         with TemporaryFile(dir=written.parent) as file:
             allocate(file, SPARE, written.parent)
     except OSError as error:
-        if error.errno in _NO_SPACE:
-            return error.errno
+        return shortage(error)
     return 0
 
 

@@ -73,8 +73,8 @@ def read_nifti(path: Path) -> tuple[np.ndarray, Geometry | None] | None:
     except zlib.error as error:
         raise UserError(gzip_defect(path) or f"is damaged ({error})", path, AGAIN) from None
     head = data[:_BYTES].tobytes()
-    _require_sound_header(head, limit, path)
-    array, found = _voxels(head, data), _geometry(head)
+    fields = _sound_fields(head, limit, path)
+    array, found = None if fields is None else _voxels(fields, data), _geometry(head)
     return None if array is None else (array, found and found[0])
 
 
@@ -119,7 +119,7 @@ def _first_bytes(path: Path) -> bytes:
     except (OSError, zlib.error):
         return b""
     head = head[:_BYTES]
-    _require_sound_header(head, limit, path)
+    _sound_fields(head, limit, path)
     return head
 
 
@@ -145,14 +145,14 @@ def _fields(head: bytes) -> np.void | None:
     return fields if fields["sizeof_hdr"] == _BYTES else None
 
 
-def _require_sound_header(head: bytes, size: int, path: Path) -> None:
-    """Refuse a NIfTI-1 header on which ITK or nibabel would fail, or for which they would fill the memory.
+def _sound_fields(head: bytes, size: int, path: Path) -> np.void | None:
+    """Return `_fields`; refuse a header on which ITK or nibabel would fail, or for which they would fill the memory.
 
     `size` is the largest number of bytes that the file can have after decompression.
     """
     fields = _fields(head)
     if fields is None:
-        return
+        return None
     dimensions, kind = int(fields["dim"][0]), int(fields["datatype"])
     shape = [int(n) for n in fields["dim"][1 : dimensions + 1]]
     if not 1 <= dimensions <= 7 or min(shape) < 1:
@@ -172,6 +172,7 @@ def _require_sound_header(head: bytes, size: int, path: Path) -> None:
     if fields["magic"] == b"n+1" and needed + _BYTES > size:
         found = max(0, size - _BYTES - 4)
         raise UserError(f"is truncated: it holds {found} of {needed} bytes of voxels", path, AGAIN)
+    return fields
 
 
 def _no_voxel_size(sizes: Iterable[float], path: Path) -> UserError:
@@ -223,11 +224,8 @@ def _skew(cosines: np.ndarray) -> float:
     return float(np.abs(cosines.T @ cosines - np.eye(3)).max())
 
 
-def _voxels(head: bytes, data: np.ndarray) -> np.ndarray | None:
+def _voxels(fields: np.void, data: np.ndarray) -> np.ndarray | None:
     """Return the voxels (channels, z, y, x) of a common file; None if nibabel must read them."""
-    fields = _fields(head)
-    if fields is None:
-        return None
     dimensions, x, y, z, channels = (int(n) for n in fields["dim"][:5])
     start, kind, slope = float(fields["vox_offset"]), int(fields["datatype"]), float(fields["scl_slope"])
     is_scaled = slope != 0 and (slope != 1 or fields["scl_inter"] != 0)
@@ -402,11 +400,10 @@ def form_conflict(path: Path, geometry: Geometry) -> str | None:
         shifts = (corners @ (scale @ form - ras_affine(geometry)).T)[:, : geometry.dimensions]
         distance = float(np.linalg.norm(shifts, axis=1).max())
         if distance > _FORMS_TOLERANCE * min(geometry.spacing):
-            axes = form[:3, :3] / np.linalg.norm(form[:3, :3], axis=0)
-            sheared = ", sheared as by a tilted gantry," * bool(np.abs(axes.T @ axes - np.eye(3)).max() > _SHEARED)
-            return (
-                f"its {name}{sheared} places it up to {distance:.4g} mm from where its other fields do, which are used"
-            )
+            skew = _skew(form[:3, :3] / np.linalg.norm(form[:3, :3], axis=0))
+            sheared = ", sheared as by a tilted gantry," * (skew > _SHEARED)
+            off = f"{distance:.4g} mm from where its other fields do, which are used"
+            return f"its {name}{sheared} places it up to {off}"
     return None
 
 

@@ -81,7 +81,7 @@ def read_tiff(path: Path, resolve_palette: bool = True, pixels: bool = True) -> 
         if page.photometric == _PALETTE and not resolve_palette:
             notes.append(palette_note(_bytes(page.colormap).T))
         elif page.photometric == _PALETTE:
-            array = _colours(array, page.colormap) if pixels else np.broadcast_to(array, (3, *array.shape[1:]))
+            array = _bytes(page.colormap)[:, array[0]] if pixels else np.broadcast_to(array, (3, *array.shape[1:]))
         orientation = _orientation(page)
         if orientation > 1:
             array = array.swapaxes(2, 3) if orientation >= 5 else array  # from 5 on, rows and columns are swapped
@@ -224,12 +224,8 @@ def _arranged(array: np.ndarray, axes: str, path: Path) -> np.ndarray:
     return moved.reshape(*sizes, array.shape[named["Y"]], array.shape[named["X"]])
 
 
-def _colours(numbers: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Return the colours (3, z, y, x) of a palette picture."""
-    return _bytes(table)[:, numbers[0]]
-
-
 def _bytes(table: np.ndarray) -> np.ndarray:
+    """Return the colours (3, numbers) of a palette, 0 to 255."""
     return (table >> 8 if table.max() > 255 else table).astype(np.uint8)
 
 
