@@ -50,8 +50,8 @@ _IS_WINDOWS = os.name == "nt"  # where a file that one handle has locked or open
 def atomic(path: Path, needed: int | None = None) -> Iterator[Path]:
     """Give a temporary path that replaces `path` when the block ends; if the block raises, it is deleted.
 
-    The temporary name keeps the suffixes, because writers choose the format by them, and is short enough where the name
-    itself is as long as file systems allow.
+    The temporary name keeps the suffixes in lower case, because writers choose the format by them, and is short enough
+    where the name itself is as long as file systems allow.
 
     Parameters
     ----------
@@ -65,7 +65,7 @@ def atomic(path: Path, needed: int | None = None) -> Iterator[Path]:
     OSError
         The disk is full; the message says how much is needed.
     """
-    temporary = _temporary_path(path.parent, f"-{path.name[-_TAIL:]}")
+    temporary = _temporary_path(path.parent, f"-{path.name[-_TAIL:].lower()}")
     try:
         with _held(temporary), must_fit(path, temporary, needed):
             yield temporary
@@ -357,6 +357,21 @@ def first_problem(error: ValidationError) -> str:
     return f"{where or 'the file'}: {message} (found {problem['input']!r:.80})"
 
 
+@contextmanager
+def validated(path: Path | None = None, what: str = "{}", fix: str = "") -> Iterator[None]:
+    """Report the first problem that pydantic finds in the block, in place of {} in `what`, in one line about a file.
+
+    Raises
+    ------
+    UserError
+        A value does not fit a model.
+    """
+    try:
+        yield
+    except ValidationError as error:
+        raise UserError(what.format(first_problem(error)), path, fix) from None
+
+
 def read_validated(path: Path, model: type[Validated], what: str, fix: str) -> Validated | None:
     """Read a JSON file as a pydantic model; None if there is no such file.
 
@@ -378,10 +393,8 @@ def read_validated(path: Path, model: type[Validated], what: str, fix: str) -> V
     """
     if not path.is_file():
         return None
-    try:
+    with validated(path, f"{what} ({{}})", fix):
         return model.model_validate(read_json(path))
-    except ValidationError as error:
-        raise UserError(f"{what} ({first_problem(error)})", path, fix) from None
 
 
 def must_be_known(found: str, ours: str, file: Path) -> None:

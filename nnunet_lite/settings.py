@@ -84,11 +84,11 @@ Factory = Annotated[str, AfterValidator(_to_absolute)]
 # ---------------------------------------------------------------------------------------------------- the settings
 
 
-class _Section(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
-    """What every section refuses: unknown keys and infinite numbers."""
+class Strict(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
+    """What every part of the settings, and of a plan, refuses: unknown keys and infinite numbers."""
 
 
-class PlanSettings(_Section):
+class PlanSettings(Strict):
     """If a recipe sets another U-Net or spacing than the plan has, the plan is made again from the fingerprint."""
 
     preset: Preset | None = Field(
@@ -108,7 +108,7 @@ class PlanSettings(_Section):
     )
 
 
-class TrainingSettings(_Section):
+class TrainingSettings(Strict):
     """Length, sampling and arithmetic of a run."""
 
     epochs: Count = Field(1000, description="number of epochs; after each one a checkpoint is written")
@@ -203,7 +203,7 @@ class TrainingSettings(_Section):
         return self
 
 
-class NetworkSettings(_Section):
+class NetworkSettings(Strict):
     """Changes to the planned network; what is not set stays as planned."""
 
     features_base: Count | None = Field(
@@ -224,7 +224,7 @@ class NetworkSettings(_Section):
     )
 
 
-class LossSettings(_Section):
+class LossSettings(Strict):
     """Weights of the terms of the loss; 0 leaves a term out."""
 
     cross_entropy: float = Field(1.0, ge=0, description="weight of the cross-entropy; for regions binary, of each")
@@ -249,7 +249,7 @@ class LossSettings(_Section):
         return self
 
 
-class OptimizerSettings(_Section):
+class OptimizerSettings(Strict):
     """How a step changes the weights."""
 
     name: Literal["sgd", "adam", "adamw", "muon"] = Field(
@@ -263,7 +263,7 @@ class OptimizerSettings(_Section):
     )
 
 
-class ScheduleSettings(_Section):
+class ScheduleSettings(Strict):
     """How the learning rate goes down. Plateau: on the moving average of the training loss, once an epoch."""
 
     name: Literal["poly", "cosine", "constant", "plateau"] = Field(
@@ -285,7 +285,7 @@ class ScheduleSettings(_Section):
         return self
 
 
-class AugmentationSettings(_Section):
+class AugmentationSettings(Strict):
     """Random changes of the training patches. p_: the probability for a patch; 0 turns a transform off.
 
     Ranges are those from which a value is drawn for each patch, or for each of its channels.
@@ -345,7 +345,7 @@ class AugmentationSettings(_Section):
         return tuple(range(dimensions)) if self.mirror_axes is None else tuple(self.mirror_axes)
 
 
-class InferenceSettings(_Section):
+class InferenceSettings(Strict):
     """How images are predicted: held-out ones after the training, and those of `nnlite predict`."""
 
     step_size: float = Field(
@@ -374,7 +374,7 @@ class InferenceSettings(_Section):
     )
 
 
-class Settings(_Section):
+class Settings(Strict):
     """The resolved settings of a run."""
 
     recipe: str = "default"
@@ -464,11 +464,8 @@ def with_changes(settings: Settings, changes: Mapping[str, Any], sections: tuple
 def differences(old: Settings, new: Settings) -> list[str]:
     """Return the differences of two runs' settings, one `key: old -> new` for each key."""
     before, after = (dict(flatten(json.loads(s.model_dump_json(exclude={"recipe"})))) for s in (old, new))
-    return [
-        f"{key}: {_as_typed(key, before.get(key))} -> {_as_typed(key, after[key])}"
-        for key in after
-        if before.get(key) != after[key]
-    ]
+    changed = changed_values(before, after)
+    return [f"{key}: {_as_typed(key, one)} -> {_as_typed(key, other)}" for key, (one, other) in changed.items()]
 
 
 def _as_typed(key: str, value: Any) -> Any:
@@ -522,6 +519,12 @@ def flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def changed_values(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the old and the new value of each key where they differ; None where a key is missing."""
+    values = {key: (before.get(key), after.get(key)) for key in dict.fromkeys((*before, *after))}
+    return {key: (old, new) for key, (old, new) in values.items() if old != new}
 
 
 def _parse(key: str, value: Any) -> Any:

@@ -22,12 +22,11 @@ from nnunet_lite.data.images import Image, read_geometry, read_images, read_labe
 from nnunet_lite.data.labels import BACKGROUND, Labels
 from nnunet_lite.data.names import PICTURES, ending_of, stem, suffix_of
 from nnunet_lite.errors import UserError
-from nnunet_lite.files import first_problem, read_json, understood
+from nnunet_lite.files import first_problem, read_json, understood, validated
 
 MASK_NOTE = "label maps hold 0 and 255: 255 is read as 1, and predictions hold 1"
 _LABELS_FORM = (
-    'Labels are written as {"background": 0, "organ": 1, "tumour": 2, "ignore": 255}; a region is a list of values, '
-    "and regions_class_order then has a value for each region."
+    'Write {"background": 0, "organ": 1, "ignore": 255}; of regions, a list of values and regions_class_order.'
 )
 
 
@@ -566,7 +565,5 @@ def labels_in(paths: Sequence[Path]) -> tuple[Labels, dict[int, int] | None]:
         raise UserError("holds no label map with anything but zeros", paths[0].parent, fix)
     value_map = {255: 1} if values == {255} else None
     names = {f"label_{value}": value for value in (sorted(values) if values and not value_map else [1])}
-    try:
+    with validated(paths[0].parent, fix=fix):
         return Labels(names={BACKGROUND: 0, **names}), value_map
-    except ValidationError as error:
-        raise UserError(first_problem(error), paths[0].parent, fix) from None

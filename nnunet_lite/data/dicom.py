@@ -19,7 +19,7 @@ import numpy as np
 
 from nnunet_lite import log
 from nnunet_lite.data.formats import sitk
-from nnunet_lite.data.geometry import Geometry, in_brackets
+from nnunet_lite.data.geometry import Geometry, Image, in_brackets
 from nnunet_lite.data.names import visible
 from nnunet_lite.data.problems import few, plural
 from nnunet_lite.errors import UserError
@@ -136,7 +136,7 @@ def series_folders(folder: Path, depth: int = _DEPTH) -> list[Path]:
     return [found for path in inside for found in series_folders(path, depth - 1)]
 
 
-def read_series(path: Path) -> tuple[np.ndarray, Geometry, tuple[str, ...]]:
+def read_series(path: Path) -> Image:
     """Read a DICOM series.
 
     Parameters
@@ -146,12 +146,8 @@ def read_series(path: Path) -> tuple[np.ndarray, Geometry, tuple[str, ...]]:
 
     Returns
     -------
-    array : ndarray, shape (1, z, y, x)
-        Rescaled values; of a CT in HU.
-    geometry : Geometry
-        Its grid.
-    notes : tuple of str
-        How many slices there are.
+    Image
+        Rescaled values of one channel, of a CT in HU; a note says how many slices there are.
 
     Raises
     ------
@@ -161,7 +157,7 @@ def read_series(path: Path) -> tuple[np.ndarray, Geometry, tuple[str, ...]]:
     slices = series_slices(path)
     with ThreadPoolExecutor(min(cpus(), _READERS)) as pool:
         planes = list(pool.map(_pixels, slices))  # of the type that holds all: each file has a slope of its own
-    return np.stack(planes)[None], _geometry(slices), (f"DICOM series of {plural(len(slices), 'slice')}",)
+    return Image(np.stack(planes)[None], _geometry(slices), (f"DICOM series of {plural(len(slices), 'slice')}",))
 
 
 def series_geometry(path: Path) -> Geometry:
@@ -206,9 +202,9 @@ def series_slices(path: Path) -> list[Slice]:
     slices = _one_series(path)
     for header in slices:
         _require_grey_slice(header)
-    _require_equal(slices, "size", "voxels", [s.size[1:] for s in slices], 0)
-    _require_equal(slices, "orientation", "", [s.orientation for s in slices], _COSINE_TOLERANCE)
-    _require_equal(slices, "pixel spacing", "mm", [s.spacing for s in slices], _SPACING_TOLERANCE)
+    _require_equal(slices, "voxels", [s.size[1:] for s in slices], 0)
+    _require_equal(slices, "orientation", [s.orientation for s in slices], _COSINE_TOLERANCE)
+    _require_equal(slices, "pixel spacing", [s.spacing for s in slices], _SPACING_TOLERANCE)
     normal = _axes(slices)[2]
     slices = sorted(slices, key=lambda s: float(normal @ s.position))
     _require_regular(path, slices)
@@ -370,19 +366,13 @@ def _require_grey_slice(header: Slice) -> None:
         raise UserError(what, header.path, "Directions have length 1 and are at right angles; spacings are positive.")
 
 
-def _require_equal(
-    slices: list[Slice], what: str, unit: str, values: list[tuple[float, ...]], tolerance: float
-) -> None:
+def _require_equal(slices: list[Slice], what: str, values: list[tuple[float, ...]], tolerance: float) -> None:
     different = [i for i, value in enumerate(values) if np.abs(np.subtract(value, values[0])).max() > tolerance]
     if different:
-        i = different[0]
-        raise UserError(
-            f"the files differ in {what}: {in_brackets(values[0])} {unit}".rstrip()
-            + f" in {slices[0].path.name}, {in_brackets(values[i])} in {slices[i].path.name}"
-            + f" ({len(different)} of {len(slices)} differ from the first)",
-            slices[0].path.parent,
-            "Is it another series? Give each series a folder of its own.",
-        )
+        one, other = (f"{in_brackets(values[i])} in {slices[i].path.name}" for i in (0, different[0]))
+        found = f"{one}, {other} ({len(different)} of {len(slices)} differ from the first)"
+        fix = "Is it another series? Give each series a folder of its own."
+        raise UserError(f"the files differ in {what}: {found}", slices[0].path.parent, fix)
 
 
 def _require_regular(path: Path, slices: list[Slice]) -> None:

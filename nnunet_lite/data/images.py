@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -98,7 +99,7 @@ def read_image(path: str | Path, channels: int | None = None) -> Image:
     """
     path = Path(path)
     if is_dicom(path):
-        return Image(*read_series(path))
+        return read_series(path)
     image, alpha_notes = _without_alpha(_read(path), channels)
     n, notes = image.array.shape[0], [*image.notes, *alpha_notes]
     if image.geometry.dimensions == 3 and not image.geometry.calibrated:
@@ -106,14 +107,12 @@ def read_image(path: str | Path, channels: int | None = None) -> Image:
     return replace(image, notes=(*notes, *([f"{n} channels in one file"] if n > 1 else [])))
 
 
-def read_images(
-    paths: list[Path] | tuple[Path, ...], channels: int | None = None, accept_geometry: bool = False
-) -> Image:
+def read_images(paths: Sequence[Path], channels: int | None = None, accept_geometry: bool = False) -> Image:
     """Read the channels of a case from one file or several, in the orientation of the first.
 
     Parameters
     ----------
-    paths : list of Path
+    paths : sequence of Path
         The files, in the order of the channels.
     channels : int or None
         Expected number in all files together; see `read_image`.
@@ -138,12 +137,9 @@ def read_images(
         for what, found, expected in image.geometry.differences(images[0].geometry):
             if accept_geometry and what in ACCEPTABLE:
                 continue
-            more = " If the voxels do match, accept it with --accept-geometry." if what in ACCEPTABLE else ""
-            raise UserError(
-                f"{what} {found} differs from that of {Path(paths[0]).name}, {expected}",
-                path,
-                f"All channels of a case must be on one grid: register and resample them to one.{more}",
-            )
+            fix = "All channels of a case must be on one grid: register and resample them to one."
+            fix += " If the voxels do match, accept it with --accept-geometry." * (what in ACCEPTABLE)
+            raise UserError(f"{what} {found} differs from that of {paths[0].name}, {expected}", path, fix)
     array = np.concatenate([image.array for image in images])
     return Image(array, images[0].geometry, tuple(dict.fromkeys(note for image in images for note in image.notes)))
 
@@ -332,16 +328,11 @@ def write_label(path: str | Path, array: np.ndarray, geometry: Geometry, like: P
     if suffix in names.GIPL and not np.allclose(geometry.direction, IDENTITY, atol=1e-6):
         raise UserError("GIPL cannot store directions, and the image has some", path, "Use .nii.gz.")
     with atomic(path) as temporary:
-        usual = temporary.with_name(names.stem(temporary) + suffix)  # libraries do not know `.Nii.gz`
-        try:
-            copies_header = like is not None and names.suffix_of(like) in names.NIFTI and suffix in names.NIFTI
-            if copies_header:
-                write_nifti(usual, array, geometry, like=like)
-            if not copies_header or read_geometry(usual)[0].differences(geometry):  # such as a header without sizes
-                write = write_tiff if suffix in names.TIFF else write_file
-                write(usual, array, geometry)
-            usual.replace(temporary)
-        finally:
-            usual.unlink(missing_ok=True) if usual != temporary else None
+        copies_header = like is not None and names.suffix_of(like) in names.NIFTI and suffix in names.NIFTI
+        if copies_header:
+            write_nifti(temporary, array, geometry, like=like)
+        if not copies_header or read_geometry(temporary)[0].differences(geometry):  # such as a header without sizes
+            write = write_tiff if suffix in names.TIFF else write_file
+            write(temporary, array, geometry)
     if suffix in names.TIFF and geometry.calibrated:
         write_json(path.with_name(names.stem(path) + ".json"), {"spacing": list(geometry.spacing)})

@@ -19,7 +19,7 @@ from threading import Lock
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ValidationError, model_validator
+from pydantic import BaseModel, model_validator
 
 from nnunet_lite.data.check import check_dataset
 from nnunet_lite.data.dataset import Dataset
@@ -35,7 +35,7 @@ from nnunet_lite.data.geometry import (
 )
 from nnunet_lite.data.problems import Report
 from nnunet_lite.errors import UserError, naming
-from nnunet_lite.files import first_problem, read_json
+from nnunet_lite.files import read_json, validated
 from nnunet_lite.planning.schema import Statistics
 
 SAMPLES = 100_000_000  # foreground voxels per channel over the whole dataset
@@ -100,10 +100,8 @@ class Fingerprint(BaseModel, frozen=True):
         UserError
             There is no such file, or it is not a fingerprint.
         """
-        try:
+        with validated(path, "is no fingerprint: {}"):
             return cls.model_validate(read_json(path))
-        except ValidationError as error:
-            raise UserError(f"is no fingerprint: {first_problem(error)}", path) from None
 
 
 @dataclass(frozen=True)

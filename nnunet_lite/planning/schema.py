@@ -12,17 +12,17 @@ from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.data.problems import html_table
 from nnunet_lite.errors import UserError
-from nnunet_lite.files import first_problem, must_be, read_json
+from nnunet_lite.files import must_be, read_json, validated
 from nnunet_lite.planning.show import plan_head, plan_reasons, plan_rows, plan_table, plan_title
-from nnunet_lite.settings import Millimetres, flatten
+from nnunet_lite.settings import Millimetres, Strict, changed_values, flatten
 
 Positive = Annotated[int, Field(gt=0)]
-KernelSize = Annotated[int, Field(gt=0), must_be("odd, or the kernel would have no centre", lambda size: size % 2)]
+KernelSize = Annotated[Positive, must_be("odd, or the kernel would have no centre", lambda size: size % 2)]
 SplineOrder = Annotated[int, Field(ge=0, le=5)]
 Orientation = Annotated[
     str, must_be("one letter each of L or R, A or P, S or I, such as LAS", lambda letters: _sides(letters) == [0, 1, 2])
@@ -58,11 +58,7 @@ def _sides(letters: str) -> list[int]:
     return sorted("LRAPSI".find(letter) // 2 for letter in letters)
 
 
-class _Model(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
-    """What every part of a plan refuses: unknown entries and infinite numbers."""
-
-
-class Statistics(_Model):
+class Statistics(Strict):
     """Intensities of one channel over the foreground voxels of the training set."""
 
     mean: float = Field(description="mean, which `ct` subtracts")
@@ -74,7 +70,7 @@ class Statistics(_Model):
     percentile_99_5: float = Field(description="percentile 99.5, to which `ct` lowers higher values")
 
 
-class Channel(_Model):
+class Channel(Strict):
     """One input channel: how it is normalised, and whether only inside the nonzero mask."""
 
     name: str = Field(description="name in dataset.json, which chooses the normalisation")
@@ -114,7 +110,7 @@ def exact_storage(channels: Iterable[Channel]) -> Precision:
     return "float32" if "float32" in kinds else "float16"
 
 
-class Network(_Model):
+class Network(Strict):
     """A U-Net, from the finest stage to the bottleneck. Kernels and strides are per stage and axis (z, y, x)."""
 
     kind: Kind = Field("plain", description="blocks: of the encoder, or of all stages of a MedNeXt and its size")
@@ -142,7 +138,7 @@ class Network(_Model):
         return tuple(prod(axis) for axis in zip(*self.strides, strict=True))
 
 
-class Resampling(_Model):
+class Resampling(Strict):
     """Spline orders of resampling: 0 is the nearest voxel, 1 linear, 3 cubic."""
 
     image_order: SplineOrder = Field(3, description="images")
@@ -156,7 +152,7 @@ class Resampling(_Model):
     )
 
 
-class Configuration(_Model):
+class Configuration(Strict):
     """One network and the data it sees. Two-dimensional configurations have spacing, patch and kernels of (y, x)."""
 
     spacing: tuple[Length, ...] = Field(description="target spacing in mm, transposed axis order")
@@ -204,14 +200,14 @@ class Configuration(_Model):
         return self
 
 
-class Sizes(_Model):
+class Sizes(Strict):
     """The sizes that the options of `nnlite plan` give one configuration instead of the planned ones."""
 
     patch_size: tuple[Positive, ...] | None = Field(None, description="of `--patch-size`")
     batch_size: Positive | None = Field(None, description="of `--batch-size`")
 
 
-class Options(_Model):
+class Options(Strict):
     """The options of `nnlite plan` that shape a plan; None where one was not given."""
 
     preset: str | None = Field(None, description="of `--preset`")
@@ -236,13 +232,11 @@ class Options(_Model):
         UserError
             One of them is illegal.
         """
-        try:
+        with validated():
             return cls.model_validate(options)
-        except ValidationError as error:
-            raise UserError(first_problem(error)) from None
 
 
-class Plan(_Model):
+class Plan(Strict):
     """Everything that preprocessing, training and inference need to know of a dataset."""
 
     format: Literal["nnlite-plan-1"] = Field("nnlite-plan-1", description="version of this contract")
@@ -342,9 +336,8 @@ class Plan(_Model):
                     del entry["statistics"]
             return dict(flatten({**content, "labels": plan.labels.meaning}))
 
-        before, after = values(self), values(other)
-        keys = dict.fromkeys((*before, *after))
-        return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if before.get(key) != after.get(key)]
+        changed = changed_values(values(self), values(other))
+        return [f"{key}: {before} -> {after}" for key, (before, after) in changed.items()]
 
     def to_text(self) -> str:
         """Return the plan as a table for a terminal."""
@@ -374,10 +367,8 @@ class Plan(_Model):
         """
         if not path.is_file():
             raise UserError("there is no plan", path, "Run `nnlite plan DATA` first.")
-        try:
+        with validated(path, fix="Correct it, or run `nnlite plan` again."):
             return cls.model_validate(read_json(path))
-        except ValidationError as error:
-            raise UserError(first_problem(error), path, "Correct it, or run `nnlite plan` again.") from None
 
 
 def configuration_content(configuration: Configuration) -> dict[str, Any]:
@@ -387,9 +378,8 @@ def configuration_content(configuration: Configuration) -> dict[str, Any]:
 
 def configuration_changes(old: Configuration, new: Configuration) -> dict[str, tuple[Any, Any]]:
     """Return how two configurations differ: by the keys of plans.json, the old and the new value."""
-    before, after = ({**configuration_content(c), **configuration_content(c)["network"]} for c in (old, new))
-    changed = [key for key in before if key != "network" and before[key] != after[key]]
-    return {key: (before[key], after[key]) for key in changed}
+    contents = map(configuration_content, (old, new))
+    return changed_values(*({**content, **content["network"], "network": None} for content in contents))
 
 
 def inherited(configurations: Mapping[str, dict[str, Any]], name: str, heirs: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import ValidationError
 from scipy.ndimage import affine_transform
 
 from nnunet_lite import log
@@ -39,7 +38,7 @@ from nnunet_lite.data.names import case_of, stem
 from nnunet_lite.data.nifti import nifti_bytes, ras_affine
 from nnunet_lite.errors import UserError, describe
 from nnunet_lite.evaluation.scores import described_labels
-from nnunet_lite.files import first_problem
+from nnunet_lite.files import validated
 from nnunet_lite.planning.schema import Channel
 from nnunet_lite.reporting.pictures import ERROR_COLOURS, fullest_slices, grey_levels, planes_of
 
@@ -391,10 +390,8 @@ def _numbered_labels(maps: Sequence[np.ndarray]) -> Labels:
     found = sorted({int(value) for array in maps for value in np.unique(array)} - {0})
     if len(found) > _MAX_LABELS:
         raise UserError(f"{len(found)} different values are too many for label maps", fix="The image comes first.")
-    try:
+    with validated():
         return Labels(names={BACKGROUND: 0, **{f"label {value}": value for value in found or [1]}})
-    except ValidationError as error:
-        raise UserError(first_problem(error)) from None
 
 
 # ----------------------------------------------------------------------------------------------------------- the server
