@@ -132,8 +132,8 @@ def unsupported_files(folder: Path, name: str = "") -> str:
     str
         Such as ", but 5 .gif files", for the end of a message; empty if there are none.
     """
-    files = [path for path in visible(folder) if path.is_file() and not is_image(path) and path.suffix]
-    files = [path for path in files if path.suffix.lower() != ".json"]
+    files = [path for path in visible(folder) if path.is_file() and not is_image(path)]
+    files = [path for path in files if path.suffix.lower() not in ("", ".json")]
     files = [path for path in files if not name or path.name.startswith(f"{name}.")]
     return f", but {count_endings(files)}" if files else ""
 
@@ -204,12 +204,9 @@ def _cases_of(source: Path, channels: int, names: Sequence[str]) -> list[Case]:
         files = few([case.images[0].name for case in maps])
         log.warn(f"{source}: {files} are not predicted: by their names they are label maps of other files there")
         cases = [case for case in cases if case not in maps]
-    if channels == 1 and (numbered := numbered_cases(cases)):
-        files = " and ".join(case.images[0].name for case in numbered[:2])
-        log.warn(
-            f"{source}: {files} are predicted as two cases, because the model has one channel. If they are channels of "
-            "one case, leave only the channel of the model in the folder"
-        )
+    if channels == 1 and (files := numbered_files(cases)):
+        what = "are predicted as two cases, because the model has one channel"
+        log.warn(f"{source}: {files} {what}. If they are channels of one case, keep only that of the model there")
     return cases
 
 
@@ -245,9 +242,7 @@ def _cases_of_folder(folder: Path, channels: int) -> list[Case]:
     return group_files(files, channels)
 
 
-def _case_folders(
-    parent: Path, channels: int, names: Sequence[str], skipped: list[Path], depth: int = _DEPTH
-) -> list[Case]:
+def _case_folders(parent: Path, channels: int, names: Sequence[str], skipped: list[Path], depth: int) -> list[Case]:
     """Return one case per folder: its only image, or the file of each channel's name.
 
     Folders of DICOM series may be numbered `_0000`, `_0001`, ... as files are.
@@ -331,8 +326,8 @@ def split_name(name: str) -> tuple[str, int | None]:
     return (match[1], int(match[2])) if match else (name, None)
 
 
-def numbered_cases(cases: Iterable[Case]) -> list[Case]:
-    """Return the first cases x_0000, x_0001, ... that could be channels of one case x.
+def numbered_files(cases: Iterable[Case]) -> str:
+    """Name the first two images x_0000, x_0001 that could be channels of one case x, for a message.
 
     Parameters
     ----------
@@ -341,8 +336,8 @@ def numbered_cases(cases: Iterable[Case]) -> list[Case]:
 
     Returns
     -------
-    list of Case
-        At most eight, since a longer series is not what a case has as channels; empty if there are none.
+    str
+        Such as "x_0000.png and x_0001.png"; empty if there are none. A series of more than eight is no case's channels.
     """
     series: dict[str, list[Case]] = defaultdict(list)
     for case in cases:
@@ -350,7 +345,8 @@ def numbered_cases(cases: Iterable[Case]) -> list[Case]:
         if number is not None:
             series[name].append(case)
     groups = (found for found in series.values() if 1 < len(found) <= _MOST_CHANNELS)
-    return next((found for found in groups if any(split_name(case.id)[1] == 0 for case in found)), [])
+    first = next((found for found in groups if any(split_name(case.id)[1] == 0 for case in found)), [])
+    return " and ".join(case.images[0].name for case in first[:2])
 
 
 def group_files(files: list[Path], channels: int, ids: Collection[str] = ()) -> list[Case]:
@@ -510,9 +506,8 @@ def labelled_cases(
     ]
     if by_word:
         notes.append(by_word[0] + (f", and {len(by_word) - 1} more in the same way" if by_word[1:] else ""))
-    if channels == 1 and (numbered := numbered_cases(single)):
-        names = " and ".join(case.images[0].name for case in numbered[:2])
-        notes.append(f"{names} are two cases and not two channels, since each has a label map")
+    if channels == 1 and (numbered := numbered_files(single)):
+        notes.append(f"{numbered} are two cases and not two channels, since each has a label map")
     return labelled, tuple(notes)
 
 

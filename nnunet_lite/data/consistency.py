@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import cc3d
 import numpy as np
 
 from nnunet_lite.data.cases import (
@@ -302,8 +303,7 @@ def _unlike_most(known: Sequence[tuple[Case, Geometry]], required: str | None) -
             yield Problem("orientation", path, text, f"{usual} as {'dataset.json asks' if required else 'most'}", fix)
         if calibrated and not geometry.calibrated:
             text = f"states no spacing, and {calibrated} of {plural(len(known), 'image')} do"
-            fix = 'State it in the header or, of TIFF files, as {"spacing": [z, y, x]} in mm in <case>.json; or save '
-            fix += "all without one."
+            fix = 'State it (of TIFF: {"spacing": [z, y, x]} in mm in <case>.json), or save all images without one.'
             yield Problem("no_spacing", path, text, "", fix)
 
 
@@ -329,9 +329,7 @@ def check_labels(dataset: Dataset, found: Sequence[set[int] | None]) -> Iterator
     for raw, value in mapped.items():
         if {raw, value} <= set().union(*filter(None, found)):
             text = f"some label maps hold the value {raw}, and some {value}"
-            fix = (
-                f'Write {value} in all, or add "ignore": {raw} to the labels of a dataset.json if {raw} marks no label.'
-            )
+            fix = f'Write {value} in all, or add "ignore": {raw} to the labels of a dataset.json if it is no label.'
             yield Problem("label_void", table, text, "", fix)
     found = [values and {mapped.get(value, value) for value in values} for values in found]
     known = [values for values in found if values is not None]
@@ -412,15 +410,11 @@ def _instances(dataset: Dataset, found: Sequence[set[int] | None]) -> Problem | 
 
 def _pieces(path: Path, ignored: Sequence[int]) -> Iterator[tuple[bool, bool]]:
     """Return for each value of a label map whether its voxels are connected, and whether they touch no other value."""
-    from scipy.ndimage import binary_dilation, find_objects, label  # slow to import
-
     array = read_label(path)[0]
-    values, index = np.unique(np.where(np.isin(array, ignored), 0, array), return_inverse=True)
-    dense = index.reshape(array.shape).astype(np.int32) + (values[0] != 0)
-    around = np.ones((3, 3, 3), bool)
-    for number, box in enumerate(find_objects(dense)[:_PIECES_SAMPLED], 1):
-        if box is not None:
-            wider = tuple(slice(max(0, side.start - 1), side.stop + 1) for side in box)
-            inside = dense[wider] == number
-            near = dense[wider][binary_dilation(inside, around)]
-            yield label(inside, around)[1] == 1, bool(np.isin(near, (0, number)).all())
+    array = np.where(np.isin(array, ignored), 0, array)
+    pieces = cc3d.connected_components(array, connectivity=26)  # each of one value
+    value_of = np.zeros(int(pieces.max()) + 1, array.dtype)
+    value_of[pieces] = array
+    touching = {int(value_of[piece]) for pair in cc3d.contacts(pieces, connectivity=26) for piece in pair}
+    counts = Counter(value_of[1:].tolist())
+    yield from ((counts[value] == 1, value not in touching) for value in sorted(counts)[:_PIECES_SAMPLED])

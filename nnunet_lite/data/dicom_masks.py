@@ -157,11 +157,7 @@ def _label_map(
 def _structure_names(header: Any) -> list[str]:
     if header.SOPClassUID == CONTOURS:
         return list(dict.fromkeys(name for _, name, _ in _contours(header)))
-    return list(dict.fromkeys(_segment_names(header)))
-
-
-def _segment_names(header: Any) -> list[str]:
-    return [str(segment.SegmentLabel).strip() for segment in header.SegmentSequence]
+    return list(dict.fromkeys(str(segment.SegmentLabel).strip() for segment in header.SegmentSequence))
 
 
 def _header(path: Path, tags: list[str] | None = None) -> Any:

@@ -115,38 +115,31 @@ class Geometry:
             (property, value of self, value of other) for each difference.
         """
         flat = 2 in (self.dimensions, other.dimensions) and self.shape[0] == other.shape[0] == 1
-        mine, others = self._described(flat), other._described(flat)
-        if self.shape != other.shape:
-            return [("shape", mine["shape"], others["shape"])]
-        if not (self.calibrated and other.calibrated):
-            return []
-        sizes = list(zip(self.spacing, other.spacing, strict=True))[1 if flat else 0 :]
-        voxel = min(min(pair) for pair in sizes)
-        origins = list(zip(self.origin, other.origin, strict=True))[: 2 if flat else 3]
-        cosines = list(zip(self.direction, other.direction, strict=True))
-        cosines = [cosines[i] for i in (0, 1, 3, 4)] if flat else cosines
+        mine, others = self._numbers(flat), other._numbers(flat)
+        pairs = {what: list(zip(mine[what], others[what], strict=True)) for what in mine}
+        voxel = min(map(min, pairs["spacing"]))
         largest_turn = max(_COSINE_ROUNDING, TOLERANCE / max(self.shape))
-        oriented = self.oriented and other.oriented
+        calibrated = self.calibrated and other.calibrated and self.shape == other.shape
+        oriented = self.oriented and other.oriented and calibrated
         differs = {
-            "spacing": any(abs(a - b) > SPACING_TOLERANCE * min(a, b) for a, b in sizes),
-            "origin": oriented and any(abs(a - b) > TOLERANCE * voxel + _ROUNDING * abs(a) for a, b in origins),
-            "direction": oriented and any(abs(a - b) > largest_turn for a, b in cosines),
+            "shape": self.shape != other.shape,
+            "spacing": calibrated and any(abs(a - b) > SPACING_TOLERANCE * min(a, b) for a, b in pairs["spacing"]),
+            "origin": oriented and any(abs(a - b) > TOLERANCE * voxel + _ROUNDING * abs(a) for a, b in pairs["origin"]),
+            "direction": oriented and any(abs(a - b) > largest_turn for a, b in pairs["direction"]),
         }
-        return [(what, mine[what], others[what]) for what, found in differs.items() if found]
+        return [(what, in_brackets(mine[what]), in_brackets(others[what])) for what, is_so in differs.items() if is_so]
 
     def describe(self) -> str:
         """Return shape, spacing (z, y, x), origin and direction (x, y, z) in one line; of a 2D image only the plane."""
-        return ", ".join(f"{what} {values}" for what, values in self._described(self.dimensions == 2).items())
+        return ", ".join(f"{what} {in_brackets(n)}" for what, n in self._numbers(self.dimensions == 2).items())
 
-    def _described(self, flat: bool) -> dict[str, str]:
-        """Return the numbers as text. A flat image shows only its plane, since its z spacing is invented."""
+    def _numbers(self, flat: bool) -> dict[str, tuple[float, ...]]:
+        """Return the numbers of the grid; of a flat image those of its plane, since its z spacing is invented."""
+        if not flat:
+            return {what: getattr(self, what) for what in ("shape", "spacing", "origin", "direction")}
         d = self.direction
-        return {
-            "shape": in_brackets(self.shape[1:] if flat else self.shape),
-            "spacing": in_brackets(self.spacing[1:] if flat else self.spacing),
-            "origin": in_brackets(self.origin[:2] if flat else self.origin),
-            "direction": in_brackets((d[0], d[1], d[3], d[4]) if flat else d),
-        }
+        plane = (d[0], d[1], d[3], d[4])
+        return {"shape": self.shape[1:], "spacing": self.spacing[1:], "origin": self.origin[:2], "direction": plane}
 
 
 def triple(values: Iterable[T]) -> tuple[T, T, T]:

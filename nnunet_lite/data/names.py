@@ -362,12 +362,8 @@ def _defect(path: Path) -> str | None:
         return "needs the file of its voxels with it, which is not there"
     if suffix in _VOXELS and not header_of(path):
         return "needs its header (.hdr) with it, which is not there"
-    truncated = (
-        _is_cut_picture(path)
-        if suffix in PICTURES
-        else (suffix in GIPL and not _holds_gipl(path)) or (suffix == ".mha" and _is_cut_metaimage(path))
-    )
-    return f"is truncated: it ends after {size} bytes" if truncated else None
+    is_cut = _is_cut_gipl if suffix in GIPL else _is_cut_metaimage if suffix == ".mha" else _is_cut_picture
+    return f"is truncated: it ends after {size} bytes" if is_cut(path) else None
 
 
 def _require_pair(path: Path) -> None:
@@ -384,7 +380,10 @@ def _require_pair(path: Path) -> None:
 
 
 def _is_cut_picture(path: Path) -> bool:
-    """Return whether a picture lacks the mark of its format at its end, or bytes that its header states."""
+    """Return whether a picture lacks the mark of its format at its end, or bytes that its header states.
+
+    False for TIFF and what is no picture.
+    """
     size, suffix = path.stat().st_size, suffix_of(path)
     with path.open("rb") as file:
         head = file.read(64)
@@ -409,17 +408,17 @@ def _is_cut_metaimage(path: Path) -> bool:
     return is_raw and size * values > path.stat().st_size - len(head)
 
 
-def _holds_gipl(path: Path) -> bool:
-    """Return whether a GIPL file contains all voxels of its header; ITK reads zeros for the missing ones."""
+def _is_cut_gipl(path: Path) -> bool:
+    """Return whether a GIPL file lacks voxels of its header; ITK reads zeros for them."""
     with gzip.open(path) if is_gzip(path) else path.open("rb") as file:
         try:
             head = file.read(_GIPL_HEADER)
             if len(head) < _GIPL_HEADER:
-                return False
+                return True
             *shape, kind = struct.unpack_from(">5H", head)
             missing = math.prod(n for n in shape if n) * _GIPL_BYTES.get(kind, 0)
             while piece := file.read(1 << 20):
                 missing -= len(piece)
         except (EOFError, zlib.error):
-            return False
-    return missing <= 0
+            return True
+    return missing > 0
