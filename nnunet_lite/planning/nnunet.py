@@ -139,9 +139,7 @@ def _reader(plan: Plan, dataset_json: Mapping[str, Any]) -> str:
         return str(name)
     ending = str(dataset_json.get("file_ending", ".nii.gz")).lower()
     if ending not in _READ_BY_NNUNET:
-        log.warn(
-            f"nnU-Net has no reader for {ending}: convert the images, to .png or .nii.gz, before it trains on them"
-        )
+        log.warn(f"nnU-Net has no reader for {ending}: convert the images to .png or .nii.gz before it trains on them")
     if plan.orientation == "RAS":
         return "NibabelIOWithReorient" if ending in NIFTI else "SimpleITKIOWithReorient"
     if plan.orientation is not None:

@@ -291,9 +291,9 @@ def _with_reason(configuration: Configuration, reason: str, **fields: object) ->
 def _plan_lowres(task: _Task, full: Configuration) -> tuple[Configuration | None, str]:
     """Plan 3d_lowres: coarser by 3 % a step until a patch sees a quarter of the image; None and why where not."""
     share = prod(full.patch_size) / prod(full.median_shape)
+    sees, limit = f"{_percent(share)} of the median image", _percent(LOWRES_BELOW)
     if share >= LOWRES_BELOW:
-        limit = _percent(LOWRES_BELOW)
-        return None, f"no 3d_lowres: a patch sees {_percent(share)} of the median image, not less than {limit}"
+        return None, f"no 3d_lowres: a patch sees {sees}, not less than {limit}"
     start, median = np.array(full.spacing), np.array(full.median_shape)
     spacing, low, shape = start.copy(), full, median
     while prod(low.patch_size) / prod(shape) < LOWRES_BELOW:
@@ -304,10 +304,7 @@ def _plan_lowres(task: _Task, full: Configuration) -> tuple[Configuration | None
     smaller = prod(median) / prod(shape)
     if smaller < 2:
         return None, f"no 3d_lowres: it would be only {smaller:.2g}x smaller than 3d_fullres, less than 2x"
-    note = (
-        f"made because a patch of 3d_fullres sees {_percent(share)} of the median image, less than "
-        f"{_percent(LOWRES_BELOW)}; images are {smaller:.2g}x smaller here"
-    )
+    note = f"made because a patch of 3d_fullres sees {sees}, less than {limit}; images are {smaller:.2g}x smaller here"
     return low.model_copy(update={"reasons": (note, *low.reasons)}), note
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -239,10 +240,8 @@ def replan(
         raise UserError(error.what, error.file, fix) from None
     orientation = plan.orientation or fingerprint.orientation
     if trained and earlier.plan is not None and earlier.plan.orientation is None and orientation is not None:
-        log.info(
-            "images are not turned to one orientation, because models of this dataset were trained without; plan it in "
-            "another --workspace to turn them"
-        )
+        why = "models of this dataset were trained without; plan it in another --workspace to turn them"
+        log.info(f"images are not turned to one orientation, because {why}")
         orientation = None
     return _keep_edits(plan.model_copy(update={"orientation": orientation, "options": options}), earlier, given)
 
@@ -369,9 +368,8 @@ def _options_in_words(options: Options) -> list[str]:
 
 def _copy_aside(file: Path) -> Path:
     """Copy a file to the first free name of the form plans_1.json in its folder."""
-    number = 1
-    while (target := file.with_name(f"{file.stem}_{number}{file.suffix}")).exists():
-        number += 1
+    names = (f"{file.stem}_{number}{file.suffix}" for number in count(1))
+    target = next(path for path in map(file.with_name, names) if not path.exists())
     with atomic(target) as temporary:
         shutil.copyfile(file, temporary)
     return target

@@ -101,9 +101,7 @@ def _axes_to_pool(edge: Sequence[float], sampling: Sequence[float]) -> list[int]
     return [] if len(pooled) == 1 and edge[pooled[0]] < 3 * MIN_EDGE else pooled
 
 
-def shorten_patch(
-    topology: Topology, spacing: Sequence[float], median: Sequence[float], kind: Kind = "plain"
-) -> Topology | None:
+def shorten_patch(topology: Topology, spacing: Sequence[float], median: Sequence[float], kind: Kind) -> Topology | None:
     """Return the topology of the next smaller patch.
 
     The axis that is longest relative to the median image loses its divisor. A shorter axis may be pooled once less and
