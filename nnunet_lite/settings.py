@@ -41,11 +41,6 @@ def time_text(minutes: float) -> str:
     return next((text for text in texts if _to_minutes(text) == minutes), str(minutes))
 
 
-def _to_tuple(value: Any) -> Any:
-    """Return a single number as a tuple."""
-    return (value,) if isinstance(value, int | float) else value
-
-
 def _to_absolute(factory: str) -> str:
     """Return a factory with the absolute path of its file, so that the model can be read from any folder."""
     where, _, name = factory.rpartition(":")
@@ -69,7 +64,7 @@ Weights = Annotated[
 Minutes = Annotated[float, BeforeValidator(_to_minutes)]
 Millimetres = Annotated[
     tuple[Annotated[float, Field(gt=0)], ...],
-    BeforeValidator(_to_tuple),
+    BeforeValidator(lambda value: (value,) if isinstance(value, int | float) else value),
     must_be("one length in mm, or one for each axis", lambda lengths: 1 <= len(lengths) <= 3),
 ]
 Preset = Literal["default", "resenc_m", "resenc_l", "resenc_xl", "mednext_s", "mednext_b", "mednext_m", "mednext_l"]

@@ -37,7 +37,7 @@ _SURROUNDS = 0.9  # share of the border of a label map that has the value around
 _AVOIDED = 0.1  # share of the background on the border, of that in the whole label map, if it is what was outlined
 _HEADER_FIX = "If the voxels do match, copy the image's header to the label map, else resample it onto the image."
 _TILT_FIX = "Correct the tilt of the gantry: resample image and label map to a grid with right angles."
-_UNKNOWN_VALUE_FIX = 'Add it to the labels of dataset.json, as "ignore" if it is none, or resize without interpolation.'
+_UNKNOWN_VALUE_FIX = 'Add it to dataset.json ("ignore" for voxels without annotation), or resize without interpolation.'
 _ACCEPT = " --accept-geometry takes the voxels as they are."
 _READER_KINDS = {"not whole numbers": "label_fraction", "colour picture": "label_channels", "dimension": "dimensions"}
 

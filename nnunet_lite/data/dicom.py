@@ -202,9 +202,9 @@ def series_slices(path: Path) -> list[Slice]:
     slices = _one_series(path)
     for header in slices:
         _require_grey_slice(header)
-    _require_equal(slices, "voxels", [s.size[1:] for s in slices], 0)
+    _require_equal(slices, "rows and columns", [s.size[1:] for s in slices], 0)
     _require_equal(slices, "orientation", [s.orientation for s in slices], _COSINE_TOLERANCE)
-    _require_equal(slices, "pixel spacing", [s.spacing for s in slices], _SPACING_TOLERANCE)
+    _require_equal(slices, "pixel spacing in mm", [s.spacing for s in slices], _SPACING_TOLERANCE)
     normal = _axes(slices)[2]
     slices = sorted(slices, key=lambda s: float(normal @ s.position))
     _require_regular(path, slices)

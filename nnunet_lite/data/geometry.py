@@ -203,10 +203,8 @@ class Turn:
         ndarray
             A view of the array.
         """
-        before = array.ndim - 3
-        moved = array.transpose(*range(before), *(before + axis for axis in self.order))
-        steps = (slice(None, None, -1 if is_reversed else None) for is_reversed in self.reversed)
-        return moved[..., *steps]
+        moved = np.moveaxis(array, [axis - 3 for axis in self.order], [-3, -2, -1])
+        return np.flip(moved, tuple(np.flatnonzero(self.reversed) - 3))
 
     def apply_to_voxel(self, voxel: Sequence[int], shape: Sequence[int]) -> tuple[int, int, int]:
         """Return where a voxel is in the turned array.

@@ -268,10 +268,9 @@ def _reading(file: Path | None, where: str = "") -> Iterator[None]:
         yield
     except KeyError as error:
         raise UserError(f"nnU-Net's plan lacks {where}{error.args[0]}", file) from None
-    except ValidationError as error:
-        raise UserError(f"nnU-Net's plan: {where}{first_problem(error)}", file) from None
-    except (TypeError, ValueError) as error:
-        raise UserError(f"nnU-Net's plan: {where}{error}", file) from None
+    except (TypeError, ValueError) as error:  # pydantic's is a ValueError
+        what = first_problem(error) if isinstance(error, ValidationError) else error
+        raise UserError(f"nnU-Net's plan: {where}{what}", file) from None
 
 
 def _configuration_from_nnunet(c: Json) -> Configuration:

@@ -21,7 +21,8 @@ def plan_table(plan: Plan) -> str:
     Lengths are in mm, of pictures in pixels; GB are 1e9 bytes of a training step; "patch sees" is the share of the
     median image in one patch.
     """
-    lines = [*wrap(plan_title(plan), WIDTH), *wrap(_channels(plan), WIDTH, subsequent_indent="  "), ""]
+    channels = ", ".join(f"{channel.name} ({channel.to_text()})" for channel in plan.channels)
+    lines = [*wrap(plan_title(plan), WIDTH), *wrap(f"channels: {channels}", WIDTH, subsequent_indent="  "), ""]
     lines.append(align([plan_head(plan), *plan_rows(plan)]))
     for name, reasons in plan_reasons(plan).items():
         lines += ["", name]
@@ -78,10 +79,6 @@ def patch_share(configuration: Configuration) -> float:
     """Return the share of the median image that one patch sees, 0 to 1."""
     axes = zip(configuration.patch_size, configuration.median_shape, strict=True)
     return prod(min(1.0, size / whole) for size, whole in axes)
-
-
-def _channels(plan: Plan) -> str:
-    return "channels: " + ", ".join(f"{channel.name} ({channel.to_text()})" for channel in plan.channels)
 
 
 def _over_budget(plan: Plan, c: Configuration) -> list[str]:
