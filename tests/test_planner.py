@@ -155,6 +155,15 @@ def test_images_too_small_to_pool_are_planned() -> None:
         assert flat.patch_size == (4, 4) and "cannot be trained" in " ".join(flat.reasons)
 
 
+@pytest.mark.parametrize("voxel", [(1, 8e-5, 8e-5), (60, 2e-4, 4e-4)])
+def test_voxels_ten_thousand_times_longer_along_one_axis_are_planned(voxel: tuple[float, float, float]) -> None:
+    """nnU-Net fails: 1 of these slices is longer than its first patch, which has 0 then."""
+    plan = simple((90, 1024, 1024), voxel)
+    assert {"2d", "3d_fullres"} <= plan.configurations.keys()
+    assert all(min(c.patch_size) > 0 and min(c.median_shape) > 0 for c in plan.configurations.values())
+    assert plan.configurations["3d_fullres"].patch_size[0] == 1
+
+
 def test_one_slice_gets_2d_only() -> None:
     plan = simple((1, 500, 400), (999.0, 1.0, 1.0))
     assert list(plan.configurations) == ["2d"]

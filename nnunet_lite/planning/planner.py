@@ -300,7 +300,7 @@ def _plan_lowres(task: _Task, full: Configuration) -> tuple[Configuration | None
         finer = spacing.max() / spacing > 2
         spacing[finer if finer.any() else slice(None)] *= LOWRES_STEP
         shape = start / spacing * median
-        low = _plan_configuration(task, spacing, np.rint(shape), float(prod(shape)) * task.n_cases, ())
+        low = _plan_configuration(task, spacing, np.maximum(1, np.rint(shape)), float(prod(shape)) * task.n_cases, ())
     smaller = prod(median) / prod(shape)
     if smaller < 2:
         return None, f"no 3d_lowres: it would be only {smaller:.2g}x smaller than 3d_fullres, less than 2x"
@@ -338,7 +338,7 @@ def _fit_patch(task: _Task, spacing: np.ndarray, median: np.ndarray, budget: flo
     """
     dimensions, mm = len(spacing), spacing.tolist()
     density = 1 / spacing
-    ideal = [round(n) for n in density * (START_VOXELS[dimensions] / prod(density)) ** (1 / dimensions)]
+    ideal = [max(1, round(n)) for n in density * (START_VOXELS[dimensions] / prod(density)) ** (1 / dimensions)]
     kind = task.preset.kind
     first = topology = rules.topology_of(mm, [min(n, m) for n, m in zip(ideal, median, strict=True)], kind)
     per_patch = task.preset.least_batch[dimensions] / REFERENCE_BATCH[dimensions]
