@@ -48,7 +48,7 @@ def test_shares_cover_a_batch_and_differ_by_one_at_most(batch: int, world: int) 
     assert [i for part in shares for i in range(batch)[part]] == list(range(batch))
     sizes = [part.stop - part.start for part in shares]
     assert max(sizes) - min(sizes) <= 1 and sizes == sorted(sizes, reverse=True)
-    with pytest.raises(UserError, match=r"batch of 2 cannot be split over 3 processes.*--gpus"):
+    with pytest.raises(UserError, match=r"batch of 2 is too small for 3 processes.*--gpus"):
         rank_share(2, Ranks(0, 3, 0))
 
 
@@ -237,7 +237,7 @@ def test_a_mistake_is_one_line_of_one_process(tmp_path: Path, train_three: list[
     ranks = start_ranks(by_file(tmp_path), *train_three, "--set", "training.batch_size=1", "--name", "wrong")
     said = [rank.communicate(timeout=60)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2], said
-    assert said[0].count("a batch of 1 cannot be split over 2 processes") == 1 and " cases, " not in said[0]
+    assert said[0].count("a batch of 1 is too small for 2 processes") == 1 and " cases, " not in said[0]
 
 
 def test_python_does_not_start_processes(tiny_workspace: Path) -> None:

@@ -30,9 +30,9 @@ def metrics(epoch: int, dice: float | None = 0.5) -> Metrics:
 
 
 def test_metrics_become_json_csv_and_a_picture(tmp_path: Path) -> None:
-    with record_metrics(tmp_path, 0) as recorder:
-        recorder.add(metrics(1))
-        recorder.add(metrics(2, None))
+    with record_metrics(tmp_path, 0) as record:
+        record(metrics(1))
+        record(metrics(2, None))
         assert len((tmp_path / METRICS).read_text().splitlines()) == 2  # at once, not at the end
     table = list(csv.DictReader((tmp_path / TABLE).open()))
     assert [line["epoch"] for line in table] == ["1", "2"]
@@ -48,8 +48,8 @@ def test_a_column_that_comes_later_is_empty_before() -> None:
 
 def test_a_picture_that_cannot_be_drawn_costs_nothing_else(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / PICTURE).mkdir()
-    with record_metrics(tmp_path, 0) as recorder:
-        recorder.add(metrics(1))
+    with record_metrics(tmp_path, 0) as record:
+        record(metrics(1))
     assert len((tmp_path / METRICS).read_text().splitlines()) == 1
     assert f"{PICTURE} could not be drawn: " in capfd.readouterr().err
 

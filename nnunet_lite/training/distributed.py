@@ -147,9 +147,7 @@ def rank_share(batch_size: int, ranks: Ranks) -> slice:
         There are fewer samples than processes.
     """
     if batch_size < ranks.world:
-        raise UserError(
-            f"a batch of {batch_size} cannot be split over {ranks.world} processes", fix="Use fewer --gpus."
-        )
+        raise UserError(f"a batch of {batch_size} is too small for {ranks.world} processes", fix="Use fewer --gpus.")
     size, rest = divmod(batch_size, ranks.world)
     start = ranks.rank * size + min(ranks.rank, rest)
     return slice(start, start + size + (ranks.rank < rest))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from textwrap import shorten
@@ -126,7 +126,7 @@ def parallelize(job: Job, learner: Learner) -> Learner:
     if compiled:
         try:
             batch = make_batch(job, job.training, 0, 0, augment=False)
-            with _trial(network), log.working("compiling the network"):
+            with _restored(norm_statistics(network)), log.working("compiling the network"):
                 _trial_step(job, parallel, batch)()
             network.eval()
             with torch.inference_mode():  # as the pseudo-validation, whose duration is that of windows later
@@ -185,7 +185,7 @@ def train_step(job: Job, learner: Learner, batches: list[Batch], rate: float, nu
     for group in learner.optimizer.param_groups:
         group["lr"] = rate
     learner.optimizer.zero_grad(set_to_none=True)
-    statistics = norm_statistics(learner.network)
+    statistics = [(value, value.clone()) for value in norm_statistics(learner.network)]
     forward, last, losses = learner.forward, len(batches) - 1, []
     for i, batch in enumerate(batches):
         # until the last batch, gradients stay in their process
@@ -225,32 +225,29 @@ def averaged_weights(learner: Learner) -> Iterator[None]:
     if learner.average is None:
         yield
         return
-    weights = {name: value.clone() for name, value in learner.network.state_dict().items()}
-    learner.network.load_state_dict(learner.average)
-    try:
+    with _restored(learner.network.state_dict().values()):
+        learner.network.load_state_dict(learner.average)
         yield
-    finally:
-        learner.network.load_state_dict(weights)
-
-
-def norm_statistics(network: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """Return the running statistics of batch norm, each with a copy."""
-    layers = (module for module in network.modules() if isinstance(module, nn.modules.batchnorm._NormBase))
-    return [(value, value.clone()) for layer in layers for value in layer.buffers()]
-
-
-# ---------------------------------------------------------------------------------------------- what is fastest here
 
 
 @contextmanager
-def _trial(network: nn.Module) -> Iterator[None]:
-    """Undo what trial steps do to the running statistics of batch norm."""
-    statistics = norm_statistics(network)
+def _restored(values: Iterable[Tensor]) -> Iterator[None]:
+    """Undo what the block does to some tensors."""
+    before = [(value, value.clone()) for value in values]
     try:
         yield
     finally:
-        for value, before in statistics:
-            value.copy_(before)
+        for value, copy in before:
+            value.copy_(copy)
+
+
+def norm_statistics(network: nn.Module) -> list[Tensor]:
+    """Return the running statistics of batch norm."""
+    layers = (module for module in network.modules() if isinstance(module, nn.modules.batchnorm._NormBase))
+    return [value for layer in layers for value in layer.buffers()]
+
+
+# ---------------------------------------------------------------------------------------------- what is fastest here
 
 
 def _trial_step(job: Job, learner: Learner, batch: Batch) -> Callable[[], None]:
@@ -328,7 +325,7 @@ def choose_format(job: Job, network: nn.Module, options: list[ComputeFormat] | N
             learner = replace(learner, forward=cast(nn.Module, torch.compile(network, dynamic=False)))
         return _trial_step(single, learner, batch)
 
-    with _trial(network):
+    with _restored(norm_statistics(network)):
         best = pick_fastest(options, prepare, job.device, budget)
     best = from_first(best, job.ranks)
     release_memory(job.device)

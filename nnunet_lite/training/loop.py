@@ -19,7 +19,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
 from statistics import median_low
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -173,7 +173,7 @@ def _run_epochs(job: Job, learner: Learner, batches: Iterator[Batch], state: Sta
     """Train to the end of the run, with metrics and a checkpoint after every epoch."""
     training, writes = job.settings.training, job.ranks.rank == 0
     recording = record_metrics(job.folder, state.epoch) if writes else nullcontext()
-    with recording as recorder, follow_epochs(job) as follow, _save_checkpoints(job, learner, state) as save:
+    with recording as record, follow_epochs(job) as follow, _save_checkpoints(job, learner, state) as save:
         while not _is_over(job, state):
             begin, before = time.monotonic(), state.seconds
             if state.iteration == 0:
@@ -193,8 +193,8 @@ def _run_epochs(job: Job, learner: Learner, batches: Iterator[Batch], state: Sta
             state.early_stopping = state.early_stopping.update(metrics.get("mean_dice"))
             share = count_oversampled(job.planned.batch_size, training.foreground) / job.planned.batch_size
             state.labels.warn_of_zero_dice(metrics.get("dice", {}), _progress(job, state), job.training, share)
-            if recorder is not None:
-                recorder.add(metrics)
+            if record is not None:
+                record(metrics)
                 log.info(_describe_epoch(job, metrics, state))
                 validation = _plan_validation(job, state)
                 if validation is not None and metrics["epoch"] == 1 and _progress(job, state) < 1:
@@ -313,12 +313,7 @@ def _is_over(job: Job, state: State) -> bool:
     return state.epoch > 0 and _progress(job, state, state.pace / 2) >= 1  # as within an epoch
 
 
-class _Step(NamedTuple):
-    """A step of an epoch; tensors stay on the device."""
-
-    loss: Tensor
-    good: Tensor
-    case_ids: list[str]
+_Step = tuple[Tensor, Tensor, list[str]]  # loss, and whether it was good, on the device; the cases
 
 
 def _train_epoch(
@@ -357,14 +352,14 @@ def _train_epoch(
         waited += time.monotonic() - wait
         number = state.epoch * training.iterations + state.iteration
         loss, good = learning.train_step(job, learner, step_batches, rate, number)
-        steps.append(_Step(loss, good, [case for _, _, case_ids in step_batches for case in case_ids]))
+        steps.append((loss, good, [case for _, _, case_ids in step_batches for case in case_ids]))
         state.iteration += 1
         if job.device.type == "cpu" and not good:
             _count_bad_steps(job, state, steps)
         if state.iteration < training.iterations and (job.ranks.world == 1 or state.iteration % SYNC_EVERY == 0):
             interrupted = _agree_to_stop(job, stop)
 
-    state.losses += torch.stack([step.loss for step in steps]).tolist() if steps else []
+    state.losses += torch.stack([loss for loss, _, _ in steps]).tolist() if steps else []
     state.bad_steps = _count_bad_steps(job, state, steps)
     state.seconds = before + time.monotonic() - begin
     state.pace = from_first(_pace(len(steps), state.seconds - before, first) or state.pace, job.ranks)
@@ -427,11 +422,11 @@ def _count_bad_steps(job: Job, state: State, steps: list[_Step]) -> int:
     UserError
         There are too many; names the cases of these steps.
     """
-    good = torch.stack([step.good for step in steps]).tolist() if steps else []
-    bad = [step for step, is_good in zip(steps, good, strict=True) if not is_good]
+    good = torch.stack([good for _, good, _ in steps]).tolist() if steps else []
+    bad = [case_ids for (_, _, case_ids), is_good in zip(steps, good, strict=True) if not is_good]
     number = state.bad_steps + len(bad)
     if bad and number >= job.settings.training.max_bad_steps:
-        cases = ", ".join(dict.fromkeys(case for step in bad for case in step.case_ids))
+        cases = ", ".join(dict.fromkeys(case for case_ids in bad for case in case_ids))
         lower = "lower --lr" if state.compute.precision == "fp32" else "lower --lr or use --precision fp32"
         raise UserError(
             f"the loss was not finite in {number} steps, with the cases {cases}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,34 +32,9 @@ Metrics = dict[str, Any]  # of one epoch
 # -------------------------------------------------------------------------------------------------------- recording
 
 
-@dataclass
-class Recorder:
-    """Writes the metrics of each epoch; the picture is drawn in a thread, because matplotlib takes its time."""
-
-    folder: Path
-    epochs: list[Metrics]
-    painter: ThreadPoolExecutor
-    drawing: Future[None] | None = None
-    drawn: float = field(default_factory=time.monotonic)
-
-    def add(self, metrics: Metrics) -> None:
-        """Write the metrics of an epoch."""
-        self.epochs.append(metrics)
-        append(self.folder / METRICS, json.dumps(metrics))
-        write_text(self.folder / TABLE, _as_csv(self.epochs))
-        idle = self.drawing is None or self.drawing.done()
-        if idle and time.monotonic() - self.drawn > _SECONDS_BETWEEN_PICTURES:
-            self.draw()
-
-    def draw(self) -> None:
-        """Start to draw the picture."""
-        self.drawn = time.monotonic()
-        self.drawing = self.painter.submit(draw_metrics, list(self.epochs), self.folder / PICTURE)
-
-
 @contextmanager
-def record_metrics(folder: Path, n_epochs: int) -> Iterator[Recorder]:
-    """Open the metrics of a run for writing; the last picture is drawn at the end.
+def record_metrics(folder: Path, n_epochs: int) -> Iterator[Callable[[Metrics], None]]:
+    """Give a function that writes the metrics of an epoch; a thread draws the picture, since matplotlib takes its time.
 
     Parameters
     ----------
@@ -68,14 +43,26 @@ def record_metrics(folder: Path, n_epochs: int) -> Iterator[Recorder]:
     n_epochs : int
         Epochs that the checkpoint has. Metrics of later ones, after which no checkpoint was written, are dropped.
     """
+    epochs, drawn = _keep_epochs(folder, n_epochs), time.monotonic()
     with ThreadPoolExecutor(1, "progress picture") as painter:
-        recorder = Recorder(folder, _keep_epochs(folder, n_epochs), painter)
+
+        def draw() -> Future[None]:
+            return painter.submit(draw_metrics, list(epochs), folder / PICTURE)
+
+        def record(metrics: Metrics) -> None:
+            nonlocal drawing, drawn
+            epochs.append(metrics)
+            append(folder / METRICS, json.dumps(metrics))
+            write_text(folder / TABLE, _as_csv(epochs))
+            if (drawing is None or drawing.done()) and time.monotonic() - drawn > _SECONDS_BETWEEN_PICTURES:
+                drawing, drawn = draw(), time.monotonic()
+
+        drawing: Future[None] | None = None
         try:
-            yield recorder
+            yield record
         finally:
-            recorder.draw()
-    problem = None if recorder.drawing is None else recorder.drawing.exception()
-    if problem is not None:
+            drawing = draw()
+    if (problem := drawing.exception()) is not None:
         log.warn(f"{folder / PICTURE} could not be drawn: {describe(problem)}")  # the model does not depend on it
 
 

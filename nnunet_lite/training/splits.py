@@ -129,7 +129,7 @@ def check_folds(file: Path, dataset: Dataset, rule: FoldRule) -> bool:
         `make_splits`, `read_record` or `leave_out` fails, or the options make other folds than those of an existing
         splits.json.
     """
-    asked = rule if rule != DEFAULT_RULE else _default_rule(dataset)
+    asked = _rule_or_default(rule, dataset)
     if not file.is_file():
         if asked.group_by is None and asked.splits is None:
             _warn_of_patients(_ids(dataset.cases))
@@ -168,8 +168,10 @@ def _refuse_other_folds(
         raise UserError(what, file, fix)
 
 
-def _default_rule(dataset: Dataset) -> FoldRule:
-    """Return the rule where no option is given: the dataset's own splits_final.json, else nnU-Net's folds."""
+def _rule_or_default(rule: FoldRule, dataset: Dataset) -> FoldRule:
+    """Return the rule; where no option is given, the dataset's own splits_final.json, else nnU-Net's folds."""
+    if rule != DEFAULT_RULE:
+        return rule
     preprocessed = os.environ.get("nnUNet_preprocessed")  # noqa: SIM112 - the name that nnU-Net gave it
     folders = [dataset.root, *([Path(preprocessed) / dataset.name] if preprocessed else [])]
     return FoldRule(splits=next((f for d in folders if (f := d / "splits_final.json").is_file()), None))
@@ -254,7 +256,7 @@ def make_splits(
         There are fewer than two folds or more than cases or groups, a wrong table, expression or file, `splits`
         together with another option, no stratum has a case for each fold, or a label map cannot be read.
     """
-    rule = _default_rule(dataset) if rule == DEFAULT_RULE else rule
+    rule = _rule_or_default(rule, dataset)
     ids, n_folds = _ids(dataset.cases), N_FOLDS if rule.folds is None else rule.folds
     if rule.splits is not None:
         if rule != FoldRule(splits=rule.splits):
