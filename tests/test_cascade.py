@@ -150,7 +150,7 @@ def test_every_case_is_predicted_by_a_fold_that_held_it_out() -> None:
     splits = [Split("0", ("b", "c"), ("a",)), Split("1", ("a", "c"), ("b",)), Split("2", ("a", "b"), ("c",))]
     assert find_holders(splits[1], splits) == {"a": "0", "c": "2", "b": "1"}
     assert find_holders(Split("all", ("a", "b"), ("a", "b")), []) == {"a": "all", "b": "all"}
-    with pytest.raises(UserError, match=r"no fold holds out c\."):
+    with pytest.raises(UserError, match=r"no fold holds out case c\."):
         find_holders(splits[0], splits[:2])
 
 

@@ -205,7 +205,7 @@ def test_an_image_of_one_value_is_reported(
     for scheme in ("zscore", "ct"):
         plan = sample_plan(model.plan.labels, scheme=scheme, minimum=-100)
         read_case_image(plan, Case("scan", (file,), None))
-        said = f"warning: {file}: all voxels of channel MRI (7) are equal: is it lost? Its label map may be wrong\n"
+        said = f"warning: {file}: all voxels of channel MRI (7) are equal: its label map may be wrong\n"
         assert capsys.readouterr().err == said
         (channel,), label = plan.channels, tmp_path / "label.nii.gz"
         statistics = channel.statistics.model_copy(update={"max": channel.statistics.min})

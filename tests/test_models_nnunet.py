@@ -180,7 +180,7 @@ def test_a_checkpoint_with_code_is_refused_and_nothing_runs(
     folder, mark = theirs(), tmp_path / "was_run"
     code = {"x": Runs(function, text.format(mark))}
     change(folder, lambda checkpoint: checkpoint.update({where: code}), pickle_protocol=protocol)
-    says = f"{function.__name__}, which no checkpoint needs" if protocol == 2 else "is no readable checkpoint"
+    says = f"{function.__name__}, which could run any code" if protocol == 2 else "is no readable checkpoint"
     with pytest.raises(UserError, match=f"^{re.escape(f'{folder}/{CHECKPOINT}: ')}.*{says}"):
         import_nnunet(folder, tmp_path / "ours")
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]

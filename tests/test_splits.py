@@ -579,7 +579,7 @@ def test_splits_final_is_found_where_nnunet_keeps_it(
     read_splits(splits, read_dataset(raw), FoldRule(3))
     for _ in range(2):
         assert not check_folds(splits, read_dataset(raw), FoldRule()), "existing folds stay"
-    warning = f"{raw / 'splits_final.json'} is not used: {splits} exists, and its folds stay."
+    warning = f"{raw / 'splits_final.json'} is not used: {splits} exists."
     assert capsys.readouterr().err.count(warning) == 1, "`run` checks them for each fold"
     record = splits.with_name("splits_made.json")
     content = record.read_text()

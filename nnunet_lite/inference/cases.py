@@ -137,8 +137,7 @@ def _warn_of_values(image: Image, plan: Plan, path: Path, of_training: bool) -> 
             what = f"channel {channel.name} has no value below {low:g}, and the model expects Hounsfield units"
             log.warn(f"{path}: {what}, where air is -1000; export the image with its rescale slope and intercept")
     if constant and not of_training:
-        what = f"all voxels of channel {', '.join(constant)} are equal"
-        log.warn(f"{path}: {what}: is it lost? Its label map may be wrong")
+        log.warn(f"{path}: all voxels of channel {', '.join(constant)} are equal: its label map may be wrong")
 
 
 def check_channels(image: Image, plan: Plan, path: Path | None = None, fix: str = "") -> None:
@@ -173,8 +172,7 @@ def as_image(given: Any, spacing: Sequence[float] | None, plan: Plan) -> Image:
         spacing.
     """
     if isinstance(given, str | PathLike | Image) and spacing is not None:
-        what = "a spacing is given for an image that has its own"
-        raise UserError(what, None if isinstance(given, Image) else str(given), "Give it with arrays only.")
+        raise UserError("a spacing is given for an image that has its own", fix="Give it with arrays only.")
     if isinstance(given, str | PathLike):
         return use_trained_unit(plan, read_image(Path(given), len(plan.channels)), Path(given))
     if isinstance(given, Image):
@@ -201,8 +199,7 @@ def _as_array(given: Any) -> np.ndarray:
         given = given.detach().cpu()
         given = given.float() if "bfloat16" in str(given.dtype) else given
     if isinstance(given, np.ma.MaskedArray) and np.ma.is_masked(given):
-        fix = "Use array.filled(0)."
-        raise UserError("the array is masked, and the values of its masked voxels are unknown", fix=fix)
+        raise UserError("the array is masked, and masked voxels have no value", fix="Use array.filled(0).")
     try:
         array = np.asarray(given)
     except (ValueError, TypeError, RuntimeError):
@@ -222,8 +219,7 @@ def _check_spacing(given: Sequence[float]) -> tuple[float, float, float]:
             return z, y, x
     except (TypeError, ValueError):
         pass
-    what = f"an image with a spacing of {given!r:.100} cannot be segmented"
-    raise UserError(what, fix="Give three positive numbers: (z, y, x) in mm.") from None
+    raise UserError(f"a spacing of {given!r:.100} is not three positive numbers: (z, y, x) in mm") from None
 
 
 def as_classes(label_map: np.ndarray, labels: Labels) -> np.ndarray:
@@ -316,9 +312,7 @@ def _check_file(cases: Sequence[Case], out: Path, labels: Labels, format: Format
     if len(cases) > 1:
         raise UserError(f"names one label map, for {len(cases)} images", out, "Give a folder.")
     if format not in (None, format_of(out)):
-        raise UserError(
-            f"files of --format {format} end in {ENDINGS[format]}", out, "Rename it, or leave out --format."
-        )
+        raise UserError(f"files of --format {format} end in {ENDINGS[format]}", out, "Rename it, or omit --format.")
     suffix = suffix_of(out)
     if suffix and label_suffix(suffix) != suffix:
         raise UserError(f"label maps cannot be written as {suffix}", out, f"Use {label_suffix(suffix)}.")

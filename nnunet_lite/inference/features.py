@@ -6,7 +6,7 @@ All are plain numbers. `quality.py` compares them with those of the held-out cas
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import product
 
 import cc3d
@@ -248,30 +248,18 @@ def _count_neighbours(mask: np.ndarray) -> np.ndarray:
     return count
 
 
-@dataclass(frozen=True)
-class _Sums:
-    """What is summed over the voxels of a label: their number and their faces, and probabilities of errors.
-
-    `lost` is the sum of these inside, `missed` around, and `inner` away from the border.
-    """
-
-    voxels: float
-    faces: float
-    lost: float
-    missed: float
-    inner: float
-    inner_voxels: float
-    disagreement: float
-
-
 def _sum_slabs(
     label_map: np.ndarray, values: Sequence[int], maps: Mapping[str, np.ndarray], errors: np.ndarray
-) -> tuple[np.ndarray, _Sums]:
-    """Return the mask of some values, and the sums over it; by slabs, so that temporary arrays stay small."""
+) -> tuple[np.ndarray, list[float]]:
+    """Return the mask of some values, and sums over it; by slabs, so that temporary arrays stay small.
+
+    Sums are the numbers of voxels, of faces and of voxels away from the border; the probabilities of errors inside,
+    around, and away from the border; and the disagreement of the models.
+    """
     step = max(1, _SLAB // label_map[0].size)
     slabs = [slice(start, start + step) for start in range(0, len(label_map), step)]
     mask = np.concatenate([np.isin(label_map[slab], values) for slab in slabs])
-    sums = np.zeros(len(fields(_Sums)))
+    sums = np.zeros(7)
     for slab in slabs:
         above = min(slab.start, 1)
         neighbours = _count_neighbours(mask[slab.start - above : slab.stop + 1])[above:][:step]
@@ -281,23 +269,23 @@ def _sum_slabs(
         lost, missed, away = (wrong[part].sum(dtype=np.float64) for part in (inside, around, inner))
         votes = maps[OF_MODELS][slab][inside].sum(dtype=np.float64) / STEPS if OF_MODELS in maps else 0.0
         faces = 6 * n - neighbours[inside].sum(dtype=np.int64)
-        sums += np.array([n, faces, lost, missed, away, n_inner, votes])
-    return mask, _Sums(*sums.tolist())
+        sums += np.array([n, faces, n_inner, lost, missed, away, votes])
+    return mask, sums.tolist()
 
 
-def _describe_shape(mask: np.ndarray, sums: _Sums, offset: Sequence[float], spacing: Sequence[float]) -> Values:
+def _describe_shape(mask: np.ndarray, sums: list[float], offset: Sequence[float], spacing: Sequence[float]) -> Values:
     """Return the features of a label but `edge`; `offset` is where the mask starts, in voxels."""
-    n = sums.voxels
+    n, faces, n_inner, lost, missed, away, votes = sums
     parts = cc3d.statistics(cc3d.connected_components(mask, binary_image=True))["voxel_counts"][1:]
     features: Values = {
         "voxels": n,
         "volume": np.log(n * np.prod(spacing)),
-        "compactness": np.log(max(sums.faces, 1) / n ** (2 / 3)),
+        "compactness": np.log(max(faces, 1) / n ** (2 / 3)),
         "parts": np.log(len(parts)),
         "scattered": 1 - parts.max() / n,
-        "error": 1 - 2 * (n - sums.lost) / (2 * n - sums.lost + sums.missed),
-        "inner": sums.inner / sums.inner_voxels if sums.inner_voxels else sums.lost / n,
-        "disagreement": sums.disagreement / n,
+        "error": 1 - 2 * (n - lost) / (2 * n - lost + missed),
+        "inner": away / n_inner if n_inner else lost / n,
+        "disagreement": votes / n,
     }
     for number, (axis, start, size) in enumerate(zip(AXES, offset, spacing, strict=True)):
         counts = np.count_nonzero(mask, axis=tuple(a for a in range(3) if a != number))

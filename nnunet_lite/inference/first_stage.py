@@ -20,6 +20,7 @@ from typing import Any
 
 from nnunet_lite import log
 from nnunet_lite.data.dataset import Dataset
+from nnunet_lite.data.problems import name_cases
 from nnunet_lite.errors import UserError, naming
 from nnunet_lite.files import atomic, hash_of, locked, sweep
 from nnunet_lite.inference.predictor import load, predict_on_grid
@@ -127,11 +128,10 @@ def find_holders(split: Split, splits: Sequence[Split]) -> dict[str, str]:
     holders = {case_id: fold.name for fold in splits for case_id in fold.validation}
     holders |= dict.fromkeys(split.validation, split.name)
     if missing := sorted({*split.training} - set(holders)):
-        raise UserError(
-            f"the second stage learns from predictions of held-out cases, and no fold holds out {missing[0]}"
-            + (f" ({len(missing)} cases in all)" if len(missing) > 1 else ""),
-            fix="Train the fold `all`, or give splits.json a fold that holds it out.",
+        what = (
+            f"the second stage learns from predictions of held-out cases, and no fold holds out {name_cases(missing)}"
         )
+        raise UserError(what, fix="Train the fold `all`, or complete splits.json.")
     return {case_id: holders[case_id] for case_id in (*split.training, *split.validation)}
 
 

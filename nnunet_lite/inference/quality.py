@@ -392,13 +392,14 @@ def judge(quality: Quality, features: CaseFeatures) -> CaseQuality:
         name: None if value is None else _interval(value, errors if features.labels[name] else surely)
         for name, value in dice.items()
     }
-    flags = _flags(quality, features, suspicion >= 0)
+    flags = [*_spacing_flags(quality, features), *_label_flags(quality, features)]
+    flags += _unusual_flags(quality, features) if suspicion >= 0 else []
     predicted = [value for name, value in dice.items() if value is not None and features.labels[name]]
     if predicted and np.mean(predicted) < quality.lowest - _BENDING:
-        flags = (*flags, "the networks are less sure than of any held-out case")
+        flags.append("the networks are less sure than of any held-out case")
     if suspicion >= 0 and not flags:
-        flags = ("image and labels are combined as in no held-out case",)
-    return CaseQuality(expected, round(float(1 / (1 + np.exp(-suspicion))), 6), flags)
+        flags.append("image and labels are combined as in no held-out case")
+    return CaseQuality(expected, round(float(1 / (1 + np.exp(-suspicion))), 6), tuple(flags))
 
 
 def _interval(dice: float, errors: tuple[float, float]) -> Expected:
@@ -409,13 +410,6 @@ def _interval(dice: float, errors: tuple[float, float]) -> Expected:
 def scaled_error(dice: np.ndarray, expected: np.ndarray) -> np.ndarray:
     """Return the errors of expected Dice on the scale on which they are spread equally: the expected loss."""
     return (dice - expected) / (1 + _BENDING - expected)
-
-
-def _flags(quality: Quality, features: CaseFeatures, is_unusual: bool) -> tuple[str, ...]:
-    flags = [*_spacing_flags(quality, features), *_label_flags(quality, features)]
-    if is_unusual:
-        flags += _unusual_flags(quality, features)
-    return tuple(flags)
 
 
 def _spacing_flags(quality: Quality, features: CaseFeatures) -> list[str]:

@@ -101,9 +101,8 @@ def find_teachers(
         folds = trained_folds(folder)
         if split.name != ALL:
             if split.name not in folds or not (folder / f"fold_{split.name}" / CASES).is_file():
-                why = f"fold {split.name} learns from the same fold, which has not learned from its held-out cases"
-                fix = "Train it, or train the fold `all`, which learns from all folds."
-                raise UserError(f"has not trained fold {split.name} here; {why}", folder, fix)
+                what = f"has not trained fold {split.name} here, the one that fold {split.name} may learn from"
+                raise UserError(what, folder, "Train it, or train the fold `all`, which learns from all folds.")
             refuse_other_cases(folder, split, paths.splits, dataset)
             folds = [split.name]
         if not folds:

@@ -180,8 +180,7 @@ def _contents(folder: Path) -> Iterator[tuple[str, bytes]]:
     if not weights:
         raise UserError("has no trained fold", folder, "Train one with `nnlite train`.")
     if (factory := settings["network"].get("factory")) is not None:
-        fix = "Export it with --format onnx."
-        raise UserError(f"has a network made by {factory}: code is not packed", folder, fix)
+        raise UserError(f"has a network made by {factory}: code is not packed", folder, "Use --format onnx.")
     if (start := settings["training"].get("init")) is not None:
         settings["training"]["init"] = Path(start).name
     run.pop("changed", None)  # the history of the run may name folders too
@@ -351,8 +350,7 @@ def unpack(file: Path, out: Path, *, replace: bool = False) -> Path:
         _check_size(sizes, file, out)
         model, *stages = manifest.models
         if out.name in stages:
-            what = "is the name of the model's first stage, which needs this folder"
-            raise UserError(what, out, "Choose another.")
+            raise UserError("is the name of the model's first stage", out, "Choose another.")
         targets = {model: out, **{name: out.with_name(name) for name in stages}}
         folders = {
             name: stack.enter_context(new_model_folder(path, replace, sum(sizes.values())))

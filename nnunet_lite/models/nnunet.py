@@ -236,13 +236,12 @@ def read_checkpoint(file: Path) -> Json:
             raise UserError(f"contains a {type(content).__name__}, not the entries of a checkpoint", file, _CHECKPOINTS)
         return dict(content)
     except BadZipFile:
-        what = "is no checkpoint in the format of torch.save since torch 1.6, or it is cut off"
-        raise UserError(what, file) from None
+        raise UserError("is no checkpoint of torch 1.6 or later, or is cut off", file) from None
     except (UserError, OSError):
         raise
     except Exception as error:  # damage shows in many ways
         if name := re.search(r"GLOBAL (\S+)", str(error)):
-            what = f"names {name[1]}, which no checkpoint needs and which could run any code; it was not run"
+            what = f"names {name[1]}, which could run any code; it was not run"
             raise UserError(what, file, "Do not trust this file.") from None
         raise UserError(f"is no readable checkpoint ({' '.join(str(error).split())[-120:]})", file) from None
 
@@ -323,15 +322,11 @@ def nnunet_names(folder: Path, checkpoint: Checkpoint = "final") -> tuple[str, s
     """
     fold = list(weight_files(folder, checkpoint))[:1] if is_nnunet(folder) else []
     file = next(iter(nnunet_checkpoints(folder, fold or None, checkpoint).values()))
-    content = read_checkpoint(file)
-    _, configuration, _ = _origin(content, file)
-    source, plans, table = _read_descriptions(file, content)
-    plan = _plan(source, plans, table, configuration)
-    dataset = plan.dataset
+    read = read_nnunet_fold(file)
+    dataset = read.plan.dataset
     if Path(dataset).name != dataset or dataset.startswith("."):
-        raise UserError(f"dataset_name {dataset!r} is no name for a folder", source)
-    stage = plan.configuration(configuration).previous_stage
-    return dataset, configuration, None if stage is None else _first_folder(folder.absolute(), stage)
+        raise UserError(f"dataset_name {dataset!r} is no name for a folder", file)
+    return dataset, read.run["configuration"], read.run.get("previous")
 
 
 def has_first_stage(out: Path, first: Path, checkpoint: Checkpoint = "final", replace: bool = False) -> bool:

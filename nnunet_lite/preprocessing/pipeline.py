@@ -38,7 +38,15 @@ from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError
 from nnunet_lite.planning.schema import Configuration, Plan, Resampling
 from nnunet_lite.preprocessing.normalization import normalize
-from nnunet_lite.preprocessing.resampling import coarse_axis, resample_image, resample_labels, resample_slabs
+from nnunet_lite.preprocessing.resampling import (
+    Block,
+    coarse_axis,
+    operators,
+    resample_image,
+    resample_labels,
+    resampled_rows,
+    run_in_threads,
+)
 from nnunet_lite.system import free_memory
 
 if TYPE_CHECKING:
@@ -226,11 +234,8 @@ def resample(case: Preprocessed, configuration: Configuration, threads: int | No
     shape = resampled_shape(case.placement.shape, spacing, target)
     needed = 4 * len(case.image) * math.prod(shape)
     if needed > _ALWAYS_FREE and needed > free_memory():
-        raise UserError(
-            f"its voxels of {in_brackets(spacing)} mm would become {' x '.join(map(str, shape))} of "
-            f"{in_brackets(target)} mm, more than fit into memory",
-            fix="Is the size of its voxels right?",
-        )
+        what = f"at {in_brackets(target)} mm it has {' x '.join(map(str, shape))} voxels, more than fit into memory"
+        raise UserError(what, fix=f"Is the size of its voxels right, {in_brackets(spacing)} mm?")
     how = (shape, spacing, target)
     image = resample_image(case.image, *how, orders.image_order, orders.image_order_z, orders.separate_z, threads)
     if classes is not None:
@@ -294,11 +299,15 @@ def restore_segmentation(
     values = output_values(labels)
     out, inner = empty_map(placement, labels.background, values.dtype)
 
-    def write(start: int, slab: Any) -> None:
-        inner[start : start + slab.shape[1]] = values[decode_logits(slab, labels)]
-
+    data, shape = logits.swapaxes(0, 1), triple(logits.shape[1:])
     size = int(np.clip(_SLAB_VALUES // (logits.shape[0] * inner[0].size), 1, 16))
-    resample_slabs(logits, cropped_shape(placement.box), logits_orders(placement, resampling), write, size=size)
+    parts, y, x = operators(data, shape, cropped_shape(placement.box), logits_orders(placement, resampling), size)
+
+    def write(part: Block) -> None:
+        for z, rows, piece in resampled_rows(data, part, y, x):
+            inner[z, rows] = values[decode_logits(piece, labels)]
+
+    run_in_threads(write, parts, None if isinstance(data, np.ndarray) else 1)
     return out
 
 

@@ -6,9 +6,9 @@ scikit-image's resize, which nnU-Net uses, to about 1e-6 of the range (M. Unser,
 image processing", 1999, for the interpolation). The matrices are banded, so each block of output reads only the input
 that it needs: results are made slab by slab, and only input and output are ever held at full size.
 
-`resample_image` and `resample_labels` are for preprocessing; `resample_slabs`, `operators` and `resampled_rows` for the
-way back from logits, which may be torch tensors on a GPU. Arrays are (channels, z, y, x), or (z, y, x) for labels;
-spacings are mm in the same order. On the CPU the work is split over `threads`, whose number changes no bit.
+`resample_image` and `resample_labels` are for preprocessing; `operators` and `resampled_rows` for the way back from
+logits, which may be torch tensors on a GPU. Images are (channels, z, y, x), labels (z, y, x); spacings are mm in the
+same order. On the CPU the work is split over `threads`, whose number changes no bit.
 """
 
 from __future__ import annotations
@@ -112,21 +112,22 @@ def resample_image(
     if axis is not None and order_z > 0:  # slices first, then between them
         flat = triple(shape[a] if a == axis else target[a] for a in range(3))
         data = resample_image(data, flat, spacing, new_spacing, order, 0, separate_z, threads)
-        order, axis, clip = order_z, None, False
+        shape, order, axis, clip = flat, order_z, None, False
     orders = tuple(order_z if a == axis else order for a in range(3))
     out = np.empty((data.shape[0], *target), np.float32)
+    parts, y, x = operators(data, shape, target, orders)
     for channel, result in zip(data, out, strict=True):
         bounds = _bounds(channel, axis, target) if clip else None
 
-        def write(start: int, slab: np.ndarray, result: np.ndarray = result, bounds: Any = bounds) -> None:
-            part = slice(start, start + len(slab))
+        def work(part: Block, channel: np.ndarray = channel, result: np.ndarray = result, bounds: Any = bounds) -> None:
+            slices, slab = slice(part.start, part.stop), _product(channel, part, y, x)
             if bounds is None:
-                result[part] = slab
+                result[slices] = slab
             else:
-                low, high = (bound[part] if axis == 0 else bound for bound in bounds)
-                np.clip(slab, low, high, out=result[part])
+                low, high = (bound[slices] if axis == 0 else bound for bound in bounds)
+                np.clip(slab, low, high, out=result[slices])
 
-        resample_slabs(channel, target, orders, write, threads=threads)
+        run_in_threads(work, parts, threads)
     return out
 
 
@@ -198,40 +199,6 @@ def resample_labels(
     return out
 
 
-def resample_slabs(
-    data: Array,
-    target: Shape,
-    orders: Sequence[int],
-    use: Callable[[int, Array], None],
-    size: int = _SLAB,
-    threads: int | None = None,
-) -> None:
-    """Resample an array and hand over slabs of the output.
-
-    Parameters
-    ----------
-    data : ndarray or Tensor, shape (z, y, x) or (channels, z, y, x)
-        The input.
-    target : tuple of int
-        Voxels (z, y, x) of the output.
-    orders : sequence of int
-        Spline order of each axis.
-    use : callable
-        Called with the first output slice of a slab and the slab, float32, in no particular order, from several
-        threads where the data is a numpy array.
-    size : int
-        Output slices per slab.
-    threads : int, optional
-        None for one per CPU that this process may use.
-    """
-    z, y, x = operators(data, triple(data.shape[-3:]), target, orders, size)
-
-    def work(part: Block) -> None:
-        use(part.start, _product(data, part, y, x))
-
-    run_in_threads(work, z, threads if isinstance(data, np.ndarray) else 1)
-
-
 def operators(
     like: Array, shape: Shape, target: Shape, orders: Sequence[int], size: int = _SLAB
 ) -> tuple[tuple[Block, ...], tuple[Block, ...], tuple[Block, ...]]:
@@ -284,9 +251,7 @@ def resampled_rows(
         The output slices, their rows, and their values in float32: of one slice and few rows, which fit the cache, or
         of a tensor, of all of them.
     """
-    slab = _float(data[part.low : part.high])
-    if part.matrix is not None:
-        slab = (part.matrix @ slab.reshape(len(slab), -1)).reshape(-1, *slab.shape[1:])
+    slab = _first_product(data, part)
     size = 1 if isinstance(slab, np.ndarray) else len(slab)
     for start in range(0, len(slab), size):
         for rows, piece in _rows(slab[start : start + size], y, x):
@@ -366,19 +331,24 @@ def label_boxes(labels: np.ndarray) -> Iterator[tuple[int, tuple[slice, ...]]]:
             yield value, box
 
 
-def _product(data: Array, part: Block, y: Sequence[Block], x: Sequence[Block]) -> Array:
-    """One block of the first product on the last three axes of `data`, and all of the other two of it."""
-    slab = _float(data[..., part.low : part.high, :, :])
-    if part.matrix is not None:
-        *lead, depth, rows, columns = slab.shape
-        slab = part.matrix @ slab.reshape(*lead, depth, rows * columns)
-        slab = slab.reshape(*lead, part.stop - part.start, rows, columns)
+def _product(data: np.ndarray, part: Block, y: Sequence[Block], x: Sequence[Block]) -> np.ndarray:
+    """One block of the first product on `data` (z, y, x), and all of the other two of it."""
+    slab: np.ndarray = _first_product(data, part)
     if y[0].matrix is None and x[0].matrix is None:
         return slab
-    out = _empty(slab, (*slab.shape[:-2], y[-1].stop, x[-1].stop))
+    out = np.empty((len(slab), y[-1].stop, x[-1].stop), np.float32)
     for rows, piece in _rows(slab, y, x):
-        out[..., rows, :] = piece
+        out[:, rows] = piece
     return out
+
+
+def _first_product(data: Array, part: Block) -> Array:
+    """One block of the product on the first axis of `data`, float32."""
+    slab = data[part.low : part.high]
+    slab = slab.astype(np.float32, copy=False) if isinstance(slab, np.ndarray) else slab.float()
+    if part.matrix is None:
+        return slab
+    return (part.matrix @ slab.reshape(len(slab), -1)).reshape(-1, *slab.shape[1:])
 
 
 def _rows(slab: Array, y: Sequence[Block], x: Sequence[Block]) -> Iterator[tuple[slice, Array]]:
@@ -388,7 +358,8 @@ def _rows(slab: Array, y: Sequence[Block], x: Sequence[Block]) -> Iterator[tuple
         strip = strip if down.matrix is None else down.matrix @ strip
         if x[0].matrix is not None:
             flat = strip.reshape(-1, strip.shape[-1])  # one large product is faster than many small ones
-            out = _empty(slab, (len(flat), x[-1].stop))
+            shape = len(flat), x[-1].stop
+            out = np.empty(shape, np.float32) if isinstance(flat, np.ndarray) else flat.new_empty(shape)
             for across in x:
                 out[:, across.start : across.stop] = flat[:, across.low : across.high] @ across.matrix.T
             strip = out.reshape(*strip.shape[:-1], -1)
@@ -418,14 +389,6 @@ def _reached(
         where.append(slice(int(used[0]), int(used[-1]) + 1))
         parts.append(_split(matrix[where[-1]], _BLOCK))
     return tuple(where), tuple(parts)
-
-
-def _float(slab: Array) -> Array:
-    return slab.astype(np.float32, copy=False) if isinstance(slab, np.ndarray) else slab.float()
-
-
-def _empty(like: Array, shape: Sequence[int]) -> Array:
-    return np.empty(shape, np.float32) if isinstance(like, np.ndarray) else like.new_empty(shape)
 
 
 def operand(like: Array, matrix: np.ndarray) -> Array:

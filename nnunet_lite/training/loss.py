@@ -53,12 +53,10 @@ def check_weights(settings: LossSettings, labels: Labels) -> None:
         return
     names = labels.region_names if labels.has_regions else ("background", *labels.region_names)
     if len(weights) != len(names):
-        kind = "regions" if labels.has_regions else "classes"
-        what = f"loss.class_weights has {len(weights)} numbers for {len(names)} {kind}"
+        what = f"loss.class_weights has {len(weights)} numbers, not {len(names)}"
         raise UserError(what, fix=f"Give one for each of: {', '.join(names)}.")
     if settings.dice and not labels.has_regions and not any(weights[1:]):
-        what = "loss.class_weights leaves the Dice term without a class, since it ignores the background"
-        raise UserError(what, fix="Give a foreground class a weight, or set loss.dice to 0.")
+        raise UserError("loss.class_weights has none for the foreground", fix="Give it one, or set loss.dice to 0.")
 
 
 def deep_supervision_loss(

@@ -44,6 +44,7 @@ def record_metrics(folder: Path, n_epochs: int) -> Iterator[Callable[[Metrics], 
         Epochs that the checkpoint has. Metrics of later ones, after which no checkpoint was written, are dropped.
     """
     epochs, drawn = _keep_epochs(folder, n_epochs), time.monotonic()
+    drawing: Future[None] | None = None
     with ThreadPoolExecutor(1, "progress picture") as painter:
 
         def draw() -> Future[None]:
@@ -57,7 +58,6 @@ def record_metrics(folder: Path, n_epochs: int) -> Iterator[Callable[[Metrics], 
             if (drawing is None or drawing.done()) and time.monotonic() - drawn > _SECONDS_BETWEEN_PICTURES:
                 drawing, drawn = draw(), time.monotonic()
 
-        drawing: Future[None] | None = None
         try:
             yield record
         finally:

@@ -147,8 +147,8 @@ def check_folds(file: Path, dataset: Dataset, rule: FoldRule) -> bool:
     except UserError:
         if rule != DEFAULT_RULE:
             raise
-        what = f"{asked.splits} is not used: {file} exists, and its folds stay"
-        log.warn_once(f"{what}. Delete it to use the other folds")  # `run` calls this for each fold
+        # once, although `run` calls this for each fold
+        log.warn_once(f"{asked.splits} is not used: {file} exists. Delete it to use the other folds")
     return False
 
 
@@ -162,10 +162,9 @@ def _refuse_other_folds(
     whole = replace(dataset, cases=(*dataset.cases, *excluded), excluded=before)
     made, _ = make_splits(whole, rule, record.strata if record and record.stratify == _BY_LABELS else None)
     if [*map(_fingerprint, splits)] != [*map(_fingerprint, leave_out(made, whole))]:
-        cases = plural(len(whole.cases), "case")
-        what = f"holds {_summarize(splits, record)}, not those that the options make of {cases}"
-        fix = "Omit the options for folds to continue with these, or delete the file to make them again."
-        raise UserError(what, file, fix)
+        made_of = plural(len(whole.cases), "case")
+        what = f"holds {_summarize(splits, record)}, not those that the options make of {made_of}"
+        raise UserError(what, file, "Omit the options for folds to continue with these, or delete the file.")
 
 
 def _rule_or_default(rule: FoldRule, dataset: Dataset) -> FoldRule:
@@ -200,8 +199,7 @@ def read_split(file: Path, dataset: Dataset, fold: str, rule: FoldRule = DEFAULT
     ids = _ids(dataset.cases)
     if fold == ALL:
         if rule != DEFAULT_RULE:
-            fix = "Omit the options for folds, or train each fold: `all-folds`."
-            raise UserError("fold `all` trains on every case, whatever the folds are", fix=fix)
+            raise UserError("fold `all` trains on every case", fix="Omit the options for folds, or train `all-folds`.")
         return Split(ALL, tuple(ids), tuple(ids))
     split = read_splits(file, dataset, rule, fold)[int(fold)]
     if left_out := sorted(set(ids) - _cases_of([split])):
@@ -222,8 +220,7 @@ def read_splits(file: Path, dataset: Dataset, rule: FoldRule = DEFAULT_RULE, fol
     whole, record = (load_splits(file, dataset), None) if exists else make_splits(dataset, rule)
     splits = leave_out(whole, dataset)
     if fold not in map(str, range(len(splits))):
-        fix = f'Folds are 0 to {len(splits) - 1}, "all-folds" and "all".'
-        raise UserError(f"there is no fold {fold!r}", fix=fix)
+        raise UserError(f"there is no fold {fold!r}", fix=f'Folds are 0 to {len(splits) - 1}, "all-folds" and "all".')
     if record is not None:
         write_splits(file, whole, record)
     elif rule != DEFAULT_RULE:
