@@ -98,7 +98,7 @@ def test_a_cut_off_file_is_refused(path: Path, length: int) -> None:
     network, _ = make(0)
     save_weights(path, network, {})
     path.write_bytes(path.read_bytes()[:length])
-    with pytest.raises(UserError, match=r"checkpoint\.safetensors: is not a safetensors file") as caught:
+    with pytest.raises(UserError, match=r"checkpoint\.safetensors: is no safetensors file") as caught:
         load_weights(path, network)
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="no such file"):

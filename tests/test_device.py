@@ -36,7 +36,7 @@ from nnunet_lite.planning.memory import BATCHES, training_memory
 from nnunet_lite.planning.schema import Configuration
 from nnunet_lite.planning.swaps import ClassSwap
 from nnunet_lite.preprocessing.resampling import blocks
-from nnunet_lite.training import augmentation, dataloader, learner, loss
+from nnunet_lite.training import augmentation, dataloader, loss
 from nnunet_lite.training.cache import load_case, move_case
 from nnunet_lite.training.dataloader import make_batch
 from nnunet_lite.training.job import Job
@@ -225,8 +225,7 @@ def train_steps(run: Job) -> Tensor:
                 batch = make_batch(run, run.training, 0, i, augment=True)
                 step_loss, updated = train_step(run, own, [batch], 0.01, i)
                 outputs = compute_loss(run, own, batch)[1]
-                regions = labels.region_classes if labels.has_regions else None
-                counts = pseudo_dice_counts(outputs[0], batch[1], regions, labels.ignore_class)
+                counts = pseudo_dice_counts(outputs[0], batch[1], labels)
     assert {tensor.device for tensor in (*batch[:2], step_loss, updated, counts)} == {CUDA}
     return counts
 
@@ -250,7 +249,6 @@ def test_an_epoch_does_not_wait(
         (dataloader, "read_box"),
         (loss, "class_sums"),
         (loss, "downsample_classes"),
-        (learner, "norm_statistics"),
     ],
 )
 def test_a_step_that_waits_is_found(

@@ -190,7 +190,9 @@ def test_gradients_of_bf16_logits_are_finite(scale: float) -> None:
 def test_counts_of_hard_predictions(regions: Any) -> None:
     logits, classes = example(3 if regions else 4)
     classes[1] = 4
-    counts = pseudo_dice_counts(logits, classes, regions, 4)
+    values = regions or (1, 2, 3)
+    labels = Labels(names={"background": 0, **dict(zip("abc", values, strict=True))}, ignore=4, region_order=(1, 2, 3))
+    counts = pseudo_dice_counts(logits, classes, labels)
     members = regions or ((1,), (2,), (3,))
     for i, region in enumerate(members):
         hit = logits[:, i] > 0 if regions else logits.argmax(1) == region[0]

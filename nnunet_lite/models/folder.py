@@ -32,9 +32,10 @@ import nnunet_lite
 from nnunet_lite import log
 from nnunet_lite.data.dataset import Dataset, summarize_dataset
 from nnunet_lite.data.problems import few
-from nnunet_lite.errors import Busy, UserError
+from nnunet_lite.errors import UserError
 from nnunet_lite.files import (
     hash_of,
+    is_locked,
     locked,
     must_be_known,
     must_fit,
@@ -153,17 +154,8 @@ def _is_bound(folder: Path, plan: Plan, settings: Settings, fold: str) -> bool:
     old = Settings.model_validate(read_run(folder)["settings"])
     if old == settings and Plan.read(folder / "plans.json") == plan:
         return True
-    folds = sorted(folder.glob("fold_*"))
-    if any(map(is_begun, folds)):
-        return True
-    try:
-        with ExitStack() as stack:
-            for path in folds:
-                if path.name != f"fold_{fold}":
-                    stack.enter_context(lock_fold(path))
-    except Busy:
-        return True
-    return False
+    folds = folder.glob("fold_*")
+    return any(is_begun(path) or (path.name != f"fold_{fold}" and is_locked(path)) for path in folds)
 
 
 def check_resume(
@@ -230,10 +222,9 @@ def check_resume(
     if not same_network:
         what += "; that is another network, which cannot resume from these weights"
         raise UserError(what, folder, f"{elsewhere[0].upper()}{elsewhere[1:]}.")
-    finished = [path.name for path in sorted(folder.glob("fold_*")) if is_finished(path)]
-    if restart or (fold and _can_extend(folder / f"fold_{fold}", settings)):
-        finished = [name for name in finished if name != f"fold_{fold}"]
-    if finished:
+    begins = restart or (fold and _can_extend(folder / f"fold_{fold}", settings))
+    names = other_folds(folder, fold if begins else "")
+    if finished := [name for name in names if is_finished(folder / name)]:
         what = f"has finished folds ({', '.join(finished)}), which were trained without {'; '.join(changes)}"
         fix = f"Add --epochs or --time-limit to resume a finished fold; or {elsewhere}."
         raise UserError(what, folder, fix)
@@ -458,8 +449,7 @@ def read_weights_header(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError("no such file", file) from None
     except Exception as error:  # safetensors raises its own SafetensorError, which has no public name
-        fix = "Get it again, or train it again with --restart."
-        raise UserError(f"is not a safetensors file ({error})", file, fix) from None
+        raise UserError(f"is no safetensors file ({error})", file, "Get it again, or train with --restart.") from None
 
 
 def is_finished(fold_folder: Path) -> bool:

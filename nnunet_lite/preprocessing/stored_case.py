@@ -255,8 +255,7 @@ def sample_voxels(classes: np.ndarray, labels: Labels) -> list[tuple[int, np.nda
         Class or region (counted from 1) and voxels. With an ignore label, the voxels of all other classes come last,
         numbered -1.
     """
-    classes_of = labels.region_classes if labels.has_regions else [(c,) for c in range(1, labels.n_classes)]
-    groups = list(enumerate(classes_of, 1))
+    groups = list(enumerate(labels.region_classes, 1))
     if labels.ignore_class is not None:
         groups.append((_ANNOTATED, (*range(labels.n_classes), labels.outside_class)))
     boxes = dict(label_boxes(classes))

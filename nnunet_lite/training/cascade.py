@@ -16,6 +16,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
+from nnunet_lite.data.geometry import bounding_box
 from nnunet_lite.networks.unet import one_hot
 from nnunet_lite.settings import AugmentationSettings
 from nnunet_lite.training.augmentation import copy_to_device
@@ -125,10 +126,9 @@ def _find_box(mask: Tensor, margin: int) -> tuple[slice, ...] | None:
     """The bounding box of a mask (z, y, x) with a margin, None if empty; on a GPU the whole map, without a wait."""
     if mask.device.type != "cpu":
         return (slice(None),) * mask.ndim
-    spans = [torch.nonzero(mask.any(dim=tuple(a for a in range(mask.ndim) if a != axis))) for axis in range(mask.ndim)]
-    if not len(spans[0]):
+    if not mask.any():
         return None
-    return tuple(slice(max(0, int(span[0]) - margin), int(span[-1]) + 1 + margin) for span in spans)
+    return tuple(slice(max(0, low - margin), high + margin) for low, high in bounding_box(mask.numpy()))
 
 
 def dilate(mask: Tensor, radius: int) -> Tensor:

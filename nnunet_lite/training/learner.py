@@ -126,7 +126,7 @@ def parallelize(job: Job, learner: Learner) -> Learner:
     if compiled:
         try:
             batch = make_batch(job, job.training, 0, 0, augment=False)
-            with _restored(norm_statistics(network)), log.working("compiling the network"):
+            with _restored(network.buffers()), log.working("compiling the network"):
                 _trial_step(job, parallel, batch)()
             network.eval()
             with torch.inference_mode():  # as the pseudo-validation, whose duration is that of windows later
@@ -185,7 +185,7 @@ def train_step(job: Job, learner: Learner, batches: list[Batch], rate: float, nu
     for group in learner.optimizer.param_groups:
         group["lr"] = rate
     learner.optimizer.zero_grad(set_to_none=True)
-    statistics = [(value, value.clone()) for value in norm_statistics(learner.network)]
+    statistics = [(value, value.clone()) for value in learner.network.buffers()]  # of batch norm
     forward, last, losses = learner.forward, len(batches) - 1, []
     for i, batch in enumerate(batches):
         # until the last batch, gradients stay in their process
@@ -239,12 +239,6 @@ def _restored(values: Iterable[Tensor]) -> Iterator[None]:
     finally:
         for value, copy in before:
             value.copy_(copy)
-
-
-def norm_statistics(network: nn.Module) -> list[Tensor]:
-    """Return the running statistics of batch norm."""
-    layers = (module for module in network.modules() if isinstance(module, nn.modules.batchnorm._NormBase))
-    return [value for layer in layers for value in layer.buffers()]
 
 
 # ---------------------------------------------------------------------------------------------- what is fastest here
@@ -325,7 +319,7 @@ def choose_format(job: Job, network: nn.Module, options: list[ComputeFormat] | N
             learner = replace(learner, forward=cast(nn.Module, torch.compile(network, dynamic=False)))
         return _trial_step(single, learner, batch)
 
-    with _restored(norm_statistics(network)):
+    with _restored(network.buffers()):  # the statistics of batch norm
         best = pick_fastest(options, prepare, job.device, budget)
     best = from_first(best, job.ranks)
     release_memory(job.device)

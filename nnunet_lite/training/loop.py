@@ -449,7 +449,6 @@ def _pseudo_validate(job: Job, learner: Learner, state: State, allowed: float) -
     if not n_batches or not job.validation:
         return {}
     learner.network.eval()
-    regions = labels.region_classes if labels.has_regions else None
     total = torch.zeros((), device=job.device)
     counts = torch.zeros(3, len(labels.region_names), device=job.device, dtype=torch.int64)
     finite = torch.ones((), device=job.device, dtype=torch.int64)
@@ -468,7 +467,7 @@ def _pseudo_validate(job: Job, learner: Learner, state: State, allowed: float) -
             loss, outputs = learning.compute_loss(job, learner, batch)
             finest = outputs[0] if isinstance(outputs, list) else outputs
             total += loss
-            counts += pseudo_dice_counts(finest, batch[1], regions, labels.ignore_class)
+            counts += pseudo_dice_counts(finest, batch[1], labels)
             finite &= loss.isfinite()  # other logits count as background
             done += 1
             now = time.monotonic()

@@ -392,17 +392,12 @@ def downsample_classes(classes: Tensor, shape: Sequence[int]) -> Tensor:
     return F.interpolate(classes[:, None].float(), size=tuple(shape), mode="nearest-exact")[:, 0].to(classes.dtype)
 
 
-def pseudo_dice_counts(
-    logits: Tensor, classes: Tensor, regions: Sequence[Sequence[int]] | None, ignore_class: int | None = None
-) -> Tensor:
+def pseudo_dice_counts(logits: Tensor, classes: Tensor, labels: Labels) -> Tensor:
     """Return true positives, false positives and false negatives of hard labels: (3, foreground channels)."""
-    if regions is None:
-        n_classes = logits.shape[1]
-        hits, regions = one_hot(logits.argmax(1), n_classes), [(c,) for c in range(1, n_classes)]
-    else:
-        hits = logits > 0
-    truth = torch.stack([torch.stack([classes == c for c in region]).any(0) for region in regions], 1)
-    if ignore_class is not None:
-        hits = hits & (classes != ignore_class)[:, None]
+    hits = logits > 0 if labels.has_regions else one_hot(logits.argmax(1), logits.shape[1])
+    members = [torch.stack([classes == c for c in region]).any(0) for region in labels.region_classes]
+    truth = torch.stack(members, 1)
+    if labels.ignore_class is not None:
+        hits = hits & (classes != labels.ignore_class)[:, None]
     axes = (0, *range(2, hits.ndim))
     return torch.stack([(hits & truth).sum(axes), (hits & ~truth).sum(axes), (~hits & truth).sum(axes)])

@@ -55,9 +55,8 @@ def draw_preview(job: Job, path: Path, samples: int = 4, versions: int = 5) -> N
         for axes, (images, classes) in zip(grid[row], slices, strict=True):
             _show(axes, job, images[row], classes[row], float(low), float(high))
         grid[row][0].set_title(job.training[location.case].case_id, fontsize=8)
-    labels = job.plan.labels
-    names = [str(v) for v in labels.values[1:]] if labels.has_regions else list(labels.region_names)
-    handles = [lines.Line2D([], [], color=c, label=name) for c, name in zip(_colours(job), names, strict=False)]
+    named = zip(_colours(job), job.plan.labels.class_names[1:], strict=False)
+    handles = [lines.Line2D([], [], color=colour, label=name) for colour, name in named]
     columns = min(6, len(handles))
     picture.legend(handles=handles[:_MOST_NAMES], loc="outside lower center", ncols=columns, fontsize=8)
     with atomic(path) as temporary:
