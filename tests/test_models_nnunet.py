@@ -196,8 +196,8 @@ def test_damaged_checkpoints_are_refused(theirs: Copy, tmp_path: Path) -> None:
     flipped = bytearray(whole)
     flipped[largest.header_offset + 200] ^= 1
     for content, says in (
-        (whole[: len(whole) // 2], r"is no checkpoint in the format of torch\.save"),
-        (pickle.dumps(Runs(os.system, f"touch {mark}")), r"is no checkpoint in the format of torch\.save"),
+        (whole[: len(whole) // 2], r"is no checkpoint of torch 1\.6 or later"),
+        (pickle.dumps(Runs(os.system, f"touch {mark}")), r"is no checkpoint of torch 1\.6 or later"),
         (longer.read_bytes(), r"is no readable checkpoint \(.*record size .* does not match"),
         (flipped, r"is damaged: the checksum of .*/data/.* differs"),
     ):

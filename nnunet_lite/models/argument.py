@@ -167,7 +167,8 @@ def unpacked(path: Path, checkpoint: Checkpoint = "final") -> Iterator[Path]:
             else:
                 folder = unpack_nnunet(file, path, temporary)
         if checkpoint != "final" and (folder / "run.json").is_file():
-            fix = "Leave out --checkpoint, or give nnU-Net's own folder."
+            ways = f"`nnlite import FOLDER -chk {checkpoint}`, or `-m FOLDER -chk {checkpoint}`"
+            fix = f"Leave out --checkpoint; nnU-Net's own folder has more: {ways}."
             raise UserError("is a model of nnlite, which has one checkpoint", path, fix)
         try:
             yield folder
