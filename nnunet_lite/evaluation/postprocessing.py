@@ -220,17 +220,16 @@ class Gain(BaseModel, frozen=True, extra="forbid", strict=True):
     ----------
     before, after : float
         Mean Dice on cases that did not choose the rule.
-    n : int or None
-        Number of these cases. None in an inference.json of a version that measured the gain on the cases that chose.
+    n : int
+        Number of these cases.
     """
 
     before: float
     after: float
-    n: int | None = None
+    n: int
 
     def __str__(self) -> str:
-        where = "the cases that chose it" if self.n is None else f"{plural(self.n, 'case')} that did not choose it"
-        return f"Dice {self.before:.4f} -> {self.after:.4f} on {where}"
+        return f"Dice {self.before:.4f} -> {self.after:.4f} on {plural(self.n, 'case')} that did not choose it"
 
 
 @dataclass(frozen=True)
