@@ -15,6 +15,7 @@ from bad_inputs import edit, setting
 from samples import FAST, NNUNET_MODELS, Command, Counts, sample_plan
 
 import nnunet_lite
+from nnunet_lite.commands.info import describe_model
 from nnunet_lite.data.dataset import stored_dataset
 from nnunet_lite.data.images import read_label
 from nnunet_lite.data.labels import Labels
@@ -281,6 +282,8 @@ def test_the_first_stage_is_imported_once_and_gets_a_name(results: Path, tmp_pat
     inside = Path(file) / NAMES["3d_fullres"].replace("3d_fullres", "3d_cascade_fullres")
     model = nnunet_lite.load(inside, device="cpu", settings=FAST)
     assert model.first_stage is not None and model.first_stage.configuration_name == "3d_lowres"
+    about = describe_model(paths.models / names[0])
+    assert about.values["first_stage"] == names[2] and f"cascade   after {names[2]}" in about.text
     made = nnunet_lite.import_model(inside, name="mine", workspace=tmp_path / "w")
     assert made == paths.models / "mine" and (paths.models / "3d_lowres-mine" / "fold_0").is_dir()
 

@@ -105,6 +105,7 @@ def describe_model(model: Path, checkpoint: Checkpoint = "final") -> options.Abo
         f"spacing   {join_by_x(values['spacing'])} {length_unit(plan)}, patch {join_by_x(values['patch_size'])}",
         f"network   {network['kind']}, features {'-'.join(map(str, network['features']))}, {network['norm']} norm",
     ]
+    lines += [f"cascade   after {values['first_stage']}, its first stage"] if values["first_stage"] else []
     for fold, state in values["folds"].items():
         dice = "no scores here" if state["mean_dice"] is None else f"mean Dice {state['mean_dice']:.4f}"
         lines.append(f"fold {fold}    {plural(state['epochs'], 'epoch')} in {log.duration(state['seconds'])}, {dice}")

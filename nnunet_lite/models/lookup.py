@@ -105,6 +105,7 @@ def describe_folder(folder: Path) -> dict[str, Any]:
     return {
         "dataset": plan.dataset,
         "configuration": run["configuration"],
+        "first_stage": run.get("previous"),
         "recipe": run["settings"]["recipe"],
         "channels": [channel.name for channel in plan.channels],
         "labels": plan.labels.to_json(),
