@@ -13,7 +13,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 from bad_inputs import Bad, copies_of_scan, refuse
-from samples import Command, Counts, Forked, sample_plan, wait_until
+from samples import Command, Counts, Forked, sample_plan, save_arrays, wait_until
 
 from nnunet_lite import log
 from nnunet_lite.data.cases import Case, find_cases
@@ -249,6 +249,26 @@ def test_a_label_map_beside_the_channels_that_would_be_one_of_them(tmp_path: Pat
         check_output([images[0]], cases, tmp_path / "a.nii.gz", labels)
     check_output([images[0]], cases, tmp_path / "seg.nii.gz", labels)
     check_output([images[0]], cases, tmp_path / "out", labels)
+
+
+@pytest.mark.parametrize(
+    ("files", "channels"),
+    [
+        (("t1_to_flair", "flair_to_t1"), ("t1", "flair")),
+        (("P1_T1_to_FLAIR", "P1_FLAIR"), ("t1", "flair")),
+        (("sub-1_T1w_space-FLAIR", "sub-1_FLAIR"), ("T1w", "FLAIR")),
+        (("t2", "t2_flair"), ("t2", "flair")),
+        (("t1", "t1_to_flair"), ("t1", "t1_to_flair")),
+        (("t1", "ce_t1"), ("t1", "ce_t1")),
+    ],
+)
+def test_an_image_on_the_grid_of_another_is_the_channel_that_moved(
+    files: tuple[str, str], channels: tuple[str, str], tmp_path: Path
+) -> None:
+    """Such as t1_to_flair.nii.gz, which was registered to FLAIR and was read as FLAIR."""
+    save_arrays(tmp_path, {f"P1/{name}.nii.gz": np.zeros((4, 4, 4)) for name in files})
+    (case,) = find_cases([tmp_path], 2, channels)
+    assert case.images == tuple(tmp_path / "P1" / f"{name}.nii.gz" for name in files)
 
 
 @pytest.mark.slow  # one kill of a command is in test_store.py

@@ -294,16 +294,17 @@ def _nested_cases(folder: Path, channels: int, names: Sequence[str], skipped: li
 
 
 def _named_files(files: Sequence[Path], names: Sequence[str]) -> tuple[Path, ...]:
-    """Return the file of each channel: t1.nii.gz or P001-T1.nii.gz of t1. Empty unless each channel has one.
-
-    A file belongs to the longest name that it ends in: ce_t1.nii.gz is of ce_t1, not of t1.
-    """
-    ends = {
-        path: [name for name in names if _parts(stem(path))[-len(_parts(name)) :] == _parts(name)] for path in files
-    }
-    of = {path: max(fitting, key=len) for path, fitting in ends.items() if fitting}
-    found = [[path for path in files if of.get(path) == name] for name in names]
+    """Return the file of each channel: t1.nii.gz or P001-T1.nii.gz of t1. Empty unless each channel has one."""
+    of = {path: _channel_of(_parts(stem(path)), names) for path in files}
+    found = [[path for path in files if of[path] == name] for name in names]
     return tuple(path for (path,) in found) if all(len(some) == 1 for some in found) else ()
+
+
+def _channel_of(parts: list[str], names: Sequence[str]) -> str | None:
+    """Return the longest name that the parts of a file's name end in: ce_t1 is of ce_t1, and t1_to_flair of t1."""
+    name = max((name for name in names if parts[-len(_parts(name)) :] == _parts(name)), key=len, default=None)
+    before = parts if name is None else parts[: -len(_parts(name))]
+    return _channel_of(before[:-1], names) if before[-1:] in (["to"], ["space"]) else name
 
 
 # ------------------------------------------------------------------------------------------------------------- channels
