@@ -192,3 +192,11 @@ def test_clean_deletes_only_what_can_be_made_again(command: Command, models: Pat
     assert nnunet_lite.preprocess("2d", workspace=models.parents[1], workers=0).made == 10
     with pytest.raises(UserError, match="no planned dataset"):
         clean(dataset="5", workspace=models.parents[1])
+
+
+def test_info_of_a_dataset_leaves_out_models_that_cannot_be_read(command: Command, models: Path) -> None:
+    broken = Path(shutil.copytree(models / "tiny", models / "broken"))
+    (broken / "plans.json").write_text("{}")
+    code, out, err = command("info", cwd=models.parents[2])
+    assert code == 0 and f"{models / 'tiny'}: 3d_fullres" in out
+    assert "warning: model broken is left out: " in err and str(broken / "plans.json") in err

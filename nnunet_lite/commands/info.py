@@ -11,6 +11,7 @@ from nnunet_lite import log
 from nnunet_lite.commands import options
 from nnunet_lite.data.dataset import stored_dataset
 from nnunet_lite.data.problems import plural
+from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.selection import changed_models, describe_rules, packed_rules, read_selection
 from nnunet_lite.files import read_json, understood
 from nnunet_lite.models.argument import as_model_folder, find_models
@@ -117,7 +118,12 @@ def describe_model(model: Path, checkpoint: Checkpoint = "final") -> options.Abo
 
 def describe_dataset(paths: Paths) -> options.About:
     """Describe a dataset of a workspace: its cases, plan and models; only the models if it is not planned."""
-    models = [describe_model(folder) for folder in model_folders(paths)]
+    models = []
+    for folder in model_folders(paths):
+        try:
+            models.append(describe_model(folder))
+        except UserError as error:
+            log.warn(f"model {folder.name} is left out: {error}")
     if not paths.plans.is_file():
         about = {"dataset": paths.name, "workspace": str(paths.root.parent), "models": [m.values for m in models]}
         head = f"{paths.name}: only models; the dataset is not planned in {paths.root.parent}"
