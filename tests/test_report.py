@@ -320,8 +320,8 @@ def test_selected_models(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained / "models" / "tiny", trained / "models" / "other")
     ensemble = trained / "ensembles" / "other+tiny" / "fold_0"
     shutil.copytree(trained / "models" / "tiny" / "fold_0" / "validation", ensemble / "validation")
-    winner = {"models": ["other", "tiny"], "n_cases": 2, "dice": 0.81, "low": 0.7, "high": 0.9, "median": 0.8,
-              "by_label": {"Anterior": 0.8, "Posterior": 0.82}, "margin": {"mean": 0, "low": 0, "high": 0}}  # fmt: skip
+    winner = {"models": ["other", "tiny"], "n_cases": 2, "dice": 0.81, "low": 0.7, "high": 0.9,
+              "median": 0.8, "by_label": {"Anterior": 0.8, "Posterior": 0.82}, "margin": {"mean": 0, "low": 0, "high": 0}}  # fmt: skip
     second = {**winner, "models": ["tiny"], "dice": 0.75, "margin": {"mean": 0.06, "low": -0.01, "high": 0.11}}
     write_json(trained / "inference.json", {
         "format": "nnlite-inference-1", "models": ["other", "tiny"], "folds": ["0"], "made": "2026-11-26",
