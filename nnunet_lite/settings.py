@@ -177,6 +177,14 @@ class TrainingSettings(Strict):
         20, description="steps of an epoch with a non-finite loss at which the run ends; fewer are skipped"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _replace_old_key(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "tensorboard" in values:  # of older runs and recipes
+            others = {key: value for key, value in values.items() if key != "tensorboard"}
+            return {**others, "logger": "tensorboard"} if values["tensorboard"] else others
+        return values
+
     @model_validator(mode="after")
     def _early_stop_has_a_score(self) -> TrainingSettings:
         if self.early_stop is not None and not self.validation_iterations:
@@ -543,7 +551,7 @@ def _validated(base: Settings, values: dict[str, Any], file: Path | None) -> Set
     known = keys()
     tree: dict[str, Any] = base.model_dump(exclude_unset=True)  # `model_fields_set` says later what was given
     for key, value in values.items():
-        if key not in known:
+        if key not in known and key != "training.tensorboard":
             raise UserError(f"unknown setting {key!r}", file, _suggest_keys(key))
         section, name = key.split(".")
         tree.setdefault(section, {})[name] = value

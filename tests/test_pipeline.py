@@ -192,3 +192,5 @@ def test_placement_survives_json() -> None:
     place = preprocess_image(image, None, sample_plan(LABELS, axis_order=(2, 0, 1)), CUBIC).placement
     written = json.loads(json.dumps(asdict(place)))
     assert Placement.from_json(written) == place
+    turn = written.pop("turn")  # as an earlier nnlite wrote it
+    assert Placement.from_json(written | {"axis_order": turn["order"], "reversed": turn["reversed"]}) == place

@@ -321,13 +321,13 @@ def test_selected_models(trained: Path, tmp_path: Path) -> None:
     ensemble = trained / "ensembles" / "other+tiny" / "fold_0"
     shutil.copytree(trained / "models" / "tiny" / "fold_0" / "validation", ensemble / "validation")
     winner = {"models": ["other", "tiny"], "n_cases": 2, "dice": 0.81, "low": 0.7, "high": 0.9,
-              "median": 0.8, "by_label": {"Anterior": 0.8, "Posterior": 0.82}, "margin": {"mean": 0, "low": 0, "high": 0}}  # fmt: skip
+              "by_label": {"Anterior": 0.8, "Posterior": 0.82}, "margin": {"mean": 0, "low": 0, "high": 0}}  # fmt: skip
     second = {**winner, "models": ["tiny"], "dice": 0.75, "margin": {"mean": 0.06, "low": -0.01, "high": 0.11}}
     write_json(trained / "inference.json", {
         "format": "nnlite-inference-1", "models": ["other", "tiny"], "folds": ["0"], "made": "2026-11-26",
         "postprocessing": {"Posterior": {"largest_component": True, "min_size_mm3": 12.5}},
         "candidates": [winner, second],
-        "postprocessing_gain": {"Posterior": {"before": 0.8, "after": 0.82, "n": 7}}, "version": "0.1.0",
+        "postprocessing_gain": {"Posterior": {"before": 0.8, "after": 0.82}}, "version": "0.1.0",
     })  # fmt: skip
     page = report(trained.parent, tmp_path / "page.html")
     assert list(page.data["models"]) == ["other+tiny", "other", "tiny"]
@@ -336,7 +336,7 @@ def test_selected_models(trained: Path, tmp_path: Path) -> None:
     assert rows[2][5][0] == "+0.0600 (-0.0100 to +0.1100)"
     steps = page.tables["Postprocessing of the predictions"][1]
     assert steps[1][0] == "the largest component, from 12.5 mm3"
-    assert [float(value or 0) for _, value in steps[2:4]] == [0.8, 0.82] and steps[4][0] == "7"
+    assert [float(value or 0) for _, value in steps[2:4]] == [0.8, 0.82] and steps[4][0] == "n/a"  # an older version
     assert page.tables["Held-out cases of other + tiny, worst first"]
     paper = " ".join(page.text.split())
     assert "The model tiny was trained" in paper and "The model other was trained" in paper

@@ -410,6 +410,24 @@ def test_predict_obeys(paths: Paths, scan: Path, tmp_path: Path, command: Comman
     assert predicted("-c", "other")[2]["models"] == [str(other)]
 
 
+def test_rules_of_an_older_selection_are_not_applied(
+    paths: Paths, scan: Path, tmp_path: Path, command: Command
+) -> None:
+    """An inference.json of a version whose rules nothing confirmed: its sizes are mm3, its gains have no n."""
+    chosen = selected(paths)
+    value = chosen.to_json()
+    value["postprocessing"] = {"Posterior": {"largest_component": False, "min_size_mm3": 1e6}}
+    value["postprocessing_gain"] = {"Posterior": {"before": 0.5, "after": 0.6}}
+    write_json(paths.inference, value)
+    common = ["predict", "-i", scan, "-o", tmp_path / "out", "--device", "cpu", "-w", paths.root.parent]
+    code, _, err = command(*common, cwd=tmp_path)
+    assert code == 0 and "postprocessing: none\n" in err
+    assert "the postprocessing of Posterior was chosen and measured on the same cases, and is not applied; `nnl" in err
+    assert (read_label(tmp_path / "out" / scan.name)[0] == 2).any()
+    assert "warning" not in command(*common, "--no-postprocess", cwd=tmp_path)[2]
+    assert "Dice 0.5000 -> 0.6000 on the cases that chose it" in read_selection(paths).to_text()
+
+
 def test_the_selected_model_is_exported(paths: Paths, tmp_path: Path, command: Command) -> None:
     """Though another one has more folds; of two that vote, none is exported for both."""
     selected(paths)
@@ -505,8 +523,8 @@ def test_rules_for_an_unknown_label_are_refused(paths: Paths, scan: Path, comman
 
 def test_how_a_selection_reads() -> None:
     by_label = {"left": 0.9, "right": None}
-    best = Candidate(models=("a<b", "c"), n_cases=40, dice=0.91, low=0.9, high=0.92, median=None,
-                     by_label=by_label, margin=Margin(0, 0, 0))  # fmt: skip
+    best = Candidate(models=("a<b", "c"), n_cases=40, dice=0.91, low=0.9, high=0.92, by_label=by_label,
+                     margin=Margin(0, 0, 0))  # fmt: skip
     worse = best.model_copy(update={"models": ("c",), "dice": 0.9, "margin": Margin(0.01, 0.005, 0.015)})
     found = Selection.model_validate(
         handwritten({"left": LARGEST}, {"left": Gain(before=0.9, after=0.93, n=1)})

@@ -242,6 +242,18 @@ def test_settings_survive_json_and_are_frozen() -> None:
         settings.training.epochs = 1  # type: ignore[misc]
 
 
+def test_tensorboard_has_become_a_logger(tmp_path: Path) -> None:
+    """Models and recipes of older versions are read."""
+    (tmp_path / "mine.toml").write_text("[training]\ntensorboard = true\n")
+    assert load_settings(str(tmp_path / "mine.toml")).training.logger == "tensorboard"
+    assert load_settings("default", {"training.tensorboard": "true"}).training.logger == "tensorboard"
+    older = Settings().model_dump(mode="json")
+    del older["training"]["logger"]
+    older["training"]["tensorboard"] = False
+    assert Settings.model_validate(older) == Settings()
+    assert "training.tensorboard" not in keys()
+
+
 def test_differences_lists_what_changed_and_not_the_recipes_name() -> None:
     old = load_settings("default")
     assert differences(old, old.model_copy(update={"recipe": "other"})) == []

@@ -220,16 +220,17 @@ class Gain(BaseModel, frozen=True, extra="forbid", strict=True):
     ----------
     before, after : float
         Mean Dice on cases that did not choose the rule.
-    n : int
-        Number of these cases.
+    n : int or None
+        Number of these cases. None in an inference.json of a version that measured the gain on the cases that chose.
     """
 
     before: float
     after: float
-    n: int
+    n: int | None = None
 
     def __str__(self) -> str:
-        return f"Dice {self.before:.4f} -> {self.after:.4f} on {plural(self.n, 'case')} that did not choose it"
+        where = "the cases that chose it" if self.n is None else f"{plural(self.n, 'case')} that did not choose it"
+        return f"Dice {self.before:.4f} -> {self.after:.4f} on {where}"
 
 
 @dataclass(frozen=True)

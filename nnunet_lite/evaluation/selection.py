@@ -40,7 +40,7 @@ class Candidate(BaseModel, frozen=True):
     dice, low, high : float or None
         The foreground mean (of the means of the labels) with its 95 % interval.
     median : float or None
-        The median over cases of their means over labels.
+        The median over cases of their means over labels; None in a file of an older version.
     by_label : dict
         Mean Dice of each label or region; None if no case has it.
     margin : Margin
@@ -52,7 +52,7 @@ class Candidate(BaseModel, frozen=True):
     dice: float | None
     low: float | None
     high: float | None
-    median: float | None
+    median: float | None = None
     by_label: dict[str, float | None]
     margin: Margin
 
@@ -110,6 +110,12 @@ class Selection(BaseModel, frozen=True, coerce_numbers_to_str=True):
     def to_json(self) -> dict[str, Any]:
         """Return the content of inference.json."""
         return self.model_dump(mode="json")
+
+    @property
+    def unconfirmed(self) -> list[str]:
+        """The labels whose rule was chosen and measured on the same cases, by an older version."""
+        gains = self.postprocessing_gain
+        return [label for label in self.postprocessing if label not in gains or gains[label].n is None]
 
     @property
     def summary(self) -> str:
@@ -247,6 +253,10 @@ def choose_models(
             raise UserError(what, paths.inference, f"{_SELECT_AGAIN[:-1]}, or name a model with -m or -c.")
     folds = list(selection.folds) if folds is None else folds
     rules = selection.postprocessing if postprocess else {}
+    if doubtful := [label for label in selection.unconfirmed if label in rules]:
+        rules = {label: rule for label, rule in rules.items() if label not in doubtful}
+        what = f"the postprocessing of {', '.join(doubtful)} was chosen and measured on the same cases"
+        log.warn(f"{what}, and is not applied; `nnlite select` chooses and confirms it on different cases")
     log.info(f"{paths.inference}: {describe_selection(selection.models, folds, rules)}")
     if rules:  # the model has names of labels that may have been changed since it was trained, in the same order
         own = read_model(selected[0])[0].labels.region_names

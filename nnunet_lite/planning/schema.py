@@ -312,7 +312,10 @@ class Plan(Strict):
 
     def as_dict(self) -> dict[str, Any]:
         """Return the content of plans.json, without options where there are none, as in a model folder."""
-        return self.model_dump(mode="json", exclude={"options"} if self.options is None else None)
+        content = self.model_dump(mode="json", exclude={"options"} if self.options is None else None)
+        if self.options is not None and self.options.spacing is None:
+            del content["options"]["spacing"]  # an older nnlite reads plans that do without it
+        return content
 
     def trains_as(self, other: Plan) -> bool:
         """Whether both plans give the same arrays and networks."""

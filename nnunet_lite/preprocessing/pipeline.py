@@ -87,7 +87,10 @@ class Placement:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Placement:
-        """Read what `dataclasses.asdict` makes of a placement."""
+        """Read what `dataclasses.asdict` makes of a placement; an earlier nnlite spread the fields of `turn`."""
+        if "turn" not in value:
+            turn = {"order": value["axis_order"], "reversed": value.get("reversed", (False, False, False))}
+            value = {**value, "turn": turn}
         return _PLACEMENT.validate_python(value)
 
     def on_grid(self, second: Placement) -> Placement:

@@ -223,9 +223,11 @@ def recipe_of(plan: Plan, configuration: Configuration, spacing: Sequence[float]
     """Return what of a plan decides the arrays that a case is made into, at a target spacing (mm)."""
     labels, resampling = plan.labels, configuration.resampling.model_dump()
     outside = {"outside": labels.outside_class} if any(c.use_mask for c in plan.channels) else {}
+    # version 1 clipped outside of the mask too
+    is_clipped_inside = any(c.use_mask and c.clip_percentiles for c in plan.channels)
     return {
         **outside,
-        "version": _VERSION,
+        "version": _VERSION + is_clipped_inside,
         "axis_order": plan.axis_order,
         "channels": [(c.normalization, c.use_mask, c.clip_percentiles, c.statistics_used) for c in plan.channels],
         "labels": (labels.values, labels.ignore, labels.region_classes if labels.has_regions else None),
