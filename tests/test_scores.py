@@ -103,6 +103,17 @@ def test_paired_comparison_with_gaps() -> None:
     assert compare_paired(some, some) == Margin(0, 0, 0)
 
 
+def test_intervals_are_of_the_same_labels_as_the_mean() -> None:
+    """A label of one case in ten is in two resamples of three; without it, the others would have another mean."""
+    table = np.full((10, 2), N)
+    table[:, 0], table[0, 1] = np.linspace(0.8, 0.9, 10), 0.0
+    common, both = summarize(table[:, :1]), summarize(table)
+    assert both.mean == pytest.approx(0.425)
+    assert (both.low, both.high) == pytest.approx((common.low / 2, common.high / 2))  # type: ignore[operator]
+    better = compare_paired(np.where(table == 0, 0.5, table), table)
+    assert (better.mean, better.low, better.high) == pytest.approx((0.25, 0.25, 0.25))
+
+
 def test_a_sign_flip_test_by_hand() -> None:
     assert p_of_gain(np.array([0.1, 0.0, 0.2, 0.3])) == 1 / 8 and p_of_gain(np.zeros(4)) == 1.0
     assert [p_of_gain(np.array([0.0, value])) for value in (0.3, -0.3)] == [1 / 2, 1.0]

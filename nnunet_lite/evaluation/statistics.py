@@ -1,6 +1,7 @@
 """Means over cases and labels, their confidence intervals, and paired comparisons.
 
-Intervals are percentiles of 1000 resamples of the cases (bootstrap, Efron 1979) with a fixed seed.
+Intervals are percentiles of 1000 resamples of the cases (bootstrap, Efron 1979) with a fixed seed. A label that no case
+of a resample has keeps its mean: without it, the resample would have the mean of other labels.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def compare_paired(ours: np.ndarray, others: np.ndarray) -> Margin:
     if n < 2:
         return Margin(mean)
     draws = _weighted_means(ours, _resamples(n)) - _weighted_means(others, _resamples(n))
-    low, high = (float(v) for v in np.nanpercentile(draws, _INTERVAL))
+    low, high = (float(v) for v in np.percentile(draws, _INTERVAL))
     return Margin(mean, low, high)
 
 
@@ -160,10 +161,10 @@ def mean_of_labels(table: np.ndarray) -> float:
 def _weighted_means(table: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Compute the mean over labels of their means over cases, for each row of case weights (rows, cases)."""
     known = np.isfinite(table)
-    counts = weights @ known
+    values, counts = np.where(known, table, 0.0), weights @ known
     with np.errstate(invalid="ignore"):
-        by_label = (weights @ np.where(known, table, 0.0)) / counts
-        return np.where(counts > 0, by_label, 0.0).sum(axis=1) / (counts > 0).sum(axis=1)
+        by_label = np.where(counts > 0, weights @ values / counts, values.sum(axis=0) / known.sum(axis=0))
+        return np.nansum(by_label, axis=1) / known.any(axis=0).sum()
 
 
 @lru_cache(maxsize=8)
