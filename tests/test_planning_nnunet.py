@@ -154,13 +154,16 @@ REGIONS = {"background": 0, "all": [1, 2], "core": [2], "ignore": 3}
         ({"background": 5, "a": 1}, None, {"background": 0, "a": 1}),
         (REGIONS, [1, 2], REGIONS),
         ({"nothing": 0, "all": [1, 4], "core": 4, "ignore": 255}, [1, 4], REGIONS),
+        ({"background": 5, "all": [0, 7], "core": [7]}, [0, 7], {"background": 0, "all": [1, 2], "core": [2]}),
     ],
 )
 def test_labels_are_written_as_nnunet_demands_them(
     labels: dict[str, Any], order: list[int] | None, written: dict[str, Any]
 ) -> None:
     """What its LabelManager asserts: "background" is 0, and ignore is one more than the last value."""
-    assert _labels_for_nnunet(Labels.from_json(labels, order)) == written
+    found = _labels_for_nnunet(Labels.from_json(labels, order))
+    assert found["labels"] == written
+    assert found.get("regions_class_order") == (order and [1, 2]), "what nnU-Net writes is in the regions"
 
 
 def test_lists_of_one_value_are_labels_as_in_nnunet() -> None:

@@ -435,7 +435,7 @@ def export_nnunet(folder: Path, out: Path) -> None:
     files = weight_files(folder)
     if not files:
         raise UserError("has no trained fold", folder, "Train one with `nnlite train`.")
-    dataset = {**read_json(folder / "dataset.json"), "labels": _labels_for_nnunet(plan.labels)}
+    dataset = {**read_json(folder / "dataset.json"), **_labels_for_nnunet(plan.labels)}
     headers = read_headers(folder, plan, configuration, files)
     plans, network = plan_to_nnunet(plan, dataset), build_network(plan, configuration)
     with new_model_folder(out) as partial:
@@ -474,23 +474,24 @@ def export_nnunet(folder: Path, out: Path) -> None:
 
 
 def _labels_for_nnunet(labels: Labels) -> Json:
-    """Return the labels of dataset.json as nnU-Net requires them: "background" is 0, and ignore is the last value.
+    """Return labels and region order of dataset.json as nnU-Net requires them: "background" 0, ignore the last value.
 
-    Labels get the values that nnU-Net writes: class numbers. Regions keep their values where nnU-Net accepts them.
+    Values are what nnU-Net writes: class numbers. Regions keep theirs where nnU-Net accepts them.
     """
-    ordered = (BACKGROUND, *labels.region_names)
     values: Sequence[int | tuple[int, ...]]
-    if not labels.has_regions:
-        changes = ", ".join(f"{ordered[i]} {value} -> {i}" for i, value in enumerate(labels.values) if value != i)
-        if changes:
-            log.info(f"nnU-Net numbers labels from 0 and will write: {changes}")
-        values, ignore = range(labels.n_classes), labels.ignore_class
-    elif labels.background == 0 and labels.ignore in (None, max(labels.values) + 1):
-        values, ignore = (0, *labels.region_values), labels.ignore
+    if labels.has_regions and labels.background == 0 and labels.ignore in (None, max(labels.values) + 1):
+        values, ignore, order = labels.region_values, labels.ignore, labels.region_order
     else:
-        values, ignore = (0, *labels.region_classes), labels.ignore_class
-    names = dict(zip(ordered, values, strict=True))
-    return Labels(names=names, ignore=ignore, region_order=labels.region_order).to_json()
+        numbers = {value: i for i, value in enumerate(labels.values)}
+        named = zip(labels.class_names, numbers.items(), strict=True)
+        if changes := ", ".join(f"{name} {value} -> {i}" for name, (value, i) in named if value != i):
+            log.info(f"nnU-Net numbers labels from 0 and will write: {changes}")
+        values = labels.region_classes if labels.has_regions else range(1, labels.n_classes)
+        ignore, order = labels.ignore_class, labels.region_order
+        order = order and tuple(numbers.get(value, value) for value in order)
+    names = {BACKGROUND: 0, **dict(zip(labels.region_names, values, strict=True))}
+    written = Labels(names=names, ignore=ignore, region_order=order).to_json()
+    return {"labels": written, **({"regions_class_order": list(order)} if order else {})}
 
 
 def _mirror_axes(settings: AugmentationSettings, plan: Plan, configuration: str) -> tuple[int, ...] | None:
