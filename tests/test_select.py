@@ -26,6 +26,7 @@ from nnunet_lite.evaluation.selection import Candidate, Selection, read_selectio
 from nnunet_lite.evaluation.statistics import Margin
 from nnunet_lite.files import read_json, write_json
 from nnunet_lite.models.bundle import read_manifest
+from nnunet_lite.models.folder import held_out_dice
 from nnunet_lite.reporting.material import read_material
 from nnunet_lite.workspace import Paths
 
@@ -207,6 +208,20 @@ def test_models_are_compared_on_the_folds_that_they_share(paths: Paths, command:
     assert head.split()[:3] == ["candidate", "n", "Dice"] and row.split()[0] == "two" and "selected" in row
     why = "note: no postprocessing: 4 cases held out, 10 are needed to choose a rule and to confirm it"
     assert rest[-2:] == ["postprocessing: none", why]
+
+
+def test_a_case_that_two_folds_hold_out_is_scored_as_in_the_report(paths: Paths) -> None:
+    splits = read_json(paths.splits)
+    case_id = splits[0]["val"][0]
+    splits[1]["val"].append(splits[1]["train"].pop(splits[1]["train"].index(case_id)))
+    write_json(paths.splits, splits)
+    model = add_model(paths, "twice", shifted)
+    reference, geometry, _ = read_label(next(c for c in stored_dataset(paths.dataset).cases if c.id == case_id).label)
+    write_label(model / "fold_1" / "validation" / f"{case_id}.nii.gz", reference, geometry)
+    found = select(paths, "twice", postprocess=False).candidates[0]
+    assert found.dice == pytest.approx(held_out_dice(model, "01234")) and found.n_cases == 10
+    (shown,) = (one for one in read_material(paths).models if one.name == "twice")
+    assert found.dice == shown.dice.mean and shown.fold_of[case_id] == "0"
 
 
 def test_what_cannot_be_compared_is_reported(paths: Paths) -> None:

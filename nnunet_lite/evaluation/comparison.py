@@ -72,8 +72,8 @@ class HeldOut:
 
     @property
     def fold_of(self) -> dict[str, Split]:
-        """Case id -> the fold that holds it out, in the order of the ids."""
-        fold_of = {case_id: split for split in self.splits for case_id in split.validation}
+        """Case id -> the first fold that holds it out, in the order of the ids."""
+        fold_of = {case_id: split for split in reversed(self.splits) for case_id in split.validation}
         return {case_id: fold_of[case_id] for case_id in sorted(fold_of)}
 
 
@@ -237,7 +237,7 @@ def _dice_of_team(held_out: HeldOut, team: Team) -> np.ndarray:
             else:
                 known = cross_validation.read_scores(out, dataset, cases)
                 scores = known or cross_validation.score_predictions(out, dataset, cases, workers)
-        by_case |= {row.case: dice for row, dice in zip(scores.rows, scores.values(), strict=True)}
+        by_case = {row.case: dice for row, dice in zip(scores.rows, scores.values(), strict=True)} | by_case
     return np.array([by_case[case_id] for case_id in held_out.fold_of], dtype=float)
 
 
