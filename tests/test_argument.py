@@ -89,7 +89,8 @@ def test_a_name_with_a_dataset_is_that_of_a_model_of_this_dataset(results: Path,
     assert find_model("mine", place).name == find_model("mine", place, "4").name == "mine"
     with pytest.raises(UserError, match=r"mine: is no model folder .*The models of Dataset009_Spleen in .* are spleen"):
         find_model("mine", place, "Dataset009")
-    with pytest.raises(UserError, match=r"other: is no model folder .*The models in .* are mine, spleen"):
+    nnunet_lite.import_model(copy, name="mine", workspace=place)
+    with pytest.raises(UserError, match=r"other: is no model folder .*The models in .* are mine, spleen\.$"):
         find_model("other", place, "Dataset009")
     with pytest.raises(UserError, match="no planned dataset called 'Dataset005'"):
         find_model("mine", place, "Dataset005")

@@ -131,7 +131,7 @@ def find_models(given: str | Path, workspace: Path, dataset: str | None = None, 
         if in_workspace:
             datasets = {one.parents[1].name for one in in_workspace}
             of = f" of {datasets.pop()}" if dataset is not None and len(datasets) == 1 else ""
-            fix = f"The models{of} in {workspace} are {', '.join(one.name for one in in_workspace)}."
+            fix = f"The models{of} in {workspace} are {', '.join(dict.fromkeys(one.name for one in in_workspace))}."
         elif not workspace.is_dir() and len(path.parts) == 1:  # a name
             fix = f"There is no workspace {workspace} either, where its name is looked up."
     raise UserError(f"is no model folder ({why})", Path(given), fix)
