@@ -403,6 +403,22 @@ def test_only_the_times_of_a_damaged_record_are_left_out(trained: Path, text: st
     assert "predictions.json: " in notes[0]
 
 
+def test_a_mean_over_other_cases_says_over_how_many(trained: Path, tmp_path: Path) -> None:
+    """HD95 leaves out a label that is missed: without their number, a mean of few cases looks like one of all."""
+    file = trained / "models" / "tiny" / "fold_0" / "validation" / "summary.json"
+    summary = read_json(file)
+    for entry, distance in zip(summary["metric_per_case"], (None, 2.0), strict=True):
+        for values in entry["metrics"].values():
+            values |= {"Dice": 0.5, "absolute_volume_error": 0.1, "lesion_F1": 0.1, "HD95_mm": distance}
+    write_json(file, summary)
+    page = report(trained.parent, tmp_path / "page.html")
+    head, *rows = page.tables["Scores of held-out cases, by label"]
+    names = [name for name, _ in head]
+    assert [name for name in names if name.startswith("cases")] == ["cases", "cases with HD95"]
+    assert [row[names.index("cases with HD95")][0] for row in rows] == ["1", "1", "1"]
+    assert "HD95 2 mm (1 case, median 2 mm)" in " ".join(page.text.split())
+
+
 def test_scores_for_other_labels_are_left_out(trained: Path, tmp_path: Path) -> None:
     file = trained / "models" / "tiny" / "fold_0" / "validation" / "summary.json"
     file.write_text(file.read_text().replace('"2": {', '"3": {'))

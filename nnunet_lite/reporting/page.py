@@ -526,7 +526,10 @@ def _hardest_labels(model: ModelResults) -> list[str]:
 
 
 def _label_table(material: Material, model: ModelResults) -> Table:
-    """Return one row for each label with means and medians, then those over all labels."""
+    """Return one row for each label with means and medians, then those over all labels.
+
+    A metric that other cases have than Dice says how many.
+    """
     scores = model.scores
     dice = {**scores.by_label(), "all labels": scores.foreground()}
     columns = [Column("Label", list(dice)), Column("cases", [one.n for one in dice.values()], "d")]
@@ -535,6 +538,8 @@ def _label_table(material: Material, model: ModelResults) -> Table:
         for what in ("mean", "median"):
             values = [None if one.n == 0 else getattr(one, what) * scale for one in found]
             columns.append(metric_column(material, name, what, values))
+        if (counts := [one.n for one in found]) != columns[1].values:  # HD95 needs both masks
+            columns.append(Column(f"cases with {metric_heading(material, name).partition(' (')[0]}", counts, "d"))
     columns.insert(4, Column("95 % interval", [_interval(one.mean, one) for one in dice.values()], "g"))
     return Table("Scores of held-out cases, by label", columns)
 
