@@ -412,11 +412,14 @@ def test_predict_obeys(paths: Paths, scan: Path, tmp_path: Path, command: Comman
     shutil.copytree(paths.models / "tiny", tmp_path / "elsewhere")
     assert predicted("-m", tmp_path / "elsewhere")[2]["postprocessing"] == {}
 
+    changed = f"warning: tiny changed since that was selected ({chosen.made}); `nnlite select` compares them again\n"
+    later = shutil.copytree(paths.models / "tiny" / "fold_0", paths.models / "tiny" / "fold_1")
+    _, err, result = predicted()
+    assert changed in err and result["folds"] == ["0"], "a fold that was trained since does not predict"
+    shutil.rmtree(later)
     turn_round(paths.models / "tiny")
     _, err, _ = predicted()
-    assert (
-        f"warning: tiny changed since that was selected ({chosen.made}); `nnlite select` compares them again\n" in err
-    )
+    assert changed in err
     assert read_material(paths).notes[0].startswith("tiny changed since the comparison; `nnlite select`")
     shutil.rmtree(paths.models / "tiny")
     code, _, err = command(*common, "-o", tmp_path / "out", cwd=tmp_path)

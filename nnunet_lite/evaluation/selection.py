@@ -21,7 +21,7 @@ from nnunet_lite.evaluation.scores import four_digits
 from nnunet_lite.evaluation.statistics import Margin, summarize
 from nnunet_lite.files import read_validated, understood
 from nnunet_lite.models.bundle import MANIFEST, is_zip, read_manifest
-from nnunet_lite.models.folder import is_finished, weights_fingerprint
+from nnunet_lite.models.folder import is_finished, trained_folds, weights_fingerprint
 from nnunet_lite.models.lookup import choose_model, read_model
 from nnunet_lite.workspace import Paths
 
@@ -278,7 +278,7 @@ def packed_rules(folder: Path) -> dict[str, Rule]:
 
 
 def changed_models(paths: Paths, selection: Selection) -> list[str]:
-    """Return the selected models of which a fold has other weights than when they were selected.
+    """Return the selected models of which a fold has other weights than when they were selected, or was trained since.
 
     Parameters
     ----------
@@ -287,8 +287,10 @@ def changed_models(paths: Paths, selection: Selection) -> list[str]:
     selection : Selection
         From `read_selection`.
     """
+    alone = len(selection.models) == 1  # of two that vote, one may have had folds that the other lacks
     return [
         name
         for name, folds in selection.weights.items()
         if any(weights_fingerprint(paths.models / name, fold) != weights for fold, weights in folds.items())
+        or (alone and not {*trained_folds(paths.models / name)} <= {*folds})
     ]
