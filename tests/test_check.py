@@ -170,6 +170,8 @@ PROBLEMS = [
     Bad("label_absent", table(labels=TAIL), "dataset.json", ("label Tail (3) has no voxel in any case",)),
     Bad("region_order", table(labels={"background": 0, "A": [1], "whole": [1, 2]}, regions_class_order=[1, 2]),
         "dataset.json", ("writes 2 into predictions where label maps hold 1: wrong for A", "List large regions")),
+    Bad("region_order", table(labels={"background": 0, "A": [1, 2], "B": [2, 3]}, regions_class_order=[1, 3]),
+        "dataset.json", ("writes 3 into predictions where label maps hold 2: wrong for A", "the overlap as a third")),
     Bad("region_order", table(labels={"background": 0, "whole": [1, 2], "P": [2]}, regions_class_order=[1, 1]),
         "dataset.json", ("writes 1 into predictions where label maps hold 2: wrong for P",)),
     Bad("label_outside", voxels(IMAGE, lambda a: a * (np.arange(a.shape[2]) < 17)), LABEL,

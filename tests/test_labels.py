@@ -7,6 +7,7 @@ import pytest
 
 from nnunet_lite.data.labels import Labels, smallest_dtype
 from nnunet_lite.errors import UserError
+from nnunet_lite.preprocessing.pipeline import decode_logits, output_values
 
 
 @pytest.mark.parametrize("values", [(0, 1, 4), (1, 7, 8, 9), (-3, 0, 2), (0, 300), (0, 5, 70_000)])
@@ -91,6 +92,16 @@ def test_ignore_is_written_as_any_other_value(value: object) -> None:
     assert Labels.from_json({"background": "0", "a": "1", "ignore": value}) == Labels(
         names={"background": 0, "a": 1}, ignore=3
     )
+
+
+def test_an_overlap_in_part_is_a_region_of_its_own() -> None:
+    """As docs/howto/regions.md has it: each region is whole in the label map of a perfect network."""
+    names = {"background": 0, "A": [1, 3], "B": [2, 3], "A_and_B": [3]}
+    labels = Labels.from_json(names, [1, 2, 3])
+    values = np.array([0, 1, 2, 3])
+    logits = np.stack([np.where(np.isin(values, of), 9, -9) for of in labels.region_values]).astype(np.float32)
+    written = output_values(labels)[decode_logits(logits, labels)]
+    assert written.tolist() == values.tolist() and labels.segments == labels.regions
 
 
 def test_regions_are_channels() -> None:

@@ -131,6 +131,7 @@ def _lost_region(dataset: Dataset) -> Iterator[Problem]:
         if wrong := [name for name, members in regions.items() if (value in members) != (written in members)]:
             text = f"regions_class_order writes {written} into predictions where label maps hold {value}"
             fix = "List large regions before those inside them; the value of each is in it, and in no region inside it."
+            fix += " Of two that overlap in part, list the overlap as a third region after them."
             yield Problem("region_order", str(dataset.description), f"{text}: wrong for {few(wrong)}", "", fix)
             return
 
