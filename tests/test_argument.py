@@ -77,6 +77,10 @@ def test_a_model_in_a_zip_of_nnunet_is_unpacked_alone(exported: Path, results: P
         assert found == {name / "plans.json", name / "dataset.json", name / CHECKPOINT, Path(".lock")}
         assert (folder / CHECKPOINT).read_bytes() == (results / NAMES["2d"] / CHECKPOINT).read_bytes()
     assert not folder.exists()
+    with ZipFile(exported, "a") as archive:  # the scores of 500 cases with 100 labels
+        archive.writestr(f"{NAMES['2d']}/fold_0/validation/summary.json", " " * 2**24 + "{}")
+    with unpacked(exported / NAMES["2d"]) as folder:
+        assert (folder / "fold_0" / "validation" / "summary.json").is_file()
 
 
 def test_a_name_with_a_dataset_is_that_of_a_model_of_this_dataset(results: Path, tmp_path: Path) -> None:

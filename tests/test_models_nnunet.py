@@ -218,7 +218,7 @@ def test_what_is_no_model_of_nnunet_is_refused(theirs: Copy, tmp_path: Path) -> 
         import_nnunet(tmp_path, tmp_path / "ours")
     folder = theirs()
     edit(folder / "plans.json", setting(dataset_name="../outside"))
-    with pytest.raises(UserError, match=r"dataset_name '\.\./outside' is no name for a folder"):
+    with pytest.raises(UserError, match=r"plans\.json: dataset_name '\.\./outside' is no name for a"):
         nnunet_lite.import_model(folder, workspace=tmp_path / "w")
 
 

@@ -155,6 +155,7 @@ REGIONS = {"background": 0, "all": [1, 2], "core": [2], "ignore": 3}
         (REGIONS, [1, 2], REGIONS),
         ({"nothing": 0, "all": [1, 4], "core": 4, "ignore": 255}, [1, 4], REGIONS),
         ({"background": 5, "all": [0, 7], "core": [7]}, [0, 7], {"background": 0, "all": [1, 2], "core": [2]}),
+        ({"background": 0, "all": [2, 4], "core": [4], "ignore": 9}, [1, 2], REGIONS),
     ],
 )
 def test_labels_are_written_as_nnunet_demands_them(

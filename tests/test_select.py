@@ -243,7 +243,11 @@ def test_what_cannot_be_compared_is_reported(paths: Paths) -> None:
     write_json(paths.splits, splits)
     with pytest.raises(UserError, match=r"tiny is left out: fold 0 was trained on other cases than splits\.json"):
         select(paths)
-    (paths.models / "tiny" / "fold_0" / "cases.json").unlink()
+    cases = paths.models / "tiny" / "fold_0" / "cases.json"
+    cases.write_text("[]")
+    with pytest.raises(UserError, match=r"tiny is left out: fold 0 was trained on other cases than splits\.json"):
+        select(paths)
+    cases.unlink()
     write_json(paths.splits, [splits[0] | {"val": []}])
     with pytest.raises(UserError, match=r"splits\.json: the trained folds \(0\) hold out no case"):
         select(paths)

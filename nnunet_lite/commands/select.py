@@ -130,7 +130,7 @@ def report(
     --------
     nnlite report
     nnlite report -d Task04_Hippocampus -o report.html
-    nnlite report --compare 3d_fullres 2d
+    nnlite report --compare 3d_fullres-default 2d-default
     """
     target = None if output is None else expand_home(output).absolute()
     if compare is None:

@@ -50,7 +50,7 @@ from nnunet_lite.system import in_units
 FORMAT = "nnlite-bundle-1"
 MANIFEST = "manifest.json"
 LIMIT = 32 * 10**9  # bytes of an unpacked model
-_JSON_LIMIT = 16 * 2**20  # bytes of a JSON file; a plan has 10 KB
+_JSON_LIMIT = 128 * 2**20  # bytes of a JSON file; a plan has 10 KB, nnU-Net's scores 300 bytes a case and label
 _RATIO = 100  # weights shrink by a tenth; a file that grows by more than this factor is meant to fill the disk
 _LONGEST_NAME = 80
 _LICENCE_WIDTH = 80  # of the first words of a licence

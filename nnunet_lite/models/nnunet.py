@@ -325,7 +325,7 @@ def nnunet_names(folder: Path, checkpoint: Checkpoint = "final") -> tuple[str, s
     read = read_nnunet_fold(file)
     dataset = read.plan.dataset
     if Path(dataset).name != dataset or dataset.startswith("."):
-        raise UserError(f"dataset_name {dataset!r} is no name for a folder", file)
+        raise UserError(f"dataset_name {dataset!r} is no name for a folder", folder / "plans.json")
     return dataset, read.run["configuration"], read.run.get("previous")
 
 
@@ -488,7 +488,8 @@ def _labels_for_nnunet(labels: Labels) -> Json:
             log.info(f"nnU-Net numbers labels from 0 and will write: {changes}")
         values = labels.region_classes if labels.has_regions else range(1, labels.n_classes)
         ignore, order = labels.ignore_class, labels.region_order
-        order = order and tuple(numbers.get(value, value) for value in order)
+        if order and numbers.keys() >= {*order}:  # otherwise they are free numbers
+            order = tuple(numbers[value] for value in order)
     names = {BACKGROUND: 0, **dict(zip(labels.region_names, values, strict=True))}
     written = Labels(names=names, ignore=ignore, region_order=order).to_json()
     return {"labels": written, **({"regions_class_order": list(order)} if order else {})}

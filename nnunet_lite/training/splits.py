@@ -649,9 +649,9 @@ def _fingerprint(split: Split) -> dict[str, Any]:
     return {"training": len(sides[0]), "sha256": hash_of(sides), **held_out_fingerprint(split.validation)}
 
 
-def _is_same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+def _is_same(found: Any, expected: dict[str, Any]) -> bool:
     """Compare what two fingerprints both have: of an imported model only the held-out cases are known."""
-    return all(one[key] == other[key] for key in one.keys() & other.keys())
+    return isinstance(found, dict) and all(found[key] == expected[key] for key in found.keys() & expected.keys())
 
 
 def _record_file(file: Path) -> Path:
