@@ -94,8 +94,10 @@ def _adapt_plan(plan: Plan, configuration: str, network: Network, adaptation: Js
     trained: Json = next(iter(training.get("configurations", {}).values()), {})
     spacing = trained.get("spacing") or (plan.median_spacing[0], *planned.spacing)[-3:]
     shape = [n * old / new for n, old, new in zip(plan.median_shape, plan.median_spacing, spacing, strict=True)]
-    needed = [ceil(n / divisor) * divisor for n, divisor in zip(shape, network.divisor, strict=True)]
-    patch = [min(n) for n in zip(adaptation["recommended_downstream_patchsize"], needed, strict=True)]
+    divisors, most = network.divisor, adaptation["recommended_downstream_patchsize"]
+    needed = [ceil(n / divisor) * divisor for n, divisor in zip(shape, divisors, strict=True)]
+    # two voxels an axis remain in the coarsest stage: one alone becomes 0 when normalised
+    patch = [max(2 * divisor, min(n)) for divisor, *n in zip(divisors, most, needed, strict=True)]
     adapted = Configuration(
         spacing=spacing,
         median_shape=shape,
