@@ -271,7 +271,8 @@ def test_changed_and_damaged_files_are_refused(bundle: Path, files: Files, refus
 
 def test_large_models_are_refused(files: Files, refused: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:
     refused(listed({**files, WEIGHTS: bytes(64 * 2**20)}), "as no model does")  # zeros shrink to a thousandth
-    refused(listed({**files, "tiny/dataset.json": b" " * (16 * 2**20 + 1)}), "tiny/dataset.json has 16777217 bytes")
+    monkeypatch.setattr(bundles, "_JSON_LIMIT", 50_000)
+    refused(listed({**files, "tiny/dataset.json": b" " * 50_001}), "tiny/dataset.json has 50001 bytes")
     refused(described(files, files={WEIGHTS: {"sha256": "0" * 64, "size": 10**15}}), "differs")
     usage = shutil._ntuple_diskusage(1, 1, 1000)  # type: ignore[attr-defined]
     monkeypatch.setattr(bundles.shutil, "disk_usage", lambda _: usage)
