@@ -386,7 +386,10 @@ def test_loaded_cases_hold_what_is_on_disk(
         np.testing.assert_array_equal(np.asarray(case.label), stored.label[:])
         assert case.foreground.keys() == stored.foreground.keys()
         assert case.previous is None
-    assert capsys.readouterr().err.count("\n") == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "3 cases, " in said
+    load_cases(list(by_id)[:1], by_id.__getitem__, cache, CPU)
+    assert "1 case, " in capsys.readouterr().err
 
 
 @pytest.fixture

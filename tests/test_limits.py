@@ -91,6 +91,8 @@ def test_the_duration_of_the_validation_is_announced(job: Job, capfd: pytest.Cap
     takes = "validation of 1 held-out case in whole images: "
     assert lines[0] == f"{takes}1,331 passes through the network, about 2:13 min of the time limit\n"
     assert lines[1].endswith("about 2:34 min of the time limit; windows are 75% of a patch apart, to keep to it\n")
+    announce_validation(job.settings, replace(planned, passes=1), 1)
+    assert "1 pass through the network" in capfd.readouterr().err
     assert lines[2].startswith(f"warning: {takes}") and "more than half of the time limit, which the run" in lines[2]
     uncovered = with_changes(job.settings, {"training.limit_validation": False})
     announce_validation(uncovered, ValidationPlan(0.5, 8, 20.0), 3)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from nnunet_lite import log
+from nnunet_lite.data.problems import plural
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import atomic, locked
 from nnunet_lite.networks.devices import free_device_memory, is_out_of_memory
@@ -72,7 +73,8 @@ def load_cases(
     needed = sum(_bytes(_arrays_of(open_case(case_id))) for case_id in case_ids) if cache != "disk" else 0
     if cache != "disk":
         cache, reason = choose_cache(needed, device, reserve_gb) if cache == "auto" else (cache, "as set")
-        log.info(f"{len(case_ids)} cases, {in_units(needed)}, {_PLACES[cache].format(device=device)}: {reason}")
+        what, place = plural(len(case_ids), "case"), _PLACES[cache].format(device=device)
+        log.info(f"{what}, {in_units(needed)}, {place}: {reason}")
     if cache == "disk" or (cache == "ram" and processes > 1):
         # a case holds up to four open files, so the limit of this process is raised
         allow_open_files()

@@ -114,7 +114,8 @@ def estimate_pass_seconds(job: Job, step_seconds: float) -> float:
 
 def announce_validation(settings: Settings, validation: ValidationPlan, n_cases: int) -> None:
     """Log how long the validation of some held-out cases takes, and whether the limit covers it."""
-    cases, passes = plural(n_cases, "held-out case"), f"{validation.passes:,} passes through the network"
+    cases, n = plural(n_cases, "held-out case"), validation.passes
+    passes = f"{n:,} pass{'es' * (n != 1)} through the network"
     takes = f"validation of {cases} in whole images: {passes}, about {log.duration(validation.seconds)}"
     limit = limit_seconds(settings)
     if math.isinf(limit) or not settings.training.limit_validation:
