@@ -120,7 +120,8 @@ def find_raw(given: str, workspace: Path) -> Path:
     """
     path = expand_home(given)
     if path.is_dir():
-        return path.absolute() if _is_raw(path) else _listed(path.absolute(), workspace) or path.absolute()
+        listed = None if (path / "dataset.json").is_file() else _listed(path.absolute(), workspace)
+        return listed or path.absolute()
     if path.exists():
         raise UserError("is a file; a dataset is a folder", path, "Of a CSV file `nnlite init` makes one.")
     raw = os.environ.get("nnUNet_raw")  # noqa: SIM112 - the name that nnU-Net gave it

@@ -80,6 +80,14 @@ def test_a_picture_of_other_colours_is_answered_with_the_ones_to_save(model: Pre
         model(picture)
 
 
+def test_a_picture_of_one_channel_is_answered_with_the_names_of_files(model: Predictor) -> None:
+    """A picture cannot be saved as DAPI and GFP: the other channel is in another file."""
+    plan = model.plan.model_copy(update={"channels": model.plan.channels * 2})
+    picture = Image(np.zeros((1, 1, 16, 16), np.uint8), Geometry((1, 16, 16), (1.0, 1.0, 1.0), dimensions=2))
+    with pytest.raises(UserError, match=r"has 1 channel, .* expects 2 \(MRI, MRI\)\. Number the files of a case"):
+        check_channels(picture, plan, Path("p0_DAPI.png"))
+
+
 def test_a_series_over_time_is_answered_with_what_to_do(command: Command, place: Path) -> None:
     image = nibabel.load(place / "scan.nii.gz")
     series = np.stack([np.asarray(image.dataobj)] * 3, axis=-1)
@@ -90,7 +98,7 @@ def test_a_series_over_time_is_answered_with_what_to_do(command: Command, place:
 
 def test_too_few_channels_are_no_series(model: Predictor) -> None:
     plan = model.plan.model_copy(update={"channels": model.plan.channels * 3})
-    with pytest.raises(UserError, match=r"has 2 channels, the model expects 3 \(MRI, MRI, MRI\)\.$"):
+    with pytest.raises(UserError, match=r"has 2 channels, the model expects 3 \(MRI, MRI, MRI\)\. Number the files"):
         check_channels(Image(np.zeros((2, 4, 4, 4)), Geometry((4, 4, 4), (1.0, 1.0, 1.0))), plan, Path("scan.nii.gz"))
 
 

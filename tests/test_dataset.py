@@ -230,7 +230,9 @@ def test_case_folders_whose_files_have_the_names_of_channels(tmp_path: Path, sca
     assert names == [("P1", "t1.nii.gz", "flair.nii.gz"), ("P2", "P2_T1.nii.gz", "P2-FLAIR.nii.gz")]
     assert [case.images[0].name for case in find_cases([tmp_path / "in"], 1, ["t1"])] == ["t1.nii.gz", "P2_T1.nii.gz"]
     copies(scan, tmp_path / "in" / "P2", "old_t1")
-    with pytest.raises(UserError, match=r"P2: holds 4 images .* one for each channel of the model: \*t1\.\*"):
+    with pytest.raises(
+        UserError, match=r"hold one case: 2 files of channel t1\. .* for each channel of the model: \*t1\.\*"
+    ):
         find_cases([tmp_path / "in"], 2, ["t1", "FLAIR"])
     copies(scan, tmp_path / "one" / "P3", "t1", "flair_on_t1")
     (case,) = find_cases([tmp_path / "one"], 2, ["flair_on_t1", "t1"])

@@ -150,6 +150,8 @@ def test_folders_of_patients_are_predicted_and_evaluated(tmp_path: Path) -> None
     assert [[path.name for path in case.images] for case in found] == [["t1.nii.gz", "t2.nii.gz"]] * 6
     with pytest.raises(UserError, match=r"holds 3 images \(seg\.nii\.gz, which looks like a mask, t1\.nii\.gz, t2"):
         find_cases([tmp_path / "data"], 2, ["CT", "PET"])
+    with pytest.raises(UserError, match=r"where it should hold one case: 0 files of channel flair\."):
+        find_cases([tmp_path / "data"], 2, ["t1", "flair"])
     for folder in (tmp_path / "data").iterdir():  # numbered as nnU-Net does it, next to the mask
         for i, name in enumerate(("t1", "t2")):
             (folder / f"{name}.nii.gz").rename(folder / f"{folder.name}_000{i}.nii.gz")

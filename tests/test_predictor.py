@@ -174,12 +174,15 @@ def test_label_values_of_the_dataset_are_written(model: Predictor, folder: Path,
         assert values.dtype == np.uint8
 
 
-def test_existing_label_maps_are_skipped_with_the_option(model: Predictor, folder: Path, tmp_path: Path) -> None:
+def test_existing_label_maps_are_skipped_with_the_option(
+    model: Predictor, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     cases, out = find_cases([folder], 1), tmp_path / "out"
     files, _ = predict_cases(model, cases[:1], out)
     before = files[0].stat().st_mtime_ns
     files, failed = predict_cases(model, cases, out, Outputs(skip_existing=True))
     assert (len(files), failed) == (3, {})
+    assert "out: 1 label map kept, 2 to predict" in capsys.readouterr().err
     assert files[0].stat().st_mtime_ns == before
     predict_cases(model, cases[:1], out)
     assert files[0].stat().st_mtime_ns > before

@@ -89,6 +89,8 @@ def test_a_folder_that_init_has_searched_is_the_dataset_that_lists_its_files(her
     (here / "other" / "cells").mkdir(parents=True)
     assert find_raw("other/cells", here / "workspace") == here / "other" / "cells", "it has other files"
     (cells / "images").mkdir()
+    assert find_raw("cells", here / "workspace") == listed, "the labels named there would be lost"
+    write_json(cells / "dataset.json", {})
     assert find_raw("cells", here / "workspace") == cells, "a dataset itself"
 
 

@@ -259,12 +259,18 @@ def _case_folders(parent: Path, channels: int, names: Sequence[str], skipped: li
             masks = [file for file in files if has_label_word(Path(file.name))]
             others = [file for file in files if file not in masks]
             numbered = group_files(others, channels)
-            images = numbered[0].images if len(numbered) == 1 else _named_files(others, names)
-            if not images:
+            of = {name: [file for file in others if _channel_of(_parts(stem(file)), names) == name] for name in names}
+            odd = [f"{plural(len(some), 'file')} of channel {name}" for name, some in of.items() if len(some) != 1]
+            if len(numbered) == 1:
+                images = numbered[0].images
+            elif names and not odd:
+                images = tuple(file for (file,) in of.values())
+            else:
                 shown = few([f"{file.name}{', which looks like a mask' * (file in masks)}" for file in files])
                 each = few([f"*{name}.*" for name in names])
                 fix = f"A folder per case holds one image, or one for each channel of the model: {each}."
-                raise UserError(f"holds {len(files)} images ({shown}) where it should hold one case", folder, fix)
+                what = f"holds {len(files)} images ({shown}) where it should hold one case"
+                raise UserError(f"{what}: {few(odd)}" if odd else what, folder, fix)
             skipped += masks
             found = [Case(folder.name, images)]
         inside = [] if found else series_folders(folder)
@@ -291,13 +297,6 @@ def _nested_cases(folder: Path, channels: int, names: Sequence[str], skipped: li
     found = [case for case in found if case not in maps]
     name = folder.resolve().name if folder.name in ("", "..") else folder.name
     return [Case(name if len(found) == 1 else f"{name}_{case.id}", case.images) for case in found]
-
-
-def _named_files(files: Sequence[Path], names: Sequence[str]) -> tuple[Path, ...]:
-    """Return the file of each channel: t1.nii.gz or P001-T1.nii.gz of t1. Empty unless each channel has one."""
-    of = {path: _channel_of(_parts(stem(path)), names) for path in files}
-    found = [[path for path in files if of[path] == name] for name in names]
-    return tuple(path for (path,) in found) if all(len(some) == 1 for some in found) else ()
 
 
 def _channel_of(parts: list[str], names: Sequence[str]) -> str | None:

@@ -146,8 +146,10 @@ def check_channels(image: Image, plan: Plan, path: Path | None = None, fix: str 
     if found != expected:
         names = ", ".join(channel.name for channel in plan.channels)
         who = "" if path else "the image "
-        if not fix and image.geometry.dimensions == 2:
-            fix = f"Save the picture as {'RGB' if expected == 3 else 'grey' if expected == 1 else names} first."
+        if not fix and image.geometry.dimensions == 2 and expected in (1, 3):
+            fix = f"Save the picture as {'RGB' if expected == 3 else 'grey'} first."
+        if not fix and found < expected and path:
+            fix = "Number the files of a case in this order (_0000, _0001), or make a folder for each case."
         if not fix and found > expected and path:
             fix = "Of a series over time (cine, fMRI), predict one volume: save it as a file of its own."
         raise UserError(f"{who}has {plural(found, 'channel')}, the model expects {expected} ({names})", path, fix)

@@ -247,6 +247,8 @@ def predict_cases(
     complete, incomplete = call.find_existing()
     existing = complete | incomplete
     todo = [case for case in cases if case.id not in existing]
+    if existing:
+        log.info(f"{out}: {plural(len(existing), 'label map')} kept, {len(todo)} to predict")
     if n_replaced := sum(files[case.id].label_map.is_file() for case in todo):
         why = "files that are made with them are missing" if outputs.skip_existing else "--continue keeps them"
         log.info(f"{out}: {plural(n_replaced, 'label map')} will be replaced; {why}")
