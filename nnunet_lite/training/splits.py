@@ -613,7 +613,8 @@ def refuse_other_cases(folder: Path, split: Split, file: Path, dataset: Dataset,
         name = cases_file.parent.name.removeprefix("fold_")
         if (name == ALL) != (split.name == ALL) or (restart and name == split.name):
             continue
-        if not any(name == fold and _is_same(read_json(cases_file), of) for fold, of in expected):
+        known = read_json(cases_file)
+        if not any(name == fold and _is_same(known, of) for fold, of in expected):
             source, command = ("the dataset", "--restart") if name == ALL else (file.name, "`all-folds --restart`")
             fix = f"Train under another --name, restore {source} and --exclude, or train again with {command}."
             raise UserError(f"fold {name} was trained on other cases than {source} has now", folder, fix)
