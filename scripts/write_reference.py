@@ -72,7 +72,7 @@ def option_table(command: Any, left_out: Collection[str]) -> str:
             if names in left_out:
                 continue
             words = names.split(" ")
-            flags = [word for word in words if word[0] in "-/"] or words[:1]
+            flags = [word for word in words if word[0] in "-/"] or [word for word in words if word[0] != "<"]
             value = " ".join(words[len(flags) :])
             meaning, _, notes = text.partition("  [")
             notes = notes.removesuffix("]").split("; ")

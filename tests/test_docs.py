@@ -281,6 +281,13 @@ def test_every_key_has_legal_values_and_a_meaning(name: str) -> None:
         assert [row[0].strip("`") for row in rows] == keys()
 
 
+def test_the_value_of_an_option_is_a_type_or_a_limit() -> None:
+    """A default with a semicolon would be split, and its second half listed as a limit."""
+    values = [row.split(" | ")[2] for row in TEXT[REFERENCE / "commands.md"].splitlines() if row.startswith("| ")]
+    legal = r"`[^`<]+`|text|path|number|whole number|required|at least \d|two numbers|0 to 100|value|---|"
+    assert [value for value in values if not all(re.fullmatch(legal, part) for part in value.split(", "))] == []
+
+
 def test_every_object_of_the_python_api_is_on_its_page() -> None:
     assert set(re.findall(r"^::: nnunet_lite\.(\w+)$", TEXT[REFERENCE / "api.md"], re.MULTILINE)) == set(
         nnunet_lite.__all__

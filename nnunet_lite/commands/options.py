@@ -49,7 +49,7 @@ DatasetName = Annotated[
         "-d",
         "--dataset",
         help="Planned dataset, or its number.",
-        show_default="the only one; of several, commands that only read take the one planned last",
+        show_default="the only one, or where a command only reads, the one planned last",
     ),
 ]
 OnlyDataset = Annotated[str | None, data("-d", "--dataset", help="Only this dataset, a name or number.")]

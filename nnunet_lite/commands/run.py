@@ -98,7 +98,7 @@ def run(
     *,
     recipe: Annotated[
         str | None,
-        options.setting(help="Name of a recipe, or a TOML file.", show_default="default; cpu without a GPU"),
+        options.setting(help="Name of a recipe, or a TOML file.", show_default="default, or cpu without a GPU"),
     ] = None,
     configurations: Annotated[
         str | Sequence[str] | None,
