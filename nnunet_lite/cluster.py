@@ -33,12 +33,12 @@ from pydantic import BaseModel, Field, ValidationError
 
 import nnunet_lite
 from nnunet_lite import log
-from nnunet_lite.errors import Busy, UserError, WorkersDied, describe
+from nnunet_lite.errors import Busy, UserError, WorkersDied, describe, how_to_install
 from nnunet_lite.files import first_problem, scratch
 from nnunet_lite.settings import recipe_folder
 from nnunet_lite.system import expand_home
 
-_INSTALL = "`pip install 'nnunet-lite[cluster]'`, here and on the workers."
+_INSTALL = f"{how_to_install('cluster')}, here and for the workers."
 
 try:
     import distributed
@@ -374,7 +374,7 @@ def connect(address: str, workspace: Path) -> Iterator[Cluster]:
 def _check_answer(worker: str, answer: Any) -> None:
     """Refuse a worker by its answer to `find_difference`, or by its error."""
     if isinstance(answer, AttributeError | ImportError):
-        fix = f"Install nnunet-lite[cluster] {nnunet_lite.__version__} there."
+        fix = f"It needs version {nnunet_lite.__version__} there. {how_to_install('cluster')}"
         raise UserError(f"the worker {worker} cannot import nnunet_lite ({answer})", fix=fix)
     if answer is not None:
         raise UserError(f"the worker {worker} {answer}")

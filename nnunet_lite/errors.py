@@ -34,6 +34,11 @@ class UserError(Exception):
         return type(self), (self.what, self.file, self.fix)
 
 
+def how_to_install(extra: str) -> str:
+    """Return how to install an extra, such as "onnx": the package is installed from a clone, not from an index."""
+    return f"In the clone of nnunet_lite, type: pip install -e '.[{extra}]'"
+
+
 class Busy(UserError):
     """Another process works on the same folder; waiting for it helps."""
 

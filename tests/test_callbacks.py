@@ -17,7 +17,7 @@ from samples import TINIEST, read_metrics, wait_until
 
 import nnunet_lite
 from nnunet_lite.cli import command_of
-from nnunet_lite.errors import UserError
+from nnunet_lite.errors import UserError, how_to_install
 from nnunet_lite.models.folder import CHECKPOINT, MODEL, read_weights_header
 from nnunet_lite.training import callbacks
 from nnunet_lite.training.callbacks import follow_epochs, require_logger
@@ -104,7 +104,7 @@ def test_a_missing_package_is_refused_before_anything_is_written(
     settings, models = {**TINIEST, "training.logger": missing}, tiny_workspace / "Task04_Hippocampus" / "models"
     with pytest.raises(UserError) as raised:
         nnunet_lite.train("3d_fullres", 0, settings=settings, workspace=tiny_workspace, name="logged")
-    assert str(raised.value) == f"training.logger needs the package {missing}. pip install 'nnunet-lite[{missing}]'."
+    assert str(raised.value) == f"training.logger needs the package {missing}. {how_to_install(missing)}"
     assert not (models / "logged").exists()
 
 

@@ -353,7 +353,7 @@ def test_the_extra_is_needed_for_segmentations_only(series: Path, monkeypatch: p
     for name in ("pydicom", "highdicom"):
         monkeypatch.setitem(sys.modules, name, None)
     assert read_image(series).array.shape[1] == 8
-    with pytest.raises(UserError, match=r"RTSTRUCT need the extra \[dicom\] .* pip install 'nnunet-lite\[dicom\]'"):
+    with pytest.raises(UserError, match=r"RTSTRUCT need the extra \[dicom\] .* pip install -e '\.\[dicom\]'"):
         require_dicom()
 
 

@@ -22,7 +22,7 @@ from nnunet_lite.data.formats import sitk
 from nnunet_lite.data.geometry import Geometry, Image, in_brackets
 from nnunet_lite.data.names import visible
 from nnunet_lite.data.problems import few, plural
-from nnunet_lite.errors import UserError
+from nnunet_lite.errors import UserError, how_to_install
 from nnunet_lite.system import cpus
 
 ENDINGS = (".dcm", ".ima", ".dicom")
@@ -462,5 +462,5 @@ def require_dicom() -> None:
     try:
         import highdicom  # noqa: F401
     except ImportError as error:
-        fix = "Install it: pip install 'nnunet-lite[dicom]'."
-        raise UserError(f"DICOM-SEG and RTSTRUCT need the extra [dicom] ({error})", fix=fix) from None
+        what = f"DICOM-SEG and RTSTRUCT need the extra [dicom] ({error})"
+        raise UserError(what, fix=how_to_install("dicom")) from None

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import nnunet_lite
 from nnunet_lite import log
-from nnunet_lite.errors import UserError
+from nnunet_lite.errors import UserError, how_to_install
 from nnunet_lite.files import write_json, write_text
 from nnunet_lite.inference.onnx_runner import ABOUT, FORMAT, INPUT, OUTPUT, PREVIOUS, start_session
 from nnunet_lite.inference.predictor import Predictor, load
@@ -60,7 +60,7 @@ def export_onnx(
         A graph computes something else than its network.
     """
     if missing := [package for package in _NEEDED if find_spec(package) is None]:
-        raise UserError(f"ONNX needs {', '.join(missing)}", fix='pip install "nnunet-lite[onnx]"')
+        raise UserError(f"ONNX needs {', '.join(missing)}", fix=how_to_install("onnx"))
     settings = {"inference.precision": "fp32", "inference.compile": False}
     with new_model_folder(out) as partial:
         predictor = load(model, None, "cpu", settings, checkpoint=checkpoint,

@@ -22,7 +22,7 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from nnunet_lite import log
-from nnunet_lite.errors import UserError, describe
+from nnunet_lite.errors import UserError, describe, how_to_install
 from nnunet_lite.files import locked, read_text, write_text
 from nnunet_lite.settings import flatten
 from nnunet_lite.training.metrics import Metrics, flatten_metrics
@@ -50,7 +50,7 @@ def require_logger(name: str) -> None:
         It is not installed.
     """
     if name != "none" and getattr(find_spec(name), "origin", None) is None:  # a folder of that name has no origin
-        raise UserError(f"training.logger needs the package {name}", fix=f"pip install 'nnunet-lite[{name}]'.")
+        raise UserError(f"training.logger needs the package {name}", fix=how_to_install(name))
 
 
 @contextmanager
