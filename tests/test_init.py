@@ -243,6 +243,13 @@ def test_the_list_of_cases_is_updated_and_the_names_stay(command: Command, tmp_p
     written = json.loads(table.read_text())
     assert written["labels"] == {"background": 0, "liver": 1, "tumour": 4} and written["numTraining"] == 6
     assert written["channel_names"] == {"0": "CT", "1": "t2"} and "P9" in written["dataset"]
+    shutil.copytree(tmp_path / "data" / "P1", tmp_path / "data" / "P8")
+    code, _, err = command("check", "data", cwd=tmp_path)
+    what = (
+        f"3 files came after `nnlite init` listed the cases in {table}, and are not in the dataset; run `nnlite init "
+    )
+    assert code == 0 and f"warning: {tmp_path / 'data'}: {what}{tmp_path / 'data'}` again" in err
+    assert command("init", "data", cwd=tmp_path)[0] == 0 and what not in command("check", "data", cwd=tmp_path)[2]
     before = table.read_bytes()
     save_arrays(tmp_path / "data", {"P9/seg.nii.gz": blocks([7])})
     code, _, err = command("init", "data", cwd=tmp_path)

@@ -156,6 +156,7 @@ def test_again_nothing_is_left(raw: Path, finished: tuple[Path, RunResult], capf
     said = capfd.readouterr().err
     assert [(step.step, step.state) for step in again.steps] == [(name, "kept") for name in STEPS]
     assert "8 of 8 steps done; left: nothing" in said
+    assert ": 0 of 8 steps done in " in repr(again) and ", the others before\n" in repr(again)
     assert "epoch" not in said
     assert weights(workspace).keys() == before.keys()
 
@@ -168,6 +169,8 @@ def test_on_a_cpu_the_recipe_is_cpu_unless_a_model_of_default_was_begun(
         raw, configurations="2d", fold=0, folds=2, workspace=tmp_path, device="cpu", settings=lasts_short
     )
     assert "recipe `cpu`" in (said := capfd.readouterr().err) and "--recipe default" in said
+    assert "1 of 5 steps done" in said and "step 2 of 5: preprocess" in said and "step 5 of 5: report" in said
+    assert repr(new).startswith("Task04_Hippocampus: all 5 steps done in ")
     assert [folder.name for folder in new.models] == ["2d-cpu"]
     paths = Paths(tmp_path / new.dataset)
     shutil.copytree(finished[1].models[0], paths.models / "old_2d-default_1")
@@ -181,7 +184,7 @@ def test_on_a_cpu_the_recipe_is_cpu_unless_a_model_of_default_was_begun(
 
 def test_other_settings_are_refused_before_anything_is_done(raw: Path, finished: tuple[Path, RunResult]) -> None:
     workspace, _ = finished
-    with pytest.raises(UserError, match=r"trained with other settings: optimizer\.lr: 0\.01 -> 0\.5.*recipe file"):
+    with pytest.raises(UserError, match=r"other settings: optimizer\.lr: 0\.01 -> 0\.5.*recipe file.* old_2d-default"):
         run(raw, workspace, settings={**TINY, "optimizer.lr": 0.5})
     with pytest.raises(UserError, match="3d_lowres"):
         nnunet_lite.run(raw, configurations=["3d_lowres"], workspace=workspace, settings=TINY)

@@ -308,6 +308,14 @@ def test_a_model_gets_further_folds_after_a_label_map_was_corrected(
     assert before.channels != after.channels and before.trains_as(after) and "former plan" not in err
     train(workspace, 2)
     assert (models / "3d_fullres-default" / "fold_2" / "model.safetensors").is_file()
+    said = {}
+    for fold in (0, 1, 2):  # finished; the last one was trained on the corrected file
+        capfd.readouterr()
+        train(workspace, fold)
+        said[fold] = " was trained on former files of case" in (err := capfd.readouterr().err)
+        assert not said[fold] or (f"`nnlite train 3d_fullres {fold} " in err and "--restart` trains it" in err)
+    case, folds = file.name.removesuffix(".nii.gz"), read_json(planned.with_name("splits.json"))
+    assert said == {0: case in folds[0]["train"], 1: case in folds[1]["train"], 2: False} and any(said.values())
     as_ct = [
         plan.model_copy(update={"channels": (plan.channels[0].model_copy(update={"normalization": "ct"}),)})
         for plan in (before, after)

@@ -122,6 +122,8 @@ def init(
             for case in found.cases
         },
     }
+    if files is not None and not files.dicom:  # to find new files, all DICOM headers would be read
+        content["source"] = {"folder": str(source), "files": len(files.images)}
     changes: list[tuple[str, str]] = []
     if existing is not None:
         content, changes = _updated(existing, content, table, then)
@@ -164,7 +166,7 @@ def _updated(old: Any, new: dict[str, Any], table: Path, then: str) -> tuple[dic
         "changed": [case for case in after if before.get(case, after[case]) != after[case]],
     }
     lines = [(head, f"{len(names)}: {few(names, 9)}") for head, names in changes.items() if names]
-    cases = {key: new[key] for key in ("numTraining", "file_ending", "dataset")}
+    cases = {key: new[key] for key in ("numTraining", "file_ending", "dataset", "source") if key in new}
     return {**old, **cases}, lines or [("unchanged", "the list of cases is the same as before")]
 
 

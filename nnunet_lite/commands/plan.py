@@ -17,7 +17,15 @@ from nnunet_lite.data.check import broken_dataset, check_dataset, exclude_cases
 from nnunet_lite.data.dataset import Dataset, channels_of, dataset_to_json, labels_of, read_dataset, stored_dataset
 from nnunet_lite.data.geometry import ACCEPTABLE
 from nnunet_lite.data.problems import Report, check_kinds, few, name_cases, plural
-from nnunet_lite.data.raw_files import RawCase, changed_files, dataset_paths, read_stamps, scan_raw_cases, write_stamps
+from nnunet_lite.data.raw_files import (
+    RawCase,
+    changed_files,
+    dataset_paths,
+    read_stamps,
+    scan_raw_cases,
+    warn_of_new_files,
+    write_stamps,
+)
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json, write_json
 from nnunet_lite.inference.cases import output_file
@@ -81,11 +89,13 @@ def check(
     nnlite check Task04_Hippocampus
     nnlite check /data/Dataset004_Liver --exclude liver_12 --accept duplicate_case
     """
-    root = find_raw(str(data), workspace_folder(workspace))
+    place = workspace_folder(workspace)
+    root = find_raw(str(data), place)
     try:
         dataset = read_dataset(root)
     except UserError as error:
         return broken_dataset(root, error)
+    warn_of_new_files(dataset, place)
     dataset = choose_cases(dataset, exclude, accept, accept_geometry)
     return check_dataset(dataset, workers=workers)
 
@@ -292,6 +302,7 @@ def plan(
         place = workspace_folder(workspace)
         rule = FoldRule(folds, group_by, options.strata_of(stratify, stratify_by), splits)
         dataset = read_dataset(find_raw(str(data), place))
+        warn_of_new_files(dataset, place)
         paths = dataset_paths(place, dataset)
         dataset = choose_cases(dataset, exclude, accept, accept_geometry, paths.dataset)
         made = _plan_dataset(dataset, paths, given, rule, workers)

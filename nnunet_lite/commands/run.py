@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,7 +26,7 @@ from nnunet_lite.commands.training_run import (
     training_step,
 )
 from nnunet_lite.data.dataset import read_dataset
-from nnunet_lite.data.raw_files import dataset_paths, reason_to_plan
+from nnunet_lite.data.raw_files import dataset_paths, reason_to_plan, warn_of_new_files
 from nnunet_lite.evaluation.selection import Selection, read_selection
 from nnunet_lite.files import read_json
 from nnunet_lite.models.bundle import is_imported
@@ -88,9 +88,10 @@ class RunResult:
 
     def __repr__(self) -> str:
         done = sum(step.state == "done" for step in self.steps)
-        kept = f", {len(self.steps) - done} were done before" if done < len(self.steps) else ""
+        steps = f"{done} of {len(self.steps)}" if done < len(self.steps) else f"all {done}"
         report = "" if self.report is None else f"\nreport: {self.report}"
-        return f"{self.dataset}: {done} steps done in {log.duration(self.seconds)}{kept}{report}"
+        before = ", the others before" if done < len(self.steps) else ""
+        return f"{self.dataset}: {steps} steps done in {log.duration(self.seconds)}{before}{report}"
 
 
 def run(
@@ -188,6 +189,7 @@ def run(
     place = workspace_folder(workspace)
     root = find_raw(str(data), place)
     dataset = read_dataset(root)
+    warn_of_new_files(dataset, place)
     paths = dataset_paths(place, dataset)
     on_cpu = scheduler is None and require_working(pick_device(device)).type == "cpu"
     if recipe is None and on_cpu and not _begun(paths, "default"):
@@ -219,7 +221,8 @@ def run(
         steps = _steps(runs, paths, workers, device, cluster)
         left = journal.seconds_left(steps)
         log.info(overview(f"{dataset.name} (workspace {place})", [first, *steps], left))
-        results += run_steps(steps, journal, cluster)
+        # with the first, which is done, so that they have the numbers of the overview
+        results += run_steps([replace(first, is_done=lambda: True), *steps], journal, cluster)[1:]
     models = tuple({run.folder: None for run in runs})
     page = paths.root / PAGE
     return RunResult(

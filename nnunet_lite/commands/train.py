@@ -29,6 +29,8 @@ from nnunet_lite.commands.training_run import (
     training_step,
 )
 from nnunet_lite.data.dataset import Dataset, read_dataset, stored_dataset
+from nnunet_lite.data.problems import name_cases
+from nnunet_lite.data.raw_files import read_stamps, scan_raw_cases
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.cross_validation import validate_fold
 from nnunet_lite.evaluation.scores import Scores, four_digits, read_summary
@@ -53,7 +55,16 @@ from nnunet_lite.training.launch import Ranks, current_ranks
 from nnunet_lite.training.limits import ValidationPlan, announce_validation, limit_seconds, validation_step_sizes
 from nnunet_lite.training.loop import train_fold
 from nnunet_lite.training.preview import draw_preview
-from nnunet_lite.training.splits import ALL, DEFAULT_RULE, FoldRule, check_folds, read_record, read_splits, record_cases
+from nnunet_lite.training.splits import (
+    ALL,
+    DEFAULT_RULE,
+    FoldRule,
+    changed_since_trained,
+    check_folds,
+    read_record,
+    read_splits,
+    record_cases,
+)
 from nnunet_lite.workspace import Paths, select_dataset
 
 _START_SHARE = 0.25  # of a time limit, which start and preprocessing may take of it
@@ -396,6 +407,7 @@ def train_and_validate(
         if run.is_trained():
             longer = "" if run.lengthen else f"; {_longer(run.settings)} makes it longer"
             log.info(f"{run.fold_folder}: training is finished{longer}" + "; no preview is drawn" * preview)
+            _warn_of_changes(run)
         else:
             _preprocess_and_train(run, seed, ranks, device, preview, start)
             if ranks.rank == 0 and models.read_weights_header(run.fold_folder / models.MODEL).get("epochs") == 1:
@@ -455,7 +467,7 @@ def _preprocess_and_train(
     limit = f" for {log.duration(60 * training.time_limit)}" if training.time_limit else ""
     log.info(f"training {run.configuration} fold {split.name}{of} on {len(cases)} cases{limit} in {run.fold_folder}")
     if ranks.rank == 0:
-        record_cases(run.fold_folder, split)
+        record_cases(run.fold_folder, split, read_stamps(store / "raw.json"))
     job = Job(
         run.plan, run.configuration, run.settings, seed, run.fold_folder, device, cases, held_out, ranks,
         formats=run.paths.formats if device.type == "cuda" else None, callbacks=run.callbacks,
@@ -517,6 +529,17 @@ def _warn_of_edits(planned: Dataset) -> None:
     if words := " and ".join(word for word, is_other in changes.items() if is_other):
         what = f"its {words} are not those of the plan, which are trained"
         log.warn(f"{planned.root}: {what}; `nnlite plan` takes them up")
+
+
+def _warn_of_changes(run: TrainingRun) -> None:
+    """Warn of a finished fold that was trained on former files of cases, such as uncorrected label maps."""
+    cases = [case for case in run.dataset.cases if case.id in run.split.training]
+    raw, _ = scan_raw_cases(cases, read_stamps(run.paths.raw))
+    if changed := changed_since_trained(run.fold_folder, run.split, raw):
+        again = f"`{models.training_command(run.folder, run.split.name)}{run.paths.option} --restart`"
+        log.warn(
+            f"{run.fold_folder} was trained on former files of {name_cases(changed)}; {again} trains it on those of now"
+        )
 
 
 def _in_words(key: str, before: Any, after: Any) -> str:

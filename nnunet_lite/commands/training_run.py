@@ -274,7 +274,8 @@ def check_earlier_runs(runs: Sequence[TrainingRun]) -> None:
         try:
             run.check_resume()
         except UserError as error:
-            fix = "Repeat the old settings, or use a recipe file of your own, whose name the new models get."
+            fix = "Repeat the old settings (--exclude leaves out new cases), use a recipe file of your own, whose name "
+            fix += f"the new models get, or rename the folder to old_{run.folder.name} to train it again."
             raise UserError(error.what, error.file, fix) from None
 
 

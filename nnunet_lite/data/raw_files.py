@@ -8,6 +8,7 @@ compare a raw dataset with what is planned under its name.
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
@@ -20,9 +21,10 @@ from nnunet_lite import log
 from nnunet_lite.data.cases import Case
 from nnunet_lite.data.dataset import Dataset, dataset_from_json, dataset_to_json, stored_dataset
 from nnunet_lite.data.dicom import series_folders
+from nnunet_lite.data.discovery import files_below
 from nnunet_lite.data.images import is_dicom, read_geometry
 from nnunet_lite.data.names import companions, visible
-from nnunet_lite.data.problems import name_cases
+from nnunet_lite.data.problems import name_cases, plural
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json, understood, write_json, write_text
 from nnunet_lite.system import cpus
@@ -164,6 +166,27 @@ def changed_files(case: Case, before: RawCase | None, after: RawCase | None) -> 
         return [next((path for path in _paths(case) if not path.is_file()), case.images[0])]
     stamps = zip(_paths(case), before.files, after.files, strict=True)
     return [path for path, old, new in stamps if old.digest != new.digest]
+
+
+def warn_of_new_files(dataset: Dataset, workspace: Path) -> None:
+    """Warn of files that were added to a folder since `nnlite init` listed its cases.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        A raw dataset, which `init` may have written.
+    workspace : Path
+        The workspace, which is not searched.
+    """
+    table = dataset.root / "dataset.json"
+    source = read_json(table).get("source") if table.is_file() else None
+    if not isinstance(source, dict):
+        return
+    folder = Path(source["folder"])
+    if (n := len(files_below(folder, (workspace, dataset.root)).images) - source["files"]) > 0:
+        what = f"{plural(n, 'file')} came after `nnlite init` listed the cases in {table}, and are not in the dataset"
+        again = f"run `nnlite init {shlex.quote(str(folder))}` again, with the options of the first time"
+        log.warn(f"{folder}: {what}; {again}")
 
 
 def dataset_paths(workspace: Path, dataset: Dataset) -> Paths:

@@ -3,7 +3,7 @@
 splits.json        [{"train": [ids], "val": [ids]}, ...], as nnU-Net's splits_final.json; users may edit it, and
                    `leave_out` removes the cases of `--exclude` when it is read
 splits_made.json   the options, groups and strata that it was made with; ignored once splits.json is edited
-fold_k/cases.json  in a model folder: how many cases the fold was trained on, and a hash of their ids
+fold_k/cases.json  in a model folder: how many cases the fold was trained on, a hash of their ids, and of their files
 
 `FoldRule` holds the options of the command line. Training calls `read_split`; planning calls `check_folds` and
 `make_splits`. An existing splits.json is never replaced: options that differ from it are refused. `divide` makes the
@@ -28,6 +28,7 @@ from nnunet_lite import log
 from nnunet_lite.data.cases import Case
 from nnunet_lite.data.dataset import Dataset, read_annotation
 from nnunet_lite.data.problems import few, name_cases, plural
+from nnunet_lite.data.raw_files import RawCase
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import hash_of, read_json, read_table, understood, write_json
 from nnunet_lite.models.folder import CASES, held_out_fingerprint
@@ -36,6 +37,7 @@ from nnunet_lite.system import cpus
 ALL = "all"  # the fold that trains on every case
 N_FOLDS = 5
 SEED = 12345  # nnU-Net's, so that folds can be compared
+_FILES = "files"  # in cases.json: hashes of the files of the training cases
 _READERS = 4  # label maps in memory at the same time
 _VOLUME_PARTS = 4  # strata by volume, at most
 _BY_LABELS = "labels"  # the recorded name of the strata of `--stratify`
@@ -201,9 +203,11 @@ def read_split(file: Path, dataset: Dataset, fold: str, rule: FoldRule = DEFAULT
         if rule != DEFAULT_RULE:
             raise UserError("fold `all` trains on every case", fix="Omit the options for folds, or train `all-folds`.")
         return Split(ALL, tuple(ids), tuple(ids))
-    split = read_splits(file, dataset, rule, fold)[int(fold)]
+    splits = read_splits(file, dataset, rule, fold)
+    split = splits[int(fold)]
     if left_out := sorted(set(ids) - _cases_of([split])):
-        log.warn(f"{file}: fold {fold} leaves out {name_cases(left_out)}; edit or delete the file to include them")
+        where = f": fold {fold}" if _cases_of(splits).intersection(left_out) else ""
+        log.warn_once(f"{file}{where} leaves out {name_cases(left_out)}; edit or delete the file to use all cases")
     return split
 
 
@@ -633,9 +637,17 @@ def refuse_excluded(fold_folder: Path, split: Split) -> None:
         raise UserError(what, fold_folder, "Or start again with --restart.")
 
 
-def record_cases(fold_folder: Path, split: Split) -> None:
-    """Write which cases a fold is trained on, for `refuse_other_cases`."""
-    write_json(fold_folder / CASES, _fingerprint(split))
+def record_cases(fold_folder: Path, split: Split, raw: Mapping[str, RawCase]) -> None:
+    """Write which cases a fold is trained on, and hashes of their files, which `raw` has."""
+    files = [hash_of(raw[case_id].digests) for case_id in split.training]
+    write_json(fold_folder / CASES, {**_fingerprint(split), _FILES: files})
+
+
+def changed_since_trained(fold_folder: Path, split: Split, raw: Mapping[str, RawCase]) -> list[str]:
+    """Return the cases that a fold was trained on whose files are others now; `raw` has their stamps of now."""
+    known = read_json(fold_folder / CASES).get(_FILES) if (fold_folder / CASES).is_file() else None
+    present = [case_id for case_id in split.training if case_id in raw]
+    return [] if known is None else [name for name in present if hash_of(raw[name].digests) not in known]
 
 
 def are_other_cases(one: Path, other: Path) -> bool:
@@ -651,8 +663,9 @@ def _fingerprint(split: Split) -> dict[str, Any]:
 
 
 def _is_same(found: Any, expected: dict[str, Any]) -> bool:
-    """Compare what two fingerprints both have: of an imported model only the held-out cases are known."""
-    return isinstance(found, dict) and all(found[key] == expected[key] for key in found.keys() & expected.keys())
+    """Compare the ids that two fingerprints both have: of an imported model only the held-out cases are known."""
+    shared = found.keys() & expected.keys() - {_FILES} if isinstance(found, dict) else None
+    return shared is not None and all(found[key] == expected[key] for key in shared)
 
 
 def _record_file(file: Path) -> Path:
