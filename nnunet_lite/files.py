@@ -91,6 +91,7 @@ def scratch(parent: Path) -> Iterator[Path]:
 
 def _temporary_path(folder: Path, tail: str = "") -> Path:
     """Return a new path in a folder, which is made and swept first."""
+    must_be_writable(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _sweep_once(folder.absolute())
     path = folder.absolute() / f".tmp-{secrets.token_hex(4)}{tail}"
@@ -178,6 +179,7 @@ def locked(folder: Path, doing: str, *, wait: bool = True, leave: bool = True) -
     Busy
         Another process works there, and `wait` is False.
     """
+    must_be_writable(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _LOCK
     while True:
@@ -225,6 +227,20 @@ def _acquire(file: IO[str], folder: Path, doing: str, wait: bool) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- text and JSON
+
+
+def must_be_writable(folder: Path) -> None:
+    """Refuse a folder where no file can be made, or whose parent is such a folder; before long work too.
+
+    Raises
+    ------
+    UserError
+        The folder, or the nearest one above it that exists, is read-only for this user; it is named.
+    """
+    places = (folder.absolute(), *folder.absolute().parents)
+    nearest = next(place for place in places if os.path.isdir(place))  # noqa: PTH112  # is_dir may raise
+    if not os.access(nearest, os.W_OK):
+        raise UserError("is read-only for you", nearest, "Write elsewhere, or change the rights of this folder.")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -392,18 +392,20 @@ for command in sys.argv[1:]:
 def test_inputs_that_may_only_be_read(tiny_model: Path, hippocampus: Path, tmp_path: Path, counts: Counts) -> None:
     """Data set, model and images belong to someone else: planning, preprocessing and predicting write elsewhere.
 
-    A file that may not be read is a line of the check, beside its other problems.
+    A file that may not be read is a line of the check, beside its other problems. A folder that may not be written is
+    named, before long work, and no temporary file in it.
     """
     counts("faults survived", 4)
     first_cases(tmp_path / "raw", 6)
     shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns(".lock"))
+    theirs = copy_workspace(tiny_model.parents[2], tmp_path / "theirs")
     mine = tmp_path / "mine"
     mine.mkdir()
     shutil.chown(mine, 65534, 65534)
     for folder in (tmp_path, *tmp_path.parents):  # others may pass to get there
         if folder.stat().st_uid == 0 and folder.is_relative_to("/tmp/x".replace("/x", "")):
             folder.chmod(folder.stat().st_mode | 0o055)
-    subprocess.run(["chmod", "-R", "a+rX,a-w", tmp_path / "raw", tmp_path / "model"], check=True)
+    subprocess.run(["chmod", "-R", "a+rX,a-w", *(tmp_path / name for name in ("raw", "model", "theirs"))], check=True)
     shutil.copytree(tmp_path / "raw", tmp_path / "hidden")
     for file in ("imagesTr/hippocampus_001.nii.gz", "labelsTr/hippocampus_008.nii.gz"):
         (tmp_path / "hidden" / file).chmod(0)
@@ -411,9 +413,26 @@ def test_inputs_that_may_only_be_read(tiny_model: Path, hippocampus: Path, tmp_p
     image = tmp_path / "raw" / "imagesTr" / "hippocampus_001.nii.gz"
     commands = ("plan ../raw", "preprocess 3d_fullres", f"predict -i {image} -o out -m ../model --no-mirroring")
     commands += ("check ../hidden",)
+    refused = {
+        "plan ../raw -w ../model": tmp_path / "model",
+        f"plan ../raw -w new --output {tmp_path}/raw/new/p.json": tmp_path / "raw",
+        f"predict -i {image} -o ../raw/out -m ../model": tmp_path / "raw",
+        f"predict -i {image} -o ../raw/out.nii.gz -m ../model": tmp_path / "raw",
+        "evaluate ../raw/labelsTr ../raw/labelsTr --output ../raw/new/scores.csv": tmp_path / "raw",
+        f"report -w {theirs.parent}": theirs,
+        f"train 3d_fullres 1 -w {theirs.parent}": theirs / "models",
+        "export ../raw/model.zip -m ../model": tmp_path / "raw",
+        "export -o ../raw/nnunet --format nnunet -m ../model": tmp_path / "raw",
+    }
+    commands += tuple(refused)
     who = {**ENVIRONMENT, "HOME": str(mine)}
     done = subprocess.run([*as_nobody, *commands], cwd=mine, env=who, capture_output=True, text=True)
     assert (done.returncode, done.stdout.count("exit code 0\n")) == (0, 3) and "Traceback" not in done.stderr, done
     assert (mine / "out" / image.name).is_file()
     hidden = "imagesTr/hippocampus_001.nii.gz, labelsTr/hippocampus_008.nii.gz: cannot be opened (Permission denied)."
-    assert f"error: {hidden} [unreadable]\n" in done.stdout and done.stdout.endswith("exit code 2\n")
+    assert f"error: {hidden} [unreadable]\n" in done.stdout
+    assert done.stdout.count("exit code 2\n") == 1 + len(refused)
+    errors = [line for line in done.stderr.splitlines() if line.startswith(("error", "failed"))]
+    assert not [line for line in errors if ": is read-only for you. " not in line]
+    named = [line.removeprefix("error: ").partition(": ")[0] for line in errors]
+    assert [Path(folder).resolve() for folder in named] == [folder.resolve() for folder in refused.values()]

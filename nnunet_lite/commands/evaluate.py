@@ -22,7 +22,7 @@ from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError, no_such_file
 from nnunet_lite.evaluation.scores import Scores, read_fold_scores, score_files
 from nnunet_lite.evaluation.selection import read_selection
-from nnunet_lite.files import scratch, write_json, write_text
+from nnunet_lite.files import must_be_writable, scratch, write_json, write_text
 from nnunet_lite.inference.cases import output_file
 from nnunet_lite.models.argument import find_models
 from nnunet_lite.models.folder import VALIDATION, model_folders, trained_folds
@@ -96,6 +96,8 @@ def evaluate(
     written = None if output is None else Path(output)
     if written is not None and written.suffix.lower() not in (".json", ".csv"):
         raise UserError("scores are written as .json or .csv", written, f"Use {written.name}.csv.")
+    if written is not None:
+        must_be_writable(written.parent)
     if tolerance is not None and not surface:
         raise UserError("--tolerance is of the surface Dice, which --no-surface leaves out", fix="Give one of the two.")
     if tolerance is not None and not 0 <= tolerance < math.inf:

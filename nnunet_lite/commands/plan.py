@@ -27,7 +27,7 @@ from nnunet_lite.data.raw_files import (
     write_stamps,
 )
 from nnunet_lite.errors import UserError
-from nnunet_lite.files import read_json, write_json
+from nnunet_lite.files import must_be_writable, read_json, write_json
 from nnunet_lite.inference.cases import output_file
 from nnunet_lite.models.bundle import is_imported
 from nnunet_lite.models.folder import SUMMARY, VALIDATION, first_training, is_begun, model_folders
@@ -287,6 +287,8 @@ def plan(
         raise UserError("--from-fingerprint and --dataset-json need each other")
     if output is not None and Path(output).suffix.lower() != ".json":
         raise UserError("a plan is written as .json", Path(output), f"Use {Path(output).name}.json.")
+    if output is not None:
+        must_be_writable(Path(output).parent)
     if from_fingerprint is not None:
         of_data = {
             "DATA": data, "--plans": plans, "--folds": folds, "--group-by": group_by, "--stratify": stratify or None,
@@ -324,6 +326,7 @@ def after_plan(plan: Plan, *, data: Any = None, workspace: Any = None, **_: Any)
 
 def _plan_dataset(dataset: Dataset, paths: Paths, given: Options, rule: FoldRule, workers: int | None) -> Plan:
     """Plan a raw dataset, and write what it was planned from into the workspace."""
+    must_be_writable(paths.root)
     new_folds = check_folds(paths.splits, dataset, rule)
     earlier = replanning.read_earlier_plan(paths)
     adopted = replanning.read_adopted_plan(given, earlier, dataset)

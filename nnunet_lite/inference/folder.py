@@ -27,7 +27,7 @@ from nnunet_lite.data.nifti import write_nifti
 from nnunet_lite.data.problems import few, plural
 from nnunet_lite.data.slicer import needs_layers
 from nnunet_lite.errors import UserError, describe
-from nnunet_lite.files import allocate, atomic, lacks_space, no_space, sweep
+from nnunet_lite.files import allocate, atomic, lacks_space, must_be_writable, no_space, sweep
 from nnunet_lite.inference.cases import file_name, identify, names_file, output_file, read_case_image
 from nnunet_lite.inference.features import describe_prediction
 from nnunet_lite.inference.outputs import STEPS, ExtraMaps
@@ -240,6 +240,7 @@ def predict_cases(
     files = {case.id: _name_files(case, out, outputs, plan.labels) for case in cases}
     _check_files(cases, files)
     out = out.parent if names_file(out) else out
+    must_be_writable(out)
     out.mkdir(parents=True, exist_ok=True)
     for folder in (out / "probabilities", out / "uncertainty", *out.glob(f"{SEGMENTATIONS}/*")):
         sweep(folder)  # of a killed run; this one may write nothing there
