@@ -165,10 +165,10 @@ def test_other_weights_have_no_quality(selected: Paths, tmp_path: Path, capfd: A
     before = read_json(folder / "quality.json")
     for change in ({"weights": {"short": {"0": "0" * 16}}}, {"features": before["features"] + 1}):
         write_json(folder / "quality.json", before | change)
-        assert load(folder, device="cpu").quality is None
+        assert load(folder, device="cpu", judging=True).quality is None
         assert "is of other weights, labels or features" in capfd.readouterr().err
     (folder / "fold_0").rename(folder / "fold_all")
-    assert load(folder, device="cpu").quality is None
+    assert load(folder, device="cpu", judging=True).quality is None
     assert "fold all holds out none" in capfd.readouterr().err
 
 
@@ -205,7 +205,7 @@ def test_an_ensemble_is_judged_as_it_was_calibrated(pair: list[Path], images: Pa
         (pair, ExtraMaps(uncertainty=True)),
         (pair[::-1], ExtraMaps(("Anterior",))),
     ):
-        model = load(models, device="cpu")
+        model = load(models, device="cpu", judging=True)
         assert model.quality is not None and [one.folder for one in (model, *model.partners)] == pair
         prepared = prepare_image(model, image)
         label_map, made = segment(model, prepared, maps=model.add_quality_maps(maps))
@@ -220,10 +220,11 @@ def test_an_ensemble_is_judged_as_it_was_calibrated(pair: list[Path], images: Pa
 
 
 def test_a_quality_of_two_models_is_not_that_of_one_of_them(pair: list[Path], capfd: Any) -> None:
-    assert load(pair[0], device="cpu").quality is None
+    assert load(pair[0], device="cpu", judging=True).quality is None
     assert "quality.json is of b and a, not of what predicts now, so unused" in capfd.readouterr().err
+    assert load(pair[0], device="cpu").labels and "quality" not in capfd.readouterr().err, "nothing is judged"
     twin = Path(shutil.copytree(pair[0], pair[0].with_name("twin")))
-    assert load([pair[0], twin], device="cpu").quality is None
+    assert load([pair[0], twin], device="cpu", judging=True).quality is None
 
 
 def test_a_worker_reads_a_quality_that_was_calibrated_again(selected: Paths, images: Path, tmp_path: Path) -> None:
@@ -232,7 +233,7 @@ def test_a_worker_reads_a_quality_that_was_calibrated_again(selected: Paths, ima
     case = find_cases([images], 1)[0]
 
     def predict_on_worker(model: Path) -> CaseQuality | None:
-        loader, outputs = partial(load, [model], None, "cpu", {}), Outputs(quality=True)
+        loader, outputs = partial(load, [model], None, "cpu", {}, judging=True), Outputs(quality=True)
         return _predict_on_worker(case, loader, tmp_path / "out", outputs, accept_geometry=False)[2][0].quality
 
     pack(folder, zipped)
@@ -248,7 +249,7 @@ def test_a_broken_quality_file_is_refused(selected: Paths, tmp_path: Path) -> No
     folder = Path(shutil.copytree(selected.models / "short", tmp_path / "models" / "short"))
     write_json(folder / "quality.json", {**read_json(folder / "quality.json"), "threshold": "high"})
     with pytest.raises(UserError, match=r"no calibrated quality.*threshold"):
-        load(folder, device="cpu")
+        load(folder, device="cpu", judging=True)
 
 
 def test_an_output_with_another_quality_file_is_refused(

@@ -300,7 +300,7 @@ def predict(
     record = PredictionRecord((out.parent if is_file else out).absolute(), statistics, not is_file, quality)
     loader = partial(
         load, [folder.absolute() for folder in folders] if scheduler else folders, folds, device, settings,
-        checkpoint=checkpoint, trust_code=trust_code, workspace=root.absolute(),
+        checkpoint=checkpoint, trust_code=trust_code, workspace=root.absolute(), judging=quality,
     )  # fmt: skip
     if scheduler is None:
         predictor = loader()

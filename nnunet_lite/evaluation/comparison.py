@@ -309,7 +309,7 @@ def load_team(held_out: HeldOut, team: Team, fold: str) -> Predictor:
         Name of the fold.
     """
     place = held_out.paths.root.parent
-    load_fold = partial(load, folds=[fold], device=held_out.device, judging=False, workspace=place)
+    load_fold = partial(load, folds=[fold], device=held_out.device, workspace=place)
     models = [
         load_fold(member.folder)
         if member.first_stage is None

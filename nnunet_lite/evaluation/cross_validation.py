@@ -72,9 +72,8 @@ def validate_fold(
     changes = None if step_size is None else {"inference.step_size": step_size}
     workspace = folder.absolute().parents[2]
     model = load(
-        folder, [fold], device, changes, first_stage=stage_maps is None, judging=False, trust_code=trust_code,
-        workspace=workspace,
-    )  # fmt: skip
+        folder, [fold], device, changes, first_stage=stage_maps is None, trust_code=trust_code, workspace=workspace
+    )
     stage_classes = None if stage_maps is None else lambda case_id: open_array(stage_maps[case_id])[:]
     notes = [] if step_size is None else [f"windows {step_size:.0%} of a patch apart, to keep to the time limit"]
     return validate_cases(model, folder / f"fold_{fold}" / VALIDATION, dataset, case_ids, stage_classes, notes)

@@ -200,7 +200,7 @@ def load(
     trust_code: bool = False,
     workspace: str | Path | None = None,
     first_stage: bool = True,
-    judging: bool = True,
+    judging: bool = False,
 ) -> Predictor:
     """Load a model, of nnlite or of nnU-Net.
 
@@ -225,7 +225,7 @@ def load(
     first_stage : bool
         Load the first stage of a cascade too; without it, the caller gives its predictions.
     judging : bool
-        Read what `select` calibrated, from which predictions are judged.
+        Read what `select` calibrated, from which `nnlite predict` judges its label maps.
 
     Returns
     -------
