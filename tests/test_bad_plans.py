@@ -86,7 +86,7 @@ def folds(content: Any, *says: str, file: str = "folds.json", command: str = "pl
 
 def found_folds(content: Any, *says: str, command: str = "plan raw") -> Bad:
     """A splits_final.json in the folder of a dataset, which is taken without an option."""
-    says = ("Correct or remove it, or give --folds", *says)
+    says = ("Correct or remove it: without it folds are made again", *says)
     return folds(content, *says, file="raw/splits_final.json", command=command)
 
 

@@ -22,7 +22,7 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json, write_json
 from nnunet_lite.models.nnunet import import_nnunet
 from nnunet_lite.networks.unet import UNet
-from nnunet_lite.planning.schema import Network, Plan
+from nnunet_lite.planning.schema import Network, Plan, configuration_changes
 from nnunet_lite.settings import Settings, with_changes
 from nnunet_lite.training.finetune import Source, adopt_plan, adopt_weights, freeze, input_names, open_source
 from nnunet_lite.workspace import planned_paths
@@ -212,6 +212,13 @@ def test_the_plan_of_the_model_is_adopted_but_for_labels_and_channels(own: Plan,
     assert planned.median_shape == pytest.approx(expected, abs=0.5)
     assert Plan.model_validate_json(plan.to_json()) == plan
     assert plan.configuration("2d") == own.configuration("2d")
+
+
+def test_a_model_of_the_same_dataset_changes_nothing_of_its_plan(own: Plan) -> None:
+    half = tuple(n + 0.5 for n in own.median_shape)  # the median of an even number of cases
+    planned = own.configuration("3d_fullres").model_copy(update={"median_shape": half})
+    own = own.model_copy(update={"median_shape": half, "configurations": {"3d_fullres": planned}})
+    assert configuration_changes(planned, adopted(own, own).configuration("3d_fullres")) == {}
 
 
 def test_images_are_turned_and_a_channel_of_another_name_keeps_its_normalization(own: Plan, cascade: Plan) -> None:

@@ -253,8 +253,10 @@ def test_existing_folds_agree_with_the_options_or_are_refused(
             with pytest.raises(UserError, match=message):
                 check(splits, dataset, rule)
     fewer = replace(dataset, cases=dataset.cases[:31])
-    with pytest.raises(UserError, match="names unknown cases"):
-        read_splits(splits, fewer)
+    unknown = r"names unknown cases: \S+\. Correct or remove it: without it folds are made again"
+    with pytest.raises(UserError, match=unknown):
+        read_splits(splits, fewer, FoldRule(3))
+    assert len(read_splits(splits.with_name("removed.json"), fewer, FoldRule(3))) == 3
     assert not check_folds(splits, fewer, FoldRule())  # not an error before there is a training
     gone = f"names case {dataset.cases[31].id}, which the dataset does not have"
     assert gone in capfd.readouterr().err

@@ -647,7 +647,7 @@ def _no_files_error(folder: Path, what: str, ending: str | None = None) -> UserE
     instead = f", but {found}" if found else "" if files else ": it is empty"
     text = f"holds no {what} of a supported format{ends}{instead}"
     if inside:
-        fix = f"Move the files to {folder.name}/, one for each case and channel. {_NAMING}"
+        fix = f"Move the files to {folder.name}/. {_NAMING}"
     else:
         fix = f"Convert them, or correct file_ending in dataset.json. {SUPPORTED}."
     return UserError(text, folder, fix)

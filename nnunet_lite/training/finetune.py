@@ -172,7 +172,7 @@ def adopt_plan(plan: Plan, configuration: str, source: Source, settings: Setting
     axes = [plan.axis_order.index(axis) for axis in turn.order]
     spacing, shape = (tuple(values[i] for i in axes) for values in (plan.median_spacing, plan.median_shape))
     target = (spacing[0], *model.spacing)[-3:]  # in 2D slices keep their distance
-    resampled = tuple(float(max(1, round(n * old / new))) for n, old, new in zip(shape, spacing, target, strict=True))
+    resampled = tuple(max(1.0, n * old / new) for n, old, new in zip(shape, spacing, target, strict=True))
     reason = f"taken over from {source.configuration} of {source.plan.dataset}, to start from its weights"
     changes = {name: getattr(model, name) for name in _ADOPTED}
     changes |= {"median_shape": resampled[-model.dimensions :], "reasons": (reason,)}

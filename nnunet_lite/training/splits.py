@@ -43,7 +43,7 @@ _VOLUME_PARTS = 4  # strata by volume, at most
 _BY_LABELS = "labels"  # the recorded name of the strata of `--stratify`
 _TABLES = (".csv", ".tsv")
 _PATIENT = re.compile(r"(?i)(?:^|[^a-z])(?:p|pt|pat|patient|sub|subj|subject)[-_]?\d+$")
-_FIX = "Correct or remove it, or give --folds, --group-by, --stratify or --splits."
+_FIX = "Correct or remove it: without it folds are made again, as --folds, --group-by, --stratify or --splits say."
 
 
 @dataclass(frozen=True)
