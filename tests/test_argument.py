@@ -295,7 +295,7 @@ def test_the_first_stage_is_imported_once_and_gets_a_name(results: Path, tmp_pat
 
 @pytest.mark.parametrize("as_zip", [False, True], ids=["folder", "zip"])
 def test_select_judges_imported_models_by_the_cases_that_they_held_out(
-    tiny_workspace: Path, tiny_model: Path, as_zip: bool, tmp_path: Path
+    tiny_workspace: Path, tiny_model: Path, as_zip: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The summary.json of nnU-Net's validation names them, and cases.json in a zip of nnlite has a hash of them."""
     shutil.copytree(tiny_workspace, tmp_path / "w", ignore=shutil.ignore_patterns("preprocessed"))
@@ -313,6 +313,13 @@ def test_select_judges_imported_models_by_the_cases_that_they_held_out(
         if as_zip:
             folder = Path(shutil.make_archive(str(folder), "zip", tmp_path, name))
         nnunet_lite.import_model(folder, name=name, workspace=tmp_path / "w")
+    if not as_zip:  # what it holds besides is not needed
+        (folder / "fold_0" / "validation").mkdir()
+        (folder / "fold_0" / "validation" / "summary.json").write_text('{"metric_per_case": [')
+        capfd.readouterr()
+        nnunet_lite.import_model(folder, name="unknown", workspace=tmp_path / "w", replace=True)
+        err = capfd.readouterr().err
+        assert "summary.json: invalid JSON at line 1" in err and "which cases fold_0 held out is unknown" in err
     members, notes = find_members(paths, dataset)
     assert [member.name for member in members] == ["ours", "same", "tiny", "unknown"]
     assert notes == [

@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 from samples import sample_plan
@@ -179,6 +181,27 @@ def test_voxels_that_are_much_coarser_are_reported(
     label = tmp_path / "label.nii.gz"
     read_case_image(model.plan, Case("scan", (tmp_path / "scan.nii.gz",), label))
     assert "warning" not in capsys.readouterr().err, "a case of the training is validated"
+
+
+def test_a_single_slice_and_axes_that_are_sheared_are_reported(
+    model: Predictor, scans: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = nib.load(scans[0])
+    voxels, affine = np.asarray(image.dataobj), np.array(image.affine)
+    sheared = affine.copy()
+    sheared[2, 1] += 0.4
+    cases = {"plain": (voxels, affine), "slice": (voxels[:, :, :1], affine), "tilted": (voxels, sheared)}
+    said = {}
+    for name, (array, place) in cases.items():
+        nib.save(nib.Nifti1Image(array, place), tmp_path / f"{name}.nii.gz")
+        for label in (None, tmp_path / "label.nii.gz"):  # a case of the training was checked
+            read_case_image(model.plan, Case(name, (tmp_path / f"{name}.nii.gz",), label))
+        said[name] = capsys.readouterr().err
+    place = f"warning: {tmp_path}"
+    what = "is one slice, and the model was trained on volumes: its label map may be wrong"
+    assert said["plain"] == "" and said["slice"] == f"{place}/slice.nii.gz: {what}\n"
+    assert said["tilted"].startswith(f"{place}/tilted.nii.gz: two axes are 21.8 degrees from a right angle")
+    assert said["tilted"].count("\n") == 1
 
 
 def test_a_ct_that_is_not_in_hounsfield_units_is_reported(

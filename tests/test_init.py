@@ -7,10 +7,12 @@ import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 from samples import TINIEST, Command, as_options, blocks, save_arrays, scan
 from test_dicom_masks import LABELS, box, patient, save_contours
@@ -119,11 +121,24 @@ def test_channels_inside_files(tmp_path: Path) -> None:
         save_arrays(tmp_path / "4d", {f"P{i}/seg.nii": blocks([1])})
         voxels = np.random.default_rng(i).random((28, 24, 4, 2))
         nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), tmp_path / "4d" / f"P{i}" / "flair.nii")
-    for name, channels in (("rgb", ["R", "G", "B"]), ("4d", ["flair_0", "flair_1"])):
+        for name, channels in (("ome", ["DAPI", "GFP"]), ("same", ["GFP", "GFP"])):
+            save_arrays(tmp_path / name, {f"x{i}_mask.tif": blocks([1])[1]})
+            stated: Any = {"axes": "CYX", "Channel": {"Name": channels}}
+            stack = np.moveaxis(voxels[:, :, 0] * 255, 2, 0).swapaxes(1, 2).astype(np.uint8)
+            tifffile.imwrite(tmp_path / name / f"x{i}.ome.tif", stack, photometric="minisblack", metadata=stated)
+    expected = {"rgb": ["R", "G", "B"], "4d": ["flair_0", "flair_1"], "ome": ["DAPI", "GFP"]}
+    for name, channels in {**expected, "same": ["image_0", "image_1"]}.items():
         about = nnunet_lite.init(tmp_path / name, workspace=tmp_path / "workspace")
         assert list(about.values["channel_names"].values()) == channels
         dataset = read_dataset(tmp_path / "workspace" / "raw" / name)
         assert all(read_image(case.images[0]).array.shape[0] == len(channels) for case in dataset.cases)
+
+
+def test_masks_that_may_number_cells_are_pointed_out(command: Command, tmp_path: Path) -> None:
+    for i in CASES:
+        save_arrays(tmp_path / "cells", {f"x{i}.png": scan(i), f"x{i}_mask.png": blocks(range(1, 30 + i))})
+    out = command("init", "cells", cwd=tmp_path)[1]
+    assert "to do     if these 35 values number cells, set them to 1, see docs/howto/microscopy.md; otherwise " in out
 
 
 def test_a_second_mask_that_became_a_channel_is_reported(command: Command, tmp_path: Path) -> None:

@@ -312,5 +312,9 @@ def test_another_patch_keeps_the_size_of_the_kernels() -> None:
     configurations = {**plan.configurations, "3d_fullres": c.model_copy(update={"network": wide})}
     changed = override_sizes(plan.model_copy(update={"configurations": configurations}), "3d_fullres", (64, 64, 64))
     assert set(changed.configuration("3d_fullres").network.kernels) == {(5, 5, 5)}
+    by_hand = c.network.model_copy(update={"kernels": ((1, 3, 3), (5, 5, 5), *c.network.kernels[2:])})
+    configurations = {"3d_fullres": c.model_copy(update={"network": by_hand})}
+    changed = override_sizes(plan.model_copy(update={"configurations": configurations}), "3d_fullres", (64, 64, 64))
+    assert changed.configuration("3d_fullres").network.kernels == by_hand.kernels, "not 5x5x5 in all stages"
     with pytest.raises(UserError, match=r"must be a multiple of 16x16x16.*nearest are 64x64x64 and 80x64x64"):
         override_sizes(plan, "3d_fullres", (72, 64, 64))

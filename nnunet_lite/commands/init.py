@@ -24,6 +24,7 @@ from nnunet_lite.system import expand_home
 from nnunet_lite.workspace import RAW, workspace_folder
 
 _CASES_SHOWN = 3
+_MANY_LABELS = 20  # as instance masks have them
 
 
 def init(
@@ -199,6 +200,8 @@ def _summary(source: Path, cases: Sequence[Case], values: dict[str, Any], change
         for case in cases[:_CASES_SHOWN]
     ]
     unnamed = [name for name in values["labels"] if re.fullmatch(r"label_\d+", name)]
+    number = f"if these {len(unnamed)} values number cells, set them to 1, see docs/howto/microscopy.md; otherwise "
+    number *= len(unnamed) > _MANY_LABELS
     rest = [f"and {plural(len(cases) - _CASES_SHOWN, 'more case')}"] if len(cases) > _CASES_SHOWN else []
     lines = [
         ("channels", few(list(values["channel_names"].values()), 9)),
@@ -208,7 +211,7 @@ def _summary(source: Path, cases: Sequence[Case], values: dict[str, Any], change
         *(("left out", f"{reason}: {few(names, 9)}") for reason, names in values["left_out"].items()),
         *changes,
         ("written", f"{values['path']}/dataset.json"),
-        *([("to do", f"name the labels in {values['path']}/dataset.json before you plan")] if unnamed else []),
+        *([("to do", f"{number}name the labels in {values['path']}/dataset.json before you plan")] if unnamed else []),
         ("next", values["next"]),
     ]
     return "\n".join([f"{source.name}: {plural(len(cases), 'case')}", *(f"{head:<10}{text}" for head, text in lines)])

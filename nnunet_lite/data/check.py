@@ -32,7 +32,6 @@ Visit = Callable[[Sequence[np.ndarray], Geometry, np.ndarray], T]
 
 _BYTES_PER_VOXEL = 12  # while a case is checked: float32 as read, stacked, and masks
 _VALUES_SAMPLED = 10_000  # of a channel
-_SHEAR = 1.0  # degrees from a right angle that are not reported
 _SURROUNDS = 0.9  # share of the border of a label map that has the value around all others
 _AVOIDED = 0.1  # share of the background on the border, of that in the whole label map, if it is what was outlined
 _HEADER_FIX = "If the voxels do match, copy the image's header to the label map, else resample it onto the image."
@@ -216,8 +215,7 @@ def _check_images(
             fix = f"Make them equal, for example with nibabel: image.set_{change}(image.get_{keep}())."
             fix = _TILT_FIX if "sheared" in conflict else fix
             found.problems.append(Problem("forms", str(path), conflict, "", fix))
-        if (degrees := image.geometry.shear) > _SHEAR:
-            text = f"two axes are {degrees:.1f} degrees from a right angle; volumes and distances assume right angles"
+        if text := image.geometry.shear_in_words():
             found.problems.append(Problem("sheared", str(path), text, "", _TILT_FIX))
     if any(problem.kind == "grid" for problem in found.problems):
         return None

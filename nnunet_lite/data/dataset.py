@@ -20,7 +20,8 @@ from nnunet_lite.data.cases import Case, common_ending, labelled_cases, split_na
 from nnunet_lite.data.geometry import ACCEPTABLE, Geometry
 from nnunet_lite.data.images import Image, read_geometry, read_images, read_label
 from nnunet_lite.data.labels import BACKGROUND, Labels
-from nnunet_lite.data.names import PICTURES, ending_of, stem, suffix_of
+from nnunet_lite.data.names import PICTURES, TIFF, ending_of, stem, suffix_of
+from nnunet_lite.data.tiff import ome_channels
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import first_problem, read_json, understood, validated
 
@@ -519,11 +520,13 @@ def name_channels(cases: Iterable[Case], names: Sequence[str]) -> tuple[str, ...
     Returns
     -------
     tuple of str
-        These names, numbered if the files have several channels; R, G, B for a colour picture.
+        These names, numbered if the files have several channels; those of an OME-TIFF; R, G, B for a colour picture.
     """
     readable, inside = _first_readable(cases)
     if inside == 1 or len(names) > 1:
         return tuple(names)
+    if suffix_of(readable) in TIFF and len(own := ome_channels(readable)) == inside:
+        return own
     if inside == 3 and suffix_of(readable) in PICTURES:
         return ("R", "G", "B")
     return tuple(f"{names[0].removesuffix('_0')}_{i}" for i in range(inside))

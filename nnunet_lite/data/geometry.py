@@ -22,6 +22,7 @@ Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
 TOLERANCE = 0.005  # of a voxel: largest offset of the origin, and largest shift of the last voxel by the direction
 SPACING_TOLERANCE = 0.001  # of the voxel size
+_SHEAR = 1.0  # degrees from a right angle that are not reported
 _ROUNDING = 1e-6  # of a coordinate, as float32 rounds it
 _COSINE_ROUNDING = 1e-4  # error of the quaternion in a NIfTI header
 IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
@@ -73,6 +74,12 @@ class Geometry:
         axes = np.reshape(self.direction, (3, 3))
         cosines = np.abs(axes.T @ axes - np.eye(3)).max() if self.oriented else 0.0
         return float(np.degrees(np.arcsin(min(cosines, 1.0))))
+
+    def shear_in_words(self) -> str:
+        """Return what is wrong with axes that are sheared by more than a rounding error; empty if nothing is."""
+        if self.shear <= _SHEAR:
+            return ""
+        return f"two axes are {self.shear:.1f} degrees from a right angle; volumes and distances assume right angles"
 
     def turned(self, turn: Turn) -> Geometry:
         """Return the geometry of the same voxels after a turn of their array.

@@ -96,6 +96,14 @@ def read_tiff(path: Path, resolve_palette: bool = True, pixels: bool = True) -> 
         return Image(array, geometry, tuple(notes), has_alpha, orientation)
 
 
+def ome_channels(path: Path) -> tuple[str, ...]:
+    """Return the names of the channels in an OME-TIFF file; empty if it is another file, or if they are no names."""
+    with _opened(path) as (tif, _):
+        found = ElementTree.fromstring(tif.ome_metadata).iter() if tif.is_ome else ()
+        names = [element.get("Name", "").strip() for element in found if element.tag.endswith("}Channel")]
+    return tuple(names) if all(names) and len(set(names)) == len(names) else ()
+
+
 def write_tiff(path: Path, array: np.ndarray, geometry: Geometry) -> None:
     """Write a label map as ImageJ does, with spacing and unit if they are known.
 

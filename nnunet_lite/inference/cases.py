@@ -88,6 +88,11 @@ def use_trained_unit(plan: Plan, image: Image, path: Path, of_training: bool = F
     check_channels(image, plan, path)
     _warn_of_values(image, plan, path, of_training)
     geometry = image.geometry
+    if not of_training:  # of which the check has warned
+        if shear := geometry.shear_in_words():
+            log.warn(f"{path}: {shear}")
+        if 1 in geometry.shape and all(each.dimensions == 3 for each in plan.configurations.values()):
+            log.warn(f"{path}: is one slice, and the model was trained on volumes: its label map may be wrong")
     planned = [configuration.spacing for configuration in plan.configurations.values()]
     stated = geometry.spacing[1:] if geometry.dimensions == 2 else geometry.spacing
     if geometry.calibrated:

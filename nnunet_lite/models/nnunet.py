@@ -403,9 +403,13 @@ def _held_out_cases(fold_folder: Path) -> list[str]:
     summary = fold_folder / VALIDATION / SUMMARY
     if not summary.is_file():
         return []
-    with understood(summary, "Delete it.", "nnU-Net"):
-        files = [case["prediction_file"] for case in read_json(summary)["metric_per_case"]]
-        return [case_of(Path(PureWindowsPath(file).name)) for file in files]  # of any system
+    try:
+        with understood(summary, writer="nnU-Net"):
+            files = [case["prediction_file"] for case in read_json(summary)["metric_per_case"]]
+            return [case_of(Path(PureWindowsPath(file).name)) for file in files]  # of any system
+    except UserError as error:  # weights and plan do not depend on it
+        log.warn(f"{str(error).removesuffix('.')}: which cases {fold_folder.name} held out is unknown")
+        return []
 
 
 # ------------------------------------------------------------------------------------------------------------- writing

@@ -521,21 +521,30 @@ def _with_patch(configuration: Configuration, patch: tuple[int, ...]) -> Configu
         raise UserError(what, fix=f"The nearest are {below} and {above}.")
     if len(topology.strides) == 1:
         raise UserError(f"patch size {size} is too small to pool", fix="Give at least 8 voxels along an axis.")
-    network = _adapt_network(configuration.network, topology)
+    network = _adapt_network(
+        configuration.network, rules.topology_of(spacing, configuration.patch_size, kind), topology
+    )
     return _with_reason(configuration, f"patch {size} was set by hand", patch_size=patch, network=network)
 
 
-def _adapt_network(network: Network, topology: Topology) -> Network:
-    """Keep what the network has for the stages of both topologies, and add deeper stages by nnU-Net's rule."""
-    stages, old = len(topology.strides), len(network.features)
+def _adapt_network(network: Network, old: Topology, topology: Topology) -> Network:
+    """Keep what the network has for the stages of both topologies, and add deeper stages by nnU-Net's rule.
+
+    Kernels follow the spacing of each stage, by the rule, unless they were set by hand.
+    """
+    largest = max(max(kernel) for kernel in network.kernels)
+    before, kernels = (rules.resize_kernels(each.kernels, largest) for each in (old, topology))
+    if network.kernels != before:
+        kernels = network.kernels + kernels[len(network.kernels) :]
+    stages, known = len(topology.strides), len(network.features)
     rule = rules.default_network(network.kind, topology)
     features = rules.default_features(network.kind, stages, len(topology.patch), base=network.features[0])
     return network.model_copy(
         update={
-            "features": (network.features + features[old:])[:stages],
+            "features": (network.features + features[known:])[:stages],
             "strides": topology.strides,
-            "kernels": rules.resize_kernels(topology.kernels, max(max(kernel) for kernel in network.kernels)),
-            "blocks": (network.blocks + rule.blocks[old:])[:stages],
+            "kernels": kernels[:stages],
+            "blocks": (network.blocks + rule.blocks[known:])[:stages],
             "decoder_convolutions": (rule.decoder_convolutions + network.decoder_convolutions)[-(stages - 1) :],
         }
     )
