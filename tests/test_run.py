@@ -170,7 +170,7 @@ def test_on_a_cpu_the_recipe_is_cpu_unless_a_model_of_default_was_begun(
     )
     assert "recipe `cpu`" in (said := capfd.readouterr().err) and "--recipe default" in said
     assert "1 of 5 steps done" in said and "step 2 of 5: preprocess" in said and "step 5 of 5: report" in said
-    assert repr(new).startswith("Task04_Hippocampus: all 5 steps done in ")
+    assert repr(new).startswith("Task04_Hippocampus: 5 of 5 steps done in ")
     assert [folder.name for folder in new.models] == ["2d-cpu"]
     paths = Paths(tmp_path / new.dataset)
     shutil.copytree(finished[1].models[0], paths.models / "old_2d-default_1")

@@ -88,10 +88,10 @@ class RunResult:
 
     def __repr__(self) -> str:
         done = sum(step.state == "done" for step in self.steps)
-        steps = f"{done} of {len(self.steps)}" if done < len(self.steps) else f"all {done}"
         report = "" if self.report is None else f"\nreport: {self.report}"
         before = ", the others before" if done < len(self.steps) else ""
-        return f"{self.dataset}: {steps} steps done in {log.duration(self.seconds)}{before}{report}"
+        steps = f"{done} of {len(self.steps)} steps done in {log.duration(self.seconds)}"
+        return f"{self.dataset}: {steps}{before}{report}"
 
 
 def run(

@@ -535,7 +535,7 @@ def _warn_of_changes(run: TrainingRun) -> None:
     """Warn of a finished fold that was trained on former files of cases, such as uncorrected label maps."""
     cases = [case for case in run.dataset.cases if case.id in run.split.training]
     raw, _ = scan_raw_cases(cases, read_stamps(run.paths.raw))
-    if changed := changed_since_trained(run.fold_folder, run.split, raw):
+    if changed := changed_since_trained(run.fold_folder, raw):
         again = f"`{models.training_command(run.folder, run.split.name)}{run.paths.option} --restart`"
         log.warn(
             f"{run.fold_folder} was trained on former files of {name_cases(changed)}; {again} trains it on those of now"

@@ -643,11 +643,10 @@ def record_cases(fold_folder: Path, split: Split, raw: Mapping[str, RawCase]) ->
     write_json(fold_folder / CASES, {**_fingerprint(split), _FILES: files})
 
 
-def changed_since_trained(fold_folder: Path, split: Split, raw: Mapping[str, RawCase]) -> list[str]:
-    """Return the cases that a fold was trained on whose files are others now; `raw` has their stamps of now."""
+def changed_since_trained(fold_folder: Path, raw: Mapping[str, RawCase]) -> list[str]:
+    """Return the training cases of a fold whose files are others now; `raw` has the stamps that they have now."""
     known = read_json(fold_folder / CASES).get(_FILES) if (fold_folder / CASES).is_file() else None
-    present = [case_id for case_id in split.training if case_id in raw]
-    return [] if known is None else [name for name in present if hash_of(raw[name].digests) not in known]
+    return [] if known is None else [name for name, case in raw.items() if hash_of(case.digests) not in known]
 
 
 def are_other_cases(one: Path, other: Path) -> bool:
