@@ -37,6 +37,7 @@ Validated = TypeVar("Validated", bound=BaseModel)
 SPARE = 1 << 16  # bytes that must be free after a write: one that was cut short leaves less
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk is full; a quota is used up; a ulimit for files
 _TAIL = 40  # letters of a name that its temporary name keeps: 255 bytes hold them, of up to 4 bytes each
+_LONGEST_NAME = 80  # of a dataset or a model
 _TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{8}(-.*)?")
 _LOCK = ".lock"
 _MOMENT = 0.05  # seconds
@@ -241,6 +242,12 @@ def must_be_writable(folder: Path) -> None:
     nearest = next(place for place in places if os.path.isdir(place))  # noqa: PTH112  # is_dir may raise
     if not os.access(nearest, os.W_OK):
         raise UserError("is read-only for you", nearest, "Write elsewhere, or change the rights of this folder.")
+
+
+def is_folder_name(name: str) -> bool:
+    """Whether a dataset or a model may have this name: one that a folder can have on every system, and not hidden."""
+    is_plain = name.isprintable() and not name.startswith(".") and not {*"/\\:"} & {*name}
+    return is_plain and 0 < len(name) <= _LONGEST_NAME
 
 
 def write_text(path: Path, text: str) -> None:

@@ -98,7 +98,7 @@ def test_a_name_with_a_dataset_is_that_of_a_model_of_this_dataset(results: Path,
         find_model("other", place, "Dataset009")
     with pytest.raises(UserError, match="no planned dataset called 'Dataset005'"):
         find_model("mine", place, "Dataset005")
-    for name in ("a+b", "a,b"):  # these separate names
+    for name in ("a+b", "a,b", "a:b", "a\nb", "a\\b", "a" * 81):  # these separate names, those no zip may have
         with pytest.raises(UserError, match="is no name for a model folder"):
             nnunet_lite.import_model(copy, name=name, workspace=place)
 

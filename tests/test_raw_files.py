@@ -230,3 +230,14 @@ def test_a_pipe_in_the_place_of_an_image_is_refused(planned: Planned) -> None:
     os.mkfifo(image)
     with pytest.raises(UserError, match="1 error must be corrected"):
         nnunet_lite.plan(raw, workspace=paths.root.parent, workers=0)
+
+
+@pytest.mark.parametrize("name", [".hidden", "new\nline", "back\\slash", "a:b", "a" * 81])
+def test_a_dataset_has_the_name_of_a_folder(copy_dataset: Copy, tmp_path: Path, name: str) -> None:
+    """Such as a zip may contain: otherwise a model of it, after days of training, could not be exported."""
+    raw = copy_dataset(2, name)
+    for step in (nnunet_lite.plan, nnunet_lite.run):
+        with pytest.raises(UserError, match=r"is no name for a dataset.* Rename the folder") as refused:
+            step(raw, workspace=tmp_path / "ws", workers=0)
+        assert "\n" not in str(refused.value.what)
+    assert not (tmp_path / "ws").exists()

@@ -26,7 +26,7 @@ from nnunet_lite.data.images import is_dicom, read_geometry
 from nnunet_lite.data.names import companions, visible
 from nnunet_lite.data.problems import name_cases, plural
 from nnunet_lite.errors import UserError
-from nnunet_lite.files import read_json, understood, write_json, write_text
+from nnunet_lite.files import is_folder_name, read_json, understood, write_json, write_text
 from nnunet_lite.system import cpus
 from nnunet_lite.workspace import Paths
 
@@ -202,11 +202,13 @@ def dataset_paths(workspace: Path, dataset: Dataset) -> Paths:
     Raises
     ------
     UserError
-        The dataset has no name, its raw data are in that place, or another dataset of that name is in the workspace.
+        The dataset's name cannot be that of a folder, its raw data are in that place, or another dataset of that name
+        is in the workspace.
     """
     paths, root = Paths(workspace / dataset.name), dataset.root
-    if not dataset.name:
-        raise UserError("has no name, which a dataset takes from its folder", root)
+    if not is_folder_name(dataset.name):
+        what = f"{dataset.name!r:.90} is no name for a dataset, which takes it from its folder"
+        raise UserError(what, root, "Rename the folder: at most 80 letters, without / \\ and :, not hidden.")
     if paths.root.resolve() == root.resolve():
         raise UserError(f"is itself in the workspace {workspace}", root, "Give another folder with --workspace.")
     if not paths.dataset.is_file():

@@ -32,7 +32,16 @@ from pydantic import BaseModel, Field
 import nnunet_lite
 from nnunet_lite.data.problems import few
 from nnunet_lite.errors import UserError
-from nnunet_lite.files import atomic, must_be_known, read_json, read_text, read_validated, understood, write_json
+from nnunet_lite.files import (
+    atomic,
+    is_folder_name,
+    must_be_known,
+    read_json,
+    read_text,
+    read_validated,
+    understood,
+    write_json,
+)
 from nnunet_lite.models.folder import (
     CASES,
     EXPECTED,
@@ -52,7 +61,6 @@ MANIFEST = "manifest.json"
 LIMIT = 32 * 10**9  # bytes of an unpacked model
 _JSON_LIMIT = 128 * 2**20  # bytes of a JSON file; a plan has 10 KB, nnU-Net's scores 300 bytes a case and label
 _RATIO = 100  # weights shrink by a tenth; a file that grows by more than this factor is meant to fill the disk
-_LONGEST_NAME = 80
 _LICENCE_WIDTH = 80  # of the first words of a licence
 _PART = re.compile(  # of a model folder
     rf"(plans|dataset|run|quality)\.json|fold_(all|\d+)/({re.escape(MODEL)}|{re.escape(CASES)})"
@@ -411,8 +419,7 @@ def _open(file: Path) -> Iterator[tuple[ZipFile, Manifest]]:
 def _check_names(manifest: Manifest, file: Path) -> None:
     """Refuse names that no folder can have, or that would be hidden, and paths of files that no model has."""
     for name in (manifest.dataset, *manifest.models):
-        odd = name.startswith(".") or not name.isprintable() or any(c in name for c in "\\:")
-        if odd or len(name) > _LONGEST_NAME or Path(name).name != name:
+        if not is_folder_name(name):
             raise UserError(f"{name!r:.80} is no name for a folder", file)
     for path in manifest.files:
         model, _, part = path.partition("/")

@@ -35,6 +35,7 @@ from nnunet_lite.data.problems import few
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import (
     hash_of,
+    is_folder_name,
     is_locked,
     locked,
     must_be_known,
@@ -384,7 +385,7 @@ def model_folder(paths: Paths, name: str) -> Path:
     UserError
         The name is not that of a folder inside models/.
     """
-    if Path(name).name != name or name.startswith((".", OLD)) or {*"+,"} & {*name}:  # these separate names
+    if not is_folder_name(name) or name.startswith(OLD) or {*"+,"} & {*name}:  # these separate names
         raise UserError(f"{name!r} is no name for a model folder", fix="Use letters, digits, '-' and '_'.")
     return paths.models / name
 

@@ -24,7 +24,7 @@ from nnunet_lite.data.labels import BACKGROUND, Labels
 from nnunet_lite.data.names import case_of
 from nnunet_lite.data.problems import few
 from nnunet_lite.errors import UserError
-from nnunet_lite.files import read_json, understood, write_json
+from nnunet_lite.files import is_folder_name, read_json, understood, write_json
 from nnunet_lite.models.checkpoint import check_finite, load_weights, save_weights
 from nnunet_lite.models.folder import (
     CASES,
@@ -324,7 +324,7 @@ def nnunet_names(folder: Path, checkpoint: Checkpoint = "final") -> tuple[str, s
     file = next(iter(nnunet_checkpoints(folder, fold or None, checkpoint).values()))
     read = read_nnunet_fold(file)
     dataset = read.plan.dataset
-    if Path(dataset).name != dataset or dataset.startswith("."):
+    if not is_folder_name(dataset):
         raise UserError(f"dataset_name {dataset!r} is no name for a folder", folder / "plans.json")
     return dataset, read.run["configuration"], read.run.get("previous")
 
