@@ -55,6 +55,22 @@ def images(channels: int) -> Tensor:
     return torch.randn(1, channels, 16, 16)
 
 
+def test_what_is_left_of_the_model_is_stated() -> None:
+    """Channels, classes of a first stage, labels and whole heads that this network does not take."""
+    stages = (f"{STAGE}lung", f"{STAGE}tumour")
+    report = adopt(network(0, 3), network(1, 1), inputs=(("CT", *stages), ("CT",)))
+    assert report["unused, inputs"] == "; ".join(stages) and "unused, outputs" not in report
+    report = adopt(network(0, 3, 2), network(1, 1), (LUNG[:2], LUNG), (("T1", "T2", stages[0]), ("CT",)))
+    assert report["adapted, inputs"] == "CT: mean of T1, T2" and report["unused, inputs"] == stages[0]
+
+    source, target = network(0, outputs=2), network(1)
+    heads = [name for name in target.state_dict() if name.startswith("heads.")]
+    report = adopt(source, target, (("whole", "core"), LUNG))
+    assert report["unused, outputs"] == "whole; core"
+    assert report["at random"].startswith(f"{len(heads)} tensors: heads.")
+    assert report["taken over"].startswith(f"{len(target.state_dict()) - len(heads)} tensors")
+
+
 @KINDS
 def test_an_equal_network_is_copied_whole(kind: str) -> None:
     source, target, x = network(0, kind=kind), network(1, kind=kind), images(1)

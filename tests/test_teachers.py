@@ -196,8 +196,9 @@ def test_the_network_is_a_model_like_any_other(
     finally:
         (paths.models / "gone").rename(paths.models / "tiny")
     assert (folder / "run.json").read_bytes() == before, "it would be another length than that of the weights"
-    with pytest.raises(UserError, match=r"training\.teachers: \['tiny'\] -> \['tiny', 'other'\]"):
+    with pytest.raises(UserError, match=r"training\.teachers: \['tiny'\] -> \['tiny', 'other'\]") as refused:
         distill(paths, "tiny", "other", name="small", settings={"training.epochs": 2})
+    assert "--force" not in str(refused.value), "distill has no such option"
     assert list(distill(paths, "tiny", fold=0, name="fold", configuration="3d_fullres").scores) == ["0"]
 
 

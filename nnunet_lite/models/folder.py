@@ -212,8 +212,8 @@ def check_resume(
     elsewhere = f"use another --name to keep both, or {restarting} to begin again"
     what = f"was trained with other settings: {'; '.join(changes)}"
     if not force:
-        fix = f"Repeat the old settings to resume, {elsewhere}; --force resumes with the new ones."
-        raise UserError(what, folder, fix)
+        forcing = "" if settings.training.teachers else "; --force resumes with the new ones"  # distill has no --force
+        raise UserError(what, folder, f"Repeat the old settings to resume, {elsewhere}{forcing}.")
     same_network = (
         old_plan.configuration(configuration).network == plan.configuration(configuration).network
         and old_plan.n_inputs(configuration) == plan.n_inputs(configuration)

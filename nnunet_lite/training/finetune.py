@@ -277,6 +277,8 @@ def adopt_weights(network: nn.Module, state: Mapping[str, Tensor], inputs: Names
         if name == first:
             adapted = _select_inputs(value, columns, *inputs)
         elif name.startswith(_HEADS):
+            if all(row is None for row in rows):
+                continue  # nothing of it would be the model's
             adapted = _select_outputs(own[name], value, rows)
         if (fitted := fit_tensor(name, adapted, own[name])) is not None:
             new[name] = fitted
@@ -289,10 +291,10 @@ def adopt_weights(network: nn.Module, state: Mapping[str, Tensor], inputs: Names
         log.warn(f"the first layer ({first}) does not fit and stays random; those after it learnt on another one")
     share = sum(value.numel() for value in new.values()) / sum(value.numel() for value in own.values())
     report = {"taken over": f"{len(new)} tensors; {100 * share:.1f} % of the weights are the model's"}
-    mean = f"mean of {', '.join(name for name in inputs[0] if not name.startswith(_STAGE))}"
-    for what, (theirs, names), indices, missing in (
-        ("inputs", inputs, columns, mean),
-        ("outputs", outputs, rows, "at random"),
+    images = [name for name in inputs[0] if not name.startswith(_STAGE)]
+    for what, (theirs, names), indices, missing, averaged in (
+        ("inputs", inputs, columns, f"mean of {', '.join(images)}", images),
+        ("outputs", outputs, rows, "at random", []),
     ):
         origins = [
             theirs[i] if i is not None else "zero" if name.startswith(_STAGE) else missing
@@ -300,6 +302,9 @@ def adopt_weights(network: nn.Module, state: Mapping[str, Tensor], inputs: Names
         ]
         if [name.casefold() for name in names] != [origin.casefold() for origin in origins]:
             report[f"adapted, {what}"] = "; ".join(f"{n}: {origin}" for n, origin in zip(names, origins, strict=True))
+        used = {i for i, name in enumerate(theirs) if i in indices or (missing in origins and name in averaged)}
+        if unused := [name for i, name in enumerate(theirs) if i not in used]:
+            report[f"unused, {what}"] = "; ".join(unused)
     if resized := [name for name in new if name.endswith(_DEPTHWISE) and state[name].shape != own[name].shape]:
         before, after = (join_by_x(tensors[resized[-1]].shape[2:]) for tensors in (state, own))
         report["resized"] = f"{len(resized)} depthwise kernels, such as {before} to {after} (UpKern)"
