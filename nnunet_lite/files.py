@@ -231,15 +231,17 @@ def _acquire(file: IO[str], folder: Path, doing: str, wait: bool) -> None:
 
 
 def must_be_writable(folder: Path) -> None:
-    """Refuse a folder where no file can be made, or whose parent is such a folder; before long work too.
+    """Refuse a folder where no file can be made, or below such a folder or a broken link; before long work too.
 
     Raises
     ------
     UserError
-        The folder, or the nearest one above it that exists, is read-only for this user; it is named.
+        The folder, or the nearest one above it that exists, is read-only for this user, or a broken link; it is named.
     """
     places = (folder.absolute(), *folder.absolute().parents)
     nearest = next(place for place in places if os.path.isdir(place))  # noqa: PTH112  # is_dir may raise
+    if broken := next((place for place in places if place.is_symlink() and not os.path.exists(place)), None):  # noqa: PTH110
+        raise UserError("is a link to a folder that does not exist", broken, "Mount its disk, or correct the link.")
     if not os.access(nearest, os.W_OK):
         raise UserError("is read-only for you", nearest, "Write elsewhere, or change the rights of this folder.")
 

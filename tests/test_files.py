@@ -299,3 +299,13 @@ def test_waiting_for_a_lock_is_said_with_quiet_too(
         time.sleep(0.5)
     waiting.join()
     assert "another process is preprocessing here" in capfd.readouterr().err
+
+
+def test_a_link_to_a_disk_that_is_not_mounted_is_named(tmp_path: Path) -> None:
+    (tmp_path / "workspace").symlink_to(tmp_path / "disk")
+    for folder in (tmp_path / "workspace", tmp_path / "workspace" / "data"):
+        with pytest.raises(UserError, match="workspace: is a link to a folder that does not exist"):
+            write_json(folder / "a.json", 1)
+        with pytest.raises(UserError, match="workspace: is a link to"), files.locked(folder, "training"):
+            pass
+    assert not (tmp_path / "disk").exists()
