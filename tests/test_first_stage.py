@@ -20,6 +20,8 @@ from samples import Command, Counts, Forked, wait_until
 from scipy.ndimage import zoom
 
 import nnunet_lite
+from nnunet_lite.commands.train import _missing_first_stage
+from nnunet_lite.commands.training_run import plan_runs
 from nnunet_lite.data.geometry import Geometry, Turn
 from nnunet_lite.data.images import read_image, read_label
 from nnunet_lite.data.labels import Labels
@@ -33,7 +35,7 @@ from nnunet_lite.planning.schema import Plan
 from nnunet_lite.preprocessing.pipeline import Placement, Preprocessed, preprocess_image, restore_segmentation
 from nnunet_lite.preprocessing.store import open_case
 from nnunet_lite.preprocessing.stored_case import open_array
-from nnunet_lite.settings import load_settings
+from nnunet_lite.settings import Settings, load_settings, with_changes
 from nnunet_lite.training.job import Job, configure_plan
 from nnunet_lite.training.loop import train_fold
 from nnunet_lite.workspace import Paths
@@ -265,6 +267,20 @@ def test_both_stages_and_the_pair_are_compared(trained: Path, workspace: Path, t
         assert (read_label(out / name)[0] == array).mean() > 0.999
     pair = paths.ensembles / f"{FIRST}-tiny+tiny" / "fold_0" / "validation"
     assert {path.name for path in pair.glob("*.nii.gz")} == set(before)
+
+
+def test_only_the_second_stage_starts_from_a_model(
+    trained: Path, paths: Paths, changes: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A model fits one of the two networks; whoever gives it reads that the other starts random."""
+    settings = with_changes(
+        Settings(), {**changes, "training.init": str(trained / "tiny"), "network.features_base": None}
+    )
+    *first, second = plan_runs(paths, settings, [SECOND], ["0"], name="fresh", device="cpu")
+    assert {run.settings.training.init for run in first} == {None} and second.settings.training.init
+    capfd.readouterr()
+    assert _missing_first_stage([*first, second], [second], restart=False) == first
+    assert "to be trained first: 0, 1, 2, from random weights: --init is for the second stage" in capfd.readouterr().err
 
 
 @pytest.mark.slow  # one kill of a training is in test_loop.py

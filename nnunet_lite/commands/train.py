@@ -334,7 +334,8 @@ def _missing_first_stage(runs: Sequence[TrainingRun], own: Sequence[TrainingRun]
         run for run in runs if run.configuration == first.configuration and not models.is_finished(run.fold_folder)
     ]
     names = ", ".join(run.split.name for run in missing)
-    todo = f"to be trained first: {names}" if missing else "all trained"
+    start = ", from random weights: --init is for the second stage" * (own[0].settings.training.init is not None)
+    todo = f"to be trained first: {names}{start}" if missing else "all trained"
     needed = f"fold {', '.join(first.folds)} of {first.folder}"
     log.info(f"the second stage learns from what {first.configuration} predicts: {needed}; {todo}")
     return missing
