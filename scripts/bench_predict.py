@@ -30,12 +30,14 @@ from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
+import torch
 from bench_gpu import random_model
 from bench_preprocess import Cost, measure
 
 from nnunet_lite.inference import outputs, predictor
 from nnunet_lite.log import info
 from nnunet_lite.models.nnunet import export_nnunet
+from nnunet_lite.networks.devices import has_bf16
 
 NNLITE = [sys.executable, "-m", "nnunet_lite", "predict", "--device", "cpu"]
 
@@ -48,7 +50,7 @@ def maps(venv: Path, model: Path, images: Path, cores: list[int], n: int, scratc
             (scratch / name).parent.mkdir(exist_ok=True)
             (scratch / name).symlink_to(case.absolute())
     shown(f"nnU-Net, {len(cases)} images", theirs := nnunet(venv, model, scratch / "nnunet", cores, scratch / "t"))
-    for precision in ("auto", "fp32"):
+    for precision in ("auto", "fp32", *(["bf16"] if has_bf16(torch.device("cpu")) else [])):
         out = scratch / precision
         command = [*NNLITE, "-m", str(model), "-i", str(scratch / "nnlite"), "-o", str(out), "--precision", precision]
         shown(f"nnlite --precision {precision}", measure([command], cores, {}, out), theirs)

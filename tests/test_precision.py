@@ -44,6 +44,8 @@ def test_a_cpu_computes_in_bf16_if_it_has_instructions_for_it(
     assert found == [(name, last) for name in precisions for last in (True, False)]
     assert [a.precision for a in list_formats(CPU, "bf16", False)] == ["bf16"]
     assert ("on CPUs with AMX" in capfd.readouterr().err) is amx
+    right = list_formats(CPU, "auto", False, right_with_amx=True)
+    assert right[0].precision == ("bf16" if native else "fp32")
     assert [(a.precision, a.channels_last) for a in list_formats(CPU, "fp32", True)] == [("fp32", True)]
 
 

@@ -35,6 +35,8 @@ from nnunet_lite.inference.predictor import (
     load,
     trained_folds,
 )
+from nnunet_lite.networks.build import build_network
+from nnunet_lite.planning.schema import Plan
 from nnunet_lite.planning.swaps import swap_of
 from nnunet_lite.preprocessing.pipeline import Preprocessed, preprocess_image
 from nnunet_lite.settings import AugmentationSettings, InferenceSettings
@@ -263,17 +265,19 @@ def test_the_number_format_on_a_gpu(
 
 
 @pytest.mark.parametrize(
-    ("native", "origin", "device", "precision", "expected"),
+    ("native", "amx", "origin", "device", "precision", "expected"),
     [
-        (True, {"imported_from": "nnU-Net"}, None, None, "fp32"),
-        (True, {}, "cuda", "bf16", "bf16"),
-        (False, {}, "cuda", "bf16", "fp32"),
-        (True, {}, "cuda", "fp32", "fp32"),
-        (False, {}, "cpu", "bf16", "bf16"),
+        (True, False, {"imported_from": "nnU-Net"}, None, None, "fp32"),
+        (True, False, {}, "cuda", "bf16", "bf16"),
+        (False, False, {}, "cuda", "bf16", "fp32"),
+        (True, False, {}, "cuda", "fp32", "fp32"),
+        (False, False, {}, "cpu", "bf16", "bf16"),
+        (True, True, {}, "cuda", "bf16", "fp32"),  # a network of others, whose layers are not ours
     ],
 )
 def test_the_number_format_on_a_cpu_is_no_matter_of_speed(
     native: bool,
+    amx: bool,
     origin: dict[str, str],
     device: str | None,
     precision: str | None,
@@ -287,10 +291,21 @@ def test_the_number_format_on_a_cpu_is_no_matter_of_speed(
     )
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr("nnunet_lite.networks.precision.has_bf16", lambda _: native)
-    monkeypatch.setattr("nnunet_lite.networks.precision.has_amx", lambda: False)
+    monkeypatch.setattr("nnunet_lite.networks.precision.has_amx", lambda: amx)
     monkeypatch.setattr("nnunet_lite.inference.predictor.pick_fastest", None)
     found = _choose_arithmetic(trained, InferenceSettings(), torch.device("cpu"))
     assert (found.precision, found.channels_last) == (expected, True)
+
+
+def test_a_unet_predicts_in_bf16_on_a_cpu_with_amx(tiny_plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its forward pass is right there; only gradients are not."""
+    header = {"device": "cuda", "arithmetic": {"precision": "bf16", "channels_last": True}}
+    network = build_network(tiny_plan, "3d_fullres")
+    trained = _Trained(tiny_plan, {"configuration": "3d_fullres"}, {"0": network}, {"0": header})
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr("nnunet_lite.networks.precision.has_bf16", lambda _: True)
+    monkeypatch.setattr("nnunet_lite.networks.precision.has_amx", lambda: True)
+    assert _choose_arithmetic(trained, InferenceSettings(), torch.device("cpu")).precision == "bf16"
 
 
 def test_fold_all_is_used_if_there_is_no_other(model_copy: Path) -> None:

@@ -49,7 +49,7 @@ from nnunet_lite.networks.build import build_network
 from nnunet_lite.networks.cpu import speed_up_on_cpu
 from nnunet_lite.networks.devices import computes_bf16, has_bf16, pick_device, require_working, use_allowed_cpus
 from nnunet_lite.networks.precision import ComputeFormat, apply_format, list_formats, pick_fastest
-from nnunet_lite.networks.unet import set_deep_supervision
+from nnunet_lite.networks.unet import EncoderDecoder, set_deep_supervision
 from nnunet_lite.planning.schema import Configuration, Plan
 from nnunet_lite.planning.swaps import ClassSwap, swap_of
 from nnunet_lite.preprocessing.pipeline import Placement, Preprocessed, preprocess_image
@@ -451,7 +451,8 @@ def _choose_arithmetic(trained: _Trained, settings: InferenceSettings, device: t
     elif device.type == "cuda" and precision == "auto":
         uses_bf16 = not of_nnunet and has_bf16(device) and computes_bf16(device, *planned.first_convolution)
         precision = "auto" if uses_bf16 else "fp16"
-    options = list_formats(device, precision, channels_last)
+    network = next(iter(trained.networks.values()))
+    options = list_formats(device, precision, channels_last, right_with_amx=isinstance(network, EncoderDecoder))
     if trained.header.get("device") == device.type:
         same = ComputeFormat(**trained.header["arithmetic"])
         same = same if settings.precision == "auto" else replace(same, precision=precision)
@@ -461,7 +462,6 @@ def _choose_arithmetic(trained: _Trained, settings: InferenceSettings, device: t
     if device.type == "cpu":
         return options[0]
     window = torch.zeros(1, trained.plan.n_inputs(trained.run["configuration"]), *planned.patch_size, device=device)
-    network = next(iter(trained.networks.values()))
 
     def prepare(arithmetic: ComputeFormat) -> Callable[[], None]:
         def predict() -> None:

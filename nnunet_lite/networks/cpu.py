@@ -62,6 +62,8 @@ class FastConv2d(nn.Conv2d):
     """A convolution that uses oneDNN where torch does not."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if _is_wrong_in_bf16(self, x):
+            return _leave_autocast(self, x)
         return _convolve_onednn(self, x) if _avoids_onednn(self, x) else super().forward(x)
 
 
@@ -69,10 +71,8 @@ class FastConv3d(nn.Conv3d):
     """A convolution by Winograd's filtering, a matrix product or own gradients where faster; or else by oneDNN."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[2] < self.kernel_size[0] and x.is_cpu and torch.is_autocast_enabled("cpu"):
-            # in bf16, oneDNN 3.12 returns gradients from memory that it has not written
-            with torch.autocast("cpu", enabled=False):
-                return self.forward(x.float()).to(torch.get_autocast_dtype("cpu"))
+        if _is_wrong_in_bf16(self, x):
+            return _leave_autocast(self, x)
         if is_winograd_faster(self, x):
             return convolve_winograd(x, self.weight, self.bias)
         if _is_pointwise(self, x):
@@ -80,6 +80,27 @@ class FastConv3d(nn.Conv3d):
         if _is_depthwise(self, x) and max(self.stride) == 1:
             return _convolve_depthwise(x, self.weight, self.bias)
         return _convolve_onednn(self, x) if _avoids_onednn(self, x) else super().forward(x)
+
+
+def _is_wrong_in_bf16(layer: nn.Conv2d | nn.Conv3d, x: Tensor) -> bool:
+    """Return whether oneDNN 3.12 may return memory that it has not written, in bf16.
+
+    It does for gradients of layers with fewer slices than their kernel, and with AMX for outputs of one voxel along the
+    last axis.
+    """
+    axes = zip(x.shape[2:], layer.kernel_size, layer.stride, strict=True)
+    return (
+        x.is_cpu
+        and torch.is_autocast_enabled("cpu")
+        and any(size < kernel or size <= step > 1 for size, kernel, step in axes)
+    )
+
+
+def _leave_autocast(layer: nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
+    """Compute a layer in fp32 within autocast."""
+    dtype = torch.get_autocast_dtype("cpu")
+    with torch.autocast("cpu", enabled=False):
+        return layer(x.float()).to(dtype)
 
 
 def _avoids_onednn(layer: nn.Conv2d | nn.Conv3d, x: Tensor) -> bool:

@@ -130,7 +130,8 @@ def has_amx() -> bool:
     """Return whether the CPU has AMX, with which oneDNN 3.12 (of torch 2.13) computes convolutions in bf16 wrongly.
 
     Gradients of kernels are NaN, or written beyond their memory, if the slices of input and output are over 0.5 MB
-    together, such as 48 channels of 80 x 80. Outputs of one voxel along an axis are memory that was not written.
+    together, such as 48 channels of 80 x 80. Outputs of one voxel along the last axis are memory that was not written;
+    cpu.py computes these in fp32, and then the forward pass is right.
     """
     return torch.cpu._is_amx_tile_supported()
 

@@ -76,7 +76,9 @@ class ComputeFormat:
         return x.contiguous(memory_format=self.memory_format(x.ndim - 2))
 
 
-def list_formats(device: torch.device, precision: str, channels_last: str | bool) -> list[ComputeFormat]:
+def list_formats(
+    device: torch.device, precision: str, channels_last: str | bool, right_with_amx: bool = False
+) -> list[ComputeFormat]:
     """List the formats in which a network may compute, likely winners first.
 
     Parameters
@@ -86,23 +88,26 @@ def list_formats(device: torch.device, precision: str, channels_last: str | bool
     precision : str
         fp32, bf16, fp16 or "auto". On a GPU with bf16, "auto" never tries fp16: bf16 needs no loss scaling and does not
         overflow. On a CPU bf16 is first if the CPU has AVX512-BF16, last if it has other AVX-512, and missing without
-        AVX-512, where oneDNN has only its reference code, of which one step takes minutes, and with AMX, where it is
-        wrong; if it is named there, a warning says so.
+        AVX-512, where oneDNN has only its reference code, of which one step takes minutes, and with AMX if it is wrong
+        there; if it is named nevertheless, a warning says so.
     channels_last : bool or str
         Whether to use the channels-last memory format; "auto" means both on CUDA GPUs and CPUs, else no.
+    right_with_amx : bool
+        Whether the network computes rightly in bf16 on a CPU with AMX: one of ours, without gradients.
 
     Returns
     -------
     list of ComputeFormat
         At least one; on a CPU the first one is used, and the others by runs that began with them.
     """
+    wrong = device.type == "cpu" and has_amx() and not right_with_amx
     if precision != "auto":
         precisions = [precision]
-        if precision == "bf16" and device.type == "cpu" and has_amx():
+        if precision == "bf16" and wrong:
             log.warn_once("on CPUs with AMX some convolutions in bf16 are wrong or end the program; fp32 is right")
     elif device.type == "cuda":
         precisions = ["bf16"] if has_bf16(device) else ["fp16"]
-    elif device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX512") and not has_amx():
+    elif device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX512") and not wrong:
         precisions = ["bf16", "fp32"] if has_bf16(device) else ["fp32", "bf16"]
     else:
         precisions = ["fp32"]
