@@ -100,7 +100,7 @@ def _leave_autocast(layer: nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
     """Compute a layer in fp32 within autocast."""
     dtype = torch.get_autocast_dtype("cpu")
     with torch.autocast("cpu", enabled=False):
-        return layer(x.float()).to(dtype)
+        return layer.forward(x.float()).to(dtype)
 
 
 def _avoids_onednn(layer: nn.Conv2d | nn.Conv3d, x: Tensor) -> bool:
