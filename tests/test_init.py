@@ -13,6 +13,7 @@ import nibabel
 import numpy as np
 import pytest
 import tifffile
+from bad_inputs import edit
 from PIL import Image
 from samples import TINIEST, Command, as_options, blocks, save_arrays, scan
 from test_dicom_masks import LABELS, box, patient, save_contours
@@ -265,6 +266,8 @@ def test_the_list_of_cases_is_updated_and_the_names_stay(command: Command, tmp_p
     )
     assert code == 0 and f"warning: {tmp_path / 'data'}: {what}{tmp_path / 'data'}` again" in err
     assert command("init", "data", cwd=tmp_path)[0] == 0 and what not in command("check", "data", cwd=tmp_path)[2]
+    edit(table, lambda content: content.update(source={"url": "https://example.org"}))  # of another program
+    assert command("check", "data", cwd=tmp_path)[0] == 0
     before = table.read_bytes()
     save_arrays(tmp_path / "data", {"P9/seg.nii.gz": blocks([7])})
     code, _, err = command("init", "data", cwd=tmp_path)

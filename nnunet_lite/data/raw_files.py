@@ -179,14 +179,13 @@ def warn_of_new_files(dataset: Dataset, workspace: Path) -> None:
         The workspace, which is not searched.
     """
     table = dataset.root / "dataset.json"
-    source = read_json(table).get("source") if table.is_file() else None
-    if not isinstance(source, dict):
-        return
-    folder = Path(source["folder"])
-    if (n := len(files_below(folder, (workspace, dataset.root)).images) - source["files"]) > 0:
-        what = f"{plural(n, 'file')} came after `nnlite init` listed the cases in {table}, and are not in the dataset"
-        again = f"run `nnlite init {shlex.quote(str(folder))}` again, with the options of the first time"
-        log.warn(f"{folder}: {what}; {again}")
+    match read_json(table).get("source") if table.is_file() else None:  # other programs may write that key, too
+        case {"folder": str(source), "files": int(listed)}:
+            n = len(files_below(Path(source), (workspace, dataset.root)).images) - listed
+            if n > 0:
+                what = f"{plural(n, 'file')} came after `nnlite init` listed the cases in {table}"
+                again = f"run `nnlite init {shlex.quote(source)}` again, with the options of the first time"
+                log.warn(f"{source}: {what}, and are not in the dataset; {again}")
 
 
 def dataset_paths(workspace: Path, dataset: Dataset) -> Paths:
