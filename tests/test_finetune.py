@@ -13,16 +13,18 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from samples import Counts, reference_plan, sample_plan
+from samples import TINY, Counts, reference_plan, sample_plan
 from torch import Tensor, nn
 
 import nnunet_lite
+from nnunet_lite.commands.info import show_info
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json, write_json
 from nnunet_lite.models.nnunet import import_nnunet
 from nnunet_lite.networks.unet import UNet
 from nnunet_lite.planning.schema import Network, Plan, configuration_changes
+from nnunet_lite.reporting.material import read_material
 from nnunet_lite.settings import Settings, with_changes
 from nnunet_lite.training.finetune import Source, adopt_plan, adopt_weights, freeze, input_names, open_source
 from nnunet_lite.workspace import planned_paths
@@ -456,11 +458,42 @@ def test_weights_that_are_damaged_not_finite_or_of_an_unfinished_run_are_refused
         source_of(file.with_name("checkpoint.safetensors"), "x", "0")
 
 
-def test_a_model_of_other_folds_warns(models: Path, tune: Tune, tiny_model: Path, tmp_path: Path) -> None:
-    """Fold 0 of another division of the same dataset may have learnt from what fold 0 holds out now."""
+@pytest.fixture
+def whole(models: Path, tiny_settings: dict[str, Any]) -> Path:
+    """A model that was trained on all cases of the workspace."""
+    short = tiny_settings | {"training.epochs": 1, "training.iterations": 1}
+    options: dict[str, Any] = {"workspace": models.parents[1], "name": "whole", "device": "cpu"}
+    nnunet_lite.train("3d_fullres", "all", settings=short, **options)
+    return models / "whole"
+
+
+def test_a_model_that_has_seen_the_held_out_cases_is_not_compared(models: Path, tune: Tune, whole: Path) -> None:
+    """Also in a zip, and where the model to start from started from such a model itself."""
+    zipped, workspace = models / "whole.zip", models.parents[1]
+    nnunet_lite.export_model(whole, output=zipped, workspace=workspace)
+    why = "fold 0 holds out 2 cases that its initial weights or teachers have seen"
+    assert f"warning: {why} ({zipped})" in " ".join(tune(zipped, {}).split())
+    assert f"warning: {why} (tuned)" in " ".join(tune(Path("tuned"), {}, name="again").split())
+    for name in ("tuned", "again"):
+        assert why in show_info(name, workspace=workspace).text
+    with pytest.raises(UserError, match=f"again is left out: {why}; tuned is left out: {why}; whole is left out"):
+        nnunet_lite.select(workspace=workspace)
+    material = read_material(planned_paths(workspace))
+    assert f"scores of again are left out: {why}" in material.notes
+    assert all(not model.scores.rows for model in material.models)
+    short = TINY | {"training.epochs": 1, "training.iterations": 1}
+    nnunet_lite.distill("again", fold=0, name="student", workspace=workspace, device="cpu", settings=short)
+    assert why in show_info("student", workspace=workspace).text
+
+
+def test_a_model_of_the_same_fold_is_compared(models: Path, tune: Tune, tiny_model: Path, tmp_path: Path) -> None:
+    """Unless it was trained on other cases, and does not say on which ones."""
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
-    assert "held out now" not in tune(model, {})
+    why = "holds out 2 cases that its initial weights or teachers have seen"
+    assert why not in tune(model, {})
     cases = model / "fold_0" / "cases.json"
-    write_json(cases, read_json(cases) | {"sha256": "of other folds"})
-    warning = "model was trained on other cases of fold 0, maybe some that are held out now"
-    assert warning in " ".join(tune(model, {}, name="other").split())
+    older = {key: value for key, value in read_json(cases).items() if key != "images"}
+    write_json(cases, older)
+    assert why not in tune(model, {}, name="same")
+    write_json(cases, older | {"sha256": "of other folds"})
+    assert why in " ".join(tune(model, {}, name="other").split())

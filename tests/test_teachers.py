@@ -214,6 +214,33 @@ def test_a_teacher_changes_what_is_learned(paths: Paths) -> None:
     assert same == [True, False, True]
 
 
+def test_a_teacher_that_was_trained_again_is_named(paths: Paths, capfd: pytest.CaptureFixture[str]) -> None:
+    """Where its student is resumed, and where a finished one is asked for again."""
+
+    def stop(_: dict[str, Any]) -> None:
+        raise KeyboardInterrupt
+
+    def train(**options: Any) -> str:
+        settings = SMALL | {"training.epochs": 2, "training.teachers": ["first", "other"]}
+        options |= {"settings": settings, "device": "cpu", "workspace": paths.root.parent, "name": "student"}
+        nnunet_lite.train(CONFIGURATION, "all", **options)
+        return capfd.readouterr().err
+
+    shutil.copytree(paths.models / "tiny", paths.models / "first")
+    with pytest.raises(KeyboardInterrupt):
+        train(callbacks=[stop])
+    change_weights(paths.models / "first", 1.1)
+    said = (
+        "fold all of student learned from other weights of first, its teacher (fold 0); train it again with --restart"
+    )
+    for state in ("resuming from epoch 1", "training is finished"):
+        err = train()
+        assert state in err and said in err and "weights of other" not in err
+    assert said not in train(restart=True)
+    shutil.rmtree(paths.models / "first")
+    assert "learned from" not in train()
+
+
 def test_a_recipe_for_distillation_without_a_teacher_warns(
     paths: Paths, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

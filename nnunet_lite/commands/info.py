@@ -109,6 +109,7 @@ def describe_model(model: Path, checkpoint: Checkpoint = "final") -> options.Abo
     lines += [f"cascade   after {values['first_stage']}, its first stage"] if values["first_stage"] else []
     for fold, state in values["folds"].items():
         dice = "no scores here" if state["mean_dice"] is None else f"mean Dice {state['mean_dice']:.4f}"
+        dice = f"no Dice: {state['note']}" if state["note"] else dice
         lines.append(f"fold {fold}    {plural(state['epochs'], 'epoch')} in {log.duration(state['seconds'])}, {dice}")
     lines += [f"fold {fold}    not finished" for fold in values["unfinished_folds"]]
     lines += [f"postprocessing  {describe_rules(rules)}"] if rules else []

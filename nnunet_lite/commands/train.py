@@ -34,8 +34,8 @@ from nnunet_lite.data.raw_files import read_stamps, scan_raw_cases
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.cross_validation import validate_fold
 from nnunet_lite.evaluation.scores import Scores, four_digits, read_summary
-from nnunet_lite.inference.first_stage import predict_first_stage
-from nnunet_lite.inference.teachers import predict_teachers
+from nnunet_lite.inference.first_stage import FirstStage, predict_first_stage
+from nnunet_lite.inference.teachers import Teacher, predict_teachers
 from nnunet_lite.inference.windows import window_starts
 from nnunet_lite.models import folder as models
 from nnunet_lite.networks.devices import release_memory
@@ -64,6 +64,7 @@ from nnunet_lite.training.splits import (
     read_record,
     read_splits,
     record_cases,
+    record_seen,
 )
 from nnunet_lite.workspace import Paths, select_dataset
 
@@ -405,6 +406,9 @@ def train_and_validate(
                 fold=run.split.name, force=force, previous=previous,
             )  # fmt: skip
         seed = models.fold_seed(from_first(seed, ranks), run.split.name)
+        if models.is_begun(run.fold_folder):
+            for name, learned in models.read_cases(run.fold_folder).get(models.LEARNED, {}).items():
+                models.warn_of_other_weights(run.fold_folder, run.folder.with_name(name), learned)
         if run.is_trained():
             longer = "" if run.lengthen else f"; {_longer(run.settings)} makes it longer"
             log.info(f"{run.fold_folder}: training is finished{longer}" + "; no preview is drawn" * preview)
@@ -467,15 +471,18 @@ def _preprocess_and_train(
     of = f" of {record.splits}" if record is not None and record.splits is not None else ""
     limit = f" for {log.duration(60 * training.time_limit)}" if training.time_limit else ""
     log.info(f"training {run.configuration} fold {split.name}{of} on {len(cases)} cases{limit} in {run.fold_folder}")
+    sources: list[Teacher | FirstStage] = [*run.teachers, *filter(None, [run.first])]
+    learned = {one.folder.name: {k: models.weights_fingerprint(one.folder, k) for k in one.folds} for one in sources}
     if ranks.rank == 0:
-        record_cases(run.fold_folder, split, read_stamps(store / "raw.json"))
+        record_cases(run.fold_folder, split, read_stamps(store / "raw.json"), learned)
+        for teacher in run.teachers:
+            record_seen(run.fold_folder, teacher.folder.name, [teacher.folder / f"fold_{k}" for k in teacher.folds])
     job = Job(
         run.plan, run.configuration, run.settings, seed, run.fold_folder, device, cases, held_out, ranks,
         formats=run.paths.formats if device.type == "cuda" else None, callbacks=run.callbacks,
     )  # fmt: skip
     if run.first is not None:
-        stage = run.first.folder
-        job = replace(job, first_stage={fold: models.weights_fingerprint(stage, fold) for fold in run.first.folds})
+        job = replace(job, first_stage=learned[run.first.folder.name])
     if split.name != ALL:
         job = replace(job, passes=_count_passes(job))
     if preview and ranks.rank == 0:

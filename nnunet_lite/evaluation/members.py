@@ -9,7 +9,15 @@ from pathlib import Path
 from nnunet_lite.data.dataset import Dataset
 from nnunet_lite.errors import UserError
 from nnunet_lite.models.bundle import is_imported
-from nnunet_lite.models.folder import CASES, MODEL, first_training, model_folders, stage_path, trained_folds
+from nnunet_lite.models.folder import (
+    CASES,
+    MODEL,
+    first_training,
+    model_folders,
+    stage_path,
+    trained_folds,
+    why_not_held_out,
+)
 from nnunet_lite.models.lookup import read_model
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.training.splits import load_splits, read_split, refuse_other_cases
@@ -123,4 +131,7 @@ def _reason_to_omit(member: Member, paths: Paths, dataset: Dataset) -> str | Non
         refuse_other_cases(member.folder, split, paths.splits, dataset)
     except UserError as error:
         return error.what
+    for stage in filter(None, (member.folder, member.first_stage)):
+        for why in filter(None, (why_not_held_out(stage / f"fold_{fold}") for fold in member.folds)):
+            return why if stage == member.folder else f"of {stage.name}, its first stage, {why}"
     return None

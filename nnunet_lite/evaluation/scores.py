@@ -29,7 +29,7 @@ from nnunet_lite.evaluation.metrics import COARSE, METRICS, Metric, MetricValues
 from nnunet_lite.evaluation.statistics import Statistic, mean_of_known, summarize
 from nnunet_lite.files import read_json, to_csv
 from nnunet_lite.log import map_in_threads
-from nnunet_lite.models.folder import RECORD, SUMMARY, VALIDATION
+from nnunet_lite.models.folder import RECORD, SUMMARY, VALIDATION, why_not_held_out
 from nnunet_lite.system import cpus, pairs_at_once
 
 _NO_SPACING = "no spacing is known, 1 mm taken for a pixel"
@@ -309,6 +309,9 @@ def read_fold_scores(folder: Path, labels: Labels, notes: list[str]) -> tuple[Sc
     rows: list[CaseScore] = []
     fold_of: dict[str, str] = {}
     for file in sorted(folder.glob(f"fold_*/{VALIDATION}/{SUMMARY}")):
+        if why := why_not_held_out(file.parent.parent):
+            notes.append(f"scores of {folder.name} are left out: {why}")
+            continue
         try:
             validated = read_summary(file, labels).rows
         except UserError as error:

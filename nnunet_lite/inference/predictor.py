@@ -41,6 +41,7 @@ from nnunet_lite.models.folder import (
     other_folds,
     stage_path,
     trained_folds,
+    warn_of_other_weights,
     weights_fingerprint,
 )
 from nnunet_lite.models.lookup import model_fingerprint, read_headers, read_model
@@ -408,11 +409,7 @@ def _find_first_stage(folder: Path, second: _Trained) -> Path:
     if (run["configuration"], plan.labels.meaning) != (stage, second.plan.labels.meaning):
         raise UserError(f"is no model of {stage} for the labels of {folder.name}", first, fix)
     for name, header in second.headers.items():
-        known = header.get("first_stage", {}).items()
-        if changed := [fold for fold, weights in known if weights_fingerprint(first, fold) not in ("", weights)]:
-            what = f"fold {name} of {folder.name} learned from other weights of {first.name}, its first stage"
-            fix = "train it again with --restart to learn from the present ones"
-            log.warn(f"{what} (fold {', '.join(changed)}); {fix}")
+        warn_of_other_weights(folder / f"fold_{name}", first, header.get("first_stage", {}))
     return first
 
 

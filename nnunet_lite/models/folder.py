@@ -31,7 +31,7 @@ from safetensors import safe_open
 import nnunet_lite
 from nnunet_lite import log
 from nnunet_lite.data.dataset import Dataset, summarize_dataset
-from nnunet_lite.data.problems import few
+from nnunet_lite.data.problems import few, plural
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import (
     hash_of,
@@ -57,7 +57,10 @@ CHECKPOINT = "checkpoint.safetensors"
 VALIDATION = "validation"  # in a fold's folder: its held-out cases, predicted and scored
 RECORD = "predictions.json"  # in a folder of label maps, `VALIDATION` too: what predicted them; inference/record.py
 QUALITY = "quality.json"  # in a model folder what `nnlite select` calibrated, in a folder of label maps what to expect
-CASES = "cases.json"  # in a fold's folder: how many cases it was trained on, and a hash of their ids
+CASES = "cases.json"  # in a fold's folder: how many cases it was trained on, and hashes of their ids and files
+HELD_OUT = "held_out_images"  # in that file: hashes of the first images of the held-out cases
+SEEN = "seen"  # hashes of the first images that its initial weights and its teachers have seen
+LEARNED = "learned_from"  # teachers and first stage of a cascade: model -> fold -> fingerprint of its weights
 PREVIEW = "preview.png"  # augmented samples, in a fold's folder
 SUMMARY = "summary.json"  # the scores, in that folder
 _RUN = "run.json"
@@ -555,6 +558,25 @@ def weights_fingerprint(folder: Path, fold: str) -> str:
     return digest.hexdigest()[:16]
 
 
+def warn_of_other_weights(fold_folder: Path, source: Path, learned: Mapping[str, str]) -> None:
+    """Warn of weights from which a fold has learned, and which were trained again since.
+
+    Parameters
+    ----------
+    fold_folder : Path
+        Of the fold that has learned.
+    source : Path
+        The model folder of a teacher, or of the first stage of a cascade.
+    learned : mapping of str to str
+        Folds of that model, and the fingerprints that their weights had.
+    """
+    if changed := [fold for fold, weights in learned.items() if weights_fingerprint(source, fold) not in ("", weights)]:
+        what = f"{fold_folder.name.replace('_', ' ')} of {fold_folder.parent.name} learned from other weights of"
+        role = "its first stage" if read_run(fold_folder.parent).get("previous") == source.name else "its teacher"
+        fix = "train it again with --restart to learn from the present ones"
+        log.warn(f"{what} {source.name}, {role} (fold {', '.join(changed)}); {fix}")
+
+
 def trained_folds(folder: Path, checkpoint: Checkpoint = "final") -> list[str]:
     """Return the folds to predict with: those of `weight_files`, fold "all" only if there is no other."""
     folds = list(weight_files(folder, checkpoint))
@@ -573,13 +595,35 @@ def held_out_fingerprint(case_ids: Iterable[str]) -> dict[str, Any]:
     return {"validation": len(ids), "held_out_sha256": hash_of(ids)}
 
 
+def read_cases(fold_folder: Path) -> dict[str, Any]:
+    """Return the cases.json of a fold; nothing if it has none."""
+    file = fold_folder / CASES
+    known = read_json(file) if file.is_file() else {}
+    return known if isinstance(known, dict) else {}
+
+
+def why_not_held_out(fold_folder: Path) -> str:
+    """Return why the scores of a fold's held-out cases are too high: weights that it is made of have seen some.
+
+    Returns
+    -------
+    str
+        "fold 0 holds out 4 cases that ...", or nothing.
+    """
+    known = read_cases(fold_folder)
+    n = len(set(known.get(SEEN, ())).intersection(known.get(HELD_OUT, ())))
+    cases, fold = plural(n, "case"), fold_folder.name.replace("_", " ")
+    return f"{fold} holds out {cases} that its initial weights or teachers have seen" if n else ""
+
+
 def held_out_dice(folder: Path, folds: Iterable[str]) -> float | None:
     """Return the foreground Dice of the held-out cases of folds, as `select` and the report have it; None if unknown.
 
+    Folds whose held-out cases were seen before do not count, see `why_not_held_out`.
     It is the mean over labels of their means over all cases: means of folds that lack a label cannot be averaged.
     """
     by_label, seen = defaultdict[str, list[float]](list), set[str]()
-    for fold in folds:
+    for fold in (fold for fold in folds if not why_not_held_out(folder / f"fold_{fold}")):
         file = folder / f"fold_{fold}" / VALIDATION / SUMMARY
         with understood(file, "Delete it: `nnlite train` makes it again."):
             entries = read_json(file)["metric_per_case"] if file.is_file() else []

@@ -23,6 +23,7 @@ from nnunet_lite.models.folder import (
     read_weights_header,
     trained_folds,
     weight_files,
+    why_not_held_out,
 )
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.workspace import Paths
@@ -101,7 +102,7 @@ def describe_folder(folder: Path) -> dict[str, Any]:
     for fold, state in read_headers(folder, plan, run["configuration"], trained_folds(folder)).items():
         with understood(folder / f"fold_{fold}" / MODEL):
             folds[fold] = {"epochs": state["epochs"], "seconds": float(state["seconds"]), **state}
-        folds[fold]["mean_dice"] = held_out_dice(folder, [fold])
+        folds[fold] |= {"mean_dice": held_out_dice(folder, [fold]), "note": why_not_held_out(folder / f"fold_{fold}")}
     return {
         "dataset": plan.dataset,
         "configuration": run["configuration"],

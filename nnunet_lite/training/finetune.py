@@ -34,7 +34,7 @@ from nnunet_lite.planning.topology import join_by_x
 from nnunet_lite.settings import AugmentationSettings, Part, Settings
 from nnunet_lite.system import expand_home
 from nnunet_lite.training.job import Job
-from nnunet_lite.training.splits import ALL, are_other_cases
+from nnunet_lite.training.splits import are_other_cases, record_seen
 
 Names = tuple[Sequence[str], Sequence[str]]  # of the trained network, and of this one
 _FROZEN: dict[str, tuple[str, ...]] = {"encoder": ("stem.", "encoder."), "all-but-head": ("",)}
@@ -210,12 +210,10 @@ def start_from(network: nn.Module, job: Job) -> None:
     fold = job.folder.name.removeprefix("fold_")
     workspace = job.folder.absolute().parents[3]  # WORKSPACE/DATASET/models/MODEL/fold_0
     with open_source(training.init, workspace, job.plan, fold, job.configuration) as source:
-        if source.plan.dataset == job.plan.dataset and source.fold and fold != ALL:
-            if source.fold != fold:
-                other = f"is of fold {source.fold}, which was trained on cases that fold {fold} holds out"
-                log.warn(f"{training.init} {other}")
-            elif are_other_cases(source.file.parent, job.folder):
-                log.warn(f"{training.init} was trained on other cases of fold {fold}, maybe some that are held out now")
+        place, same = source.file.parent, source.plan.dataset == job.plan.dataset and source.fold != ""
+        if job.ranks.rank == 0:
+            other = source.fold != fold or are_other_cases(place, job.folder)
+            record_seen(job.folder, training.init, [place], maybe_all=same and other)
         own, earlier = job.settings.augmentation, source.augmentation.mirrored_axes(job.dimensions)
         if new := ", ".join(str(axis) for axis in own.mirrored_axes(job.dimensions) if axis not in earlier):
             log.warn(

@@ -3,7 +3,8 @@
 splits.json        [{"train": [ids], "val": [ids]}, ...], as nnU-Net's splits_final.json; users may edit it, and
                    `leave_out` removes the cases of `--exclude` when it is read
 splits_made.json   the options, groups and strata that it was made with; ignored once splits.json is edited
-fold_k/cases.json  in a model folder: how many cases the fold was trained on, a hash of their ids, and of their files
+fold_k/cases.json  in a model folder: how many cases the fold was trained on, hashes of their ids and files, and of the
+                   images that its initial weights and its teachers have seen
 
 `FoldRule` holds the options of the command line. Training calls `read_split`; planning calls `check_folds` and
 `make_splits`. An existing splits.json is never replaced: options that differ from it are refused. `divide` makes the
@@ -31,13 +32,24 @@ from nnunet_lite.data.problems import few, name_cases, plural
 from nnunet_lite.data.raw_files import RawCase
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import hash_of, read_json, read_table, understood, write_json
-from nnunet_lite.models.folder import CASES, held_out_fingerprint
+from nnunet_lite.models.folder import (
+    CASES,
+    CHECKPOINT,
+    HELD_OUT,
+    LEARNED,
+    SEEN,
+    held_out_fingerprint,
+    read_cases,
+    why_not_held_out,
+)
 from nnunet_lite.system import cpus
 
 ALL = "all"  # the fold that trains on every case
 N_FOLDS = 5
 SEED = 12345  # nnU-Net's, so that folds can be compared
 _FILES = "files"  # in cases.json: hashes of the files of the training cases
+_IMAGES = "images"  # hashes of their first images, which stay when a label map is corrected
+_COMPARED = {"training", "sha256", "validation", "held_out_sha256"}
 _READERS = 4  # label maps in memory at the same time
 _VOLUME_PARTS = 4  # strata by volume, at most
 _BY_LABELS = "labels"  # the recorded name of the strata of `--stratify`
@@ -637,10 +649,55 @@ def refuse_excluded(fold_folder: Path, split: Split) -> None:
         raise UserError(what, fold_folder, "Or start again with --restart.")
 
 
-def record_cases(fold_folder: Path, split: Split, raw: Mapping[str, RawCase]) -> None:
-    """Write which cases a fold is trained on, and hashes of their files, which `raw` has."""
+def record_cases(
+    fold_folder: Path, split: Split, raw: Mapping[str, RawCase], learned: Mapping[str, Mapping[str, str]]
+) -> None:
+    """Write which cases a fold is trained on, hashes of their files, and the weights that it learns from.
+
+    What a fold that is resumed has seen and learned from is kept.
+
+    Parameters
+    ----------
+    fold_folder : Path
+        Of the fold.
+    split : Split
+        Its cases.
+    raw : mapping of str to RawCase
+        Their files.
+    learned : mapping of str to mapping
+        Name of a model, its folds, and the fingerprints of their weights.
+    """
     files = [hash_of(raw[case_id].digests) for case_id in split.training]
-    write_json(fold_folder / CASES, {**_fingerprint(split), _FILES: files})
+    training, held_out = ([raw[i].digests[0] for i in ids] for ids in (split.training, split.validation))
+    new = {_FILES: files, _IMAGES: training, HELD_OUT: [] if split.name == ALL else held_out, LEARNED: learned}
+    before = read_cases(fold_folder) if (fold_folder / CHECKPOINT).is_file() else {}
+    kept = {key: before[key] for key in (SEEN, LEARNED) if key in before}
+    write_json(fold_folder / CASES, {**_fingerprint(split), **new, **kept})
+
+
+def record_seen(fold_folder: Path, name: str, sources: Iterable[Path], maybe_all: bool = False) -> None:
+    """Add to the record of a fold what other weights have seen, and warn if it holds out some of that.
+
+    Parameters
+    ----------
+    fold_folder : Path
+        Of the fold that starts from these weights or learns from them.
+    name : str
+        Of their model, for the warning.
+    sources : iterable of Path
+        The folders of their folds.
+    maybe_all : bool
+        Weights without a record of their cases may have seen all cases of the fold.
+    """
+    theirs, own = [read_cases(source) for source in sources], read_cases(fold_folder)
+    new = {image for known in theirs for key in (_IMAGES, SEEN) for image in known.get(key, ())}
+    if maybe_all and not all(_IMAGES in known for known in theirs):
+        new |= {image for key in (_IMAGES, HELD_OUT) for image in own.get(key, ())}
+    if not own or not new:
+        return
+    write_json(fold_folder / CASES, own | {SEEN: sorted(new.union(own.get(SEEN, ())))})
+    if why := why_not_held_out(fold_folder):
+        log.warn(f"{why} ({name}): their scores will be too high, and are not compared with those of other models")
 
 
 def changed_since_trained(fold_folder: Path, raw: Mapping[str, RawCase]) -> list[str]:
@@ -663,7 +720,7 @@ def _fingerprint(split: Split) -> dict[str, Any]:
 
 def _is_same(found: Any, expected: dict[str, Any]) -> bool:
     """Compare the ids that two fingerprints both have: of an imported model only the held-out cases are known."""
-    shared = found.keys() & expected.keys() - {_FILES} if isinstance(found, dict) else None
+    shared = found.keys() & expected.keys() & _COMPARED if isinstance(found, dict) else None
     return shared is not None and all(found[key] == expected[key] for key in shared)
 
 
