@@ -424,6 +424,11 @@ def test_fine_tuning_starts_where_the_model_ended(models: Path, tune: Tune, tiny
         tune(model, wider | frozen, name="other")
     with pytest.raises(UserError, match=r"no layer of it fits .*recipe: --set network.features_base=none"):
         tune(model, {"network.features_base": 3, "network.features_max": 6}, name="other")
+    flat = {"training.init": str(model), "plan.adopt": False, "training.patch_size": [32, 32]}
+    with pytest.raises(
+        UserError, match=r"does not fit 2d: 3D, network plain, here 2D, network plain\. Leave out --set"
+    ):
+        nnunet_lite.train("2d", 0, settings=flat, workspace=models.parents[1], name="other", device="cpu")
     assert not (models / "other").exists()
 
     shutil.rmtree(model)  # a run that resumes does not need it; another fold does

@@ -108,6 +108,12 @@ def test_a_graph_computes_the_logits_of_the_network(exported: Path, pair: Pair) 
         np.testing.assert_allclose(found, trained(x).numpy(), atol=1e-3, rtol=0)
 
 
+def test_nnlite_says_what_reads_it(exported: Path) -> None:
+    for path in (exported, exported / "fold_0.onnx"):
+        with pytest.raises(UserError, match=r"is no model folder \(it is one as ONNX\)\. .*load_onnx reads it"):
+            predictor.load(path)
+
+
 def test_a_graph_says_what_it_is_and_not_where_it_was_made(exported: Path, tiny_model: Path) -> None:
     graph = onnx.load(exported / "fold_0.onnx")
     metadata = {entry.key: entry.value for entry in graph.metadata_props}

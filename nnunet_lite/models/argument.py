@@ -121,7 +121,7 @@ def find_models(given: str | Path, workspace: Path, dataset: str | None = None, 
     why, fix = f"no {'fold_0' if (path / 'plans.json').is_file() else 'plans.json'} in it", EXPECTED
     if above := next((folder for folder in path.absolute().parents[:2] if is_model(folder)), None):
         why, fix = "it is a part of one", f"Give {above}, the model folder."
-    elif (path / "onnx.json").is_file():
+    elif path.suffix == ".onnx" or (path / "onnx.json").is_file():
         why = "it is one as ONNX"
         fix = "nnunet_lite.inference.onnx_runner.load_onnx reads it in Python, nnlite the model that was exported."
     elif path.is_file():

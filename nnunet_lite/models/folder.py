@@ -358,7 +358,7 @@ def new_model_folder(out: Path, replace: bool = False, needed: int | None = None
 
 def is_model(folder: Path) -> bool:
     """Whether a folder is a model folder, ours or nnU-Net's."""
-    nnunet = (folder / "plans.json").is_file() and any(folder.glob("fold_*"))
+    nnunet = (folder / "plans.json").is_file() and any(folder.glob("fold_*/"))  # not the fold_0.onnx of an export
     return nnunet or (folder / _RUN).is_file()
 
 

@@ -226,6 +226,11 @@ def start_from(network: nn.Module, job: Job) -> None:
     before = {name: value.clone() for name, value in network.state_dict().items() if _is_frozen(name, training.freeze)}
     report = adopt_weights(network, source.state, inputs, outputs)
     if not report:
+        planned = source.plan.configuration(source.configuration), job.planned
+        words = [f"{one.dimensions}D, network {one.network.kind}" for one in planned]
+        if words[0] != words[1]:
+            fix = "Leave out --set plan.adopt=false, and train a configuration of as many dimensions."
+            raise UserError(f"does not fit {job.configuration}: {words[0]}, here {words[1]}", source.file, fix)
         sizes = job.settings.network.model_dump(include={"features_base", "features_max", "kernel"}, exclude_none=True)
         unset = f" Unset those of the recipe: {' '.join(f'--set network.{key}=none' for key in sizes)}" if sizes else ""
         raise UserError(f"no layer of it fits the network of {job.configuration}", source.file,
