@@ -77,13 +77,18 @@ class Paths:
 
     @property
     def option(self) -> str:
-        """The option that selects this dataset on a command line; empty if its workspace has no other."""
-        return f" -d {shlex.quote(self.name)}" if len(planned_datasets(self.root.parent)) > 1 else ""
+        """The options that select this dataset on a command line; empty if it is selected without them."""
+        is_default = self.root.parent.absolute() == workspace_folder().absolute()
+        return self._dataset_option if is_default else self.where
 
     @property
     def where(self) -> str:
         """The options that select this dataset from any folder, for commands on a page."""
-        return f"{self.option} -w {shlex.quote(str(self.root.parent))}"
+        return f"{self._dataset_option} -w {shlex.quote(str(self.root.parent))}"
+
+    @property
+    def _dataset_option(self) -> str:
+        return f" -d {shlex.quote(self.name)}" if len(planned_datasets(self.root.parent)) > 1 else ""
 
 
 def workspace_folder(given: str | Path | None = None) -> Path:

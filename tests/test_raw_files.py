@@ -137,12 +137,12 @@ def test_other_cases_are_another_dataset(planned: Planned, copy_dataset: Copy) -
 def test_commands_name_the_dataset_where_there_are_several(planned: Planned, copy_dataset: Copy) -> None:
     raw, paths = planned
     workspace, models = paths.root.parent, [paths.models / "2d-cpu"]
-    assert " -d " not in " ".join(next_commands(paths, None, models)) + first_training(paths)
+    assert " -d " not in " ".join(next_commands(paths, models)) + first_training(paths)
     nnunet_lite.plan(copy_dataset(2, "other"), workspace=workspace, workers=0)
-    assert re.fullmatch("nnlite train 3d_fullres all( --recipe cpu)? -d data", first_training(paths))
+    assert re.fullmatch("nnlite train 3d_fullres all( --recipe cpu)? -d data -w .*", first_training(paths))
     nnunet_lite.plan(raw, folds=3, workspace=workspace, workers=0)
-    assert re.fullmatch("nnlite train 3d_fullres 0( --recipe cpu)? -d data", first_training(paths))
-    assert all(" -d data" in command for command in next_commands(paths, None, models))
+    assert re.fullmatch("nnlite train 3d_fullres 0( --recipe cpu)? -d data -w .*", first_training(paths))
+    assert all(" -d data" in command for command in next_commands(paths, models))
     with pytest.raises(UserError, match="has 2 planned datasets: data, other"):
         nnunet_lite.preprocess(["2d"], workspace=workspace, workers=0)
     assert nnunet_lite.preprocess(["2d"], dataset="data", workspace=workspace, workers=0).made == 3

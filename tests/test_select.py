@@ -225,7 +225,7 @@ def test_a_case_that_two_folds_hold_out_is_scored_as_in_the_report(paths: Paths)
 
 
 def test_what_cannot_be_compared_is_reported(paths: Paths) -> None:
-    with pytest.raises(UserError, match=r"no model of Task04_Hippocampus is 3d_lowres\. Run `nnlite train"):
+    with pytest.raises(UserError, match=r"no model of Task04_Hippocampus is 3d_lowres\. Run `nnlite train .* -w /.*`"):
         select(paths, "3d_lowres")
     other = shutil.copytree(paths.models / "tiny", paths.models / "other")
     (other / "fold_0" / "cases.json").unlink()

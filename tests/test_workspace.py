@@ -107,7 +107,9 @@ def test_raw_data_that_cannot_be_found(here: Path) -> None:
         find_raw("scan.nii.gz", here)
 
 
-def test_the_only_planned_dataset_is_selected_and_of_several_one_must_be_named(here: Path) -> None:
+def test_the_only_planned_dataset_is_selected_and_of_several_one_must_be_named(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, fix in (("one", "Run `nnlite plan one` first"), ("two", r"`nnlite plan DATA` first\. .* are one, two")):
         make_raw(here / "raw", name).joinpath("dataset.json").touch()
         with pytest.raises(UserError, match=f"no dataset is planned .*{fix}"):
@@ -118,6 +120,8 @@ def test_the_only_planned_dataset_is_selected_and_of_several_one_must_be_named(h
             (here / "current.json").write_text(content)
         for only_reads in (False, True):
             assert planned_paths(here, only_reads=only_reads).name == "Task04_Hippocampus"
+    assert planned_paths(here).option == f" -w {here}"
+    monkeypatch.setenv("NNLITE_WORKSPACE", str(here))
     assert planned_paths(here).option == ""
     make_planned(here, "Task09_Spleen")
     several = r"has 2 planned datasets: Task04_Hippocampus, Task09_Spleen\. Say which one with -d NAME"

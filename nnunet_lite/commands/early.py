@@ -57,7 +57,7 @@ def answer_early(command: str, given: dict[str, Any]) -> options.About | None:
         find_raw(str(given.get("data")), place)
     elif command == "train" and (given.get("configuration") is None or given.get("fold") is None):
         paths = select_dataset(given.get("workspace"), dataset, only_reads=True)
-        return describe_training(paths, given.get("configuration"), given.get("workspace"))
+        return describe_training(paths, given.get("configuration"))
     elif command == "train" and not given["configuration"].isdecimal():  # otherwise the words are in another order
         _check_folds(planned_paths(place, dataset), given)
     elif command == "distill":

@@ -107,7 +107,7 @@ def _read_fold_state(folder: Path, run: dict[str, Any], fold: str) -> FoldState:
 # --------------------------------------------------------------------------------------------------- train without fold
 
 
-def describe_training(paths: Paths, configuration: str | None, workspace: str | Path | None) -> options.About:
+def describe_training(paths: Paths, configuration: str | None) -> options.About:
     """List the folds of a planned dataset with their state, and the command to type next.
 
     Parameters
@@ -116,8 +116,6 @@ def describe_training(paths: Paths, configuration: str | None, workspace: str | 
         Of the planned dataset.
     configuration : str, optional
         Only folds of this one.
-    workspace : str or Path, optional
-        The workspace, if the user gave one.
 
     Raises
     ------
@@ -135,8 +133,7 @@ def describe_training(paths: Paths, configuration: str | None, workspace: str | 
     for name in names:
         own = [state for state in trained if state.configuration == name]
         states += own or [FoldState(name, None, fold) for fold in folds]
-    command = _next_command(paths, states)
-    command += paths.option + ("" if workspace is None else f" -w {shlex.quote(str(workspace))}")
+    command = _next_command(paths, states) + paths.option
     lines = [("configuration", "model", "fold", "state")]
     lines += [(state.configuration, state.model or "-", state.fold, state.to_text()) for state in states]
     values = {"dataset": paths.name, "folds": [asdict(state) for state in states], "next": command}

@@ -320,8 +320,7 @@ def after_plan(plan: Plan, *, data: Any = None, workspace: Any = None, **_: Any)
     """Return the command to type next, if a dataset was planned."""
     if data is None:
         return []
-    training = first_training(Paths(workspace_folder(workspace) / plan.dataset))
-    return [[*shlex.split(training), *options.where(None, workspace)]]
+    return [shlex.split(first_training(Paths(workspace_folder(workspace) / plan.dataset)))]
 
 
 def _plan_dataset(dataset: Dataset, paths: Paths, given: Options, rule: FoldRule, workers: int | None) -> Plan:

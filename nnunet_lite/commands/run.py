@@ -232,7 +232,7 @@ def run(
         models=models,
         selection=read_selection(paths),
         report=page if page.is_file() else None,
-        commands=next_commands(paths, workspace, models),
+        commands=next_commands(paths, models),
     )
 
 
@@ -280,19 +280,17 @@ def _is_reported(paths: Paths) -> bool:
     return page.is_file() and selected.is_file() and page.stat().st_mtime >= selected.stat().st_mtime
 
 
-def next_commands(paths: Paths, workspace: str | Path | None, models: Sequence[Path]) -> tuple[str, ...]:
+def next_commands(paths: Paths, models: Sequence[Path]) -> tuple[str, ...]:
     """Return the commands to type next, as they must be typed in this folder.
 
     Parameters
     ----------
     paths : Paths
         Of the planned dataset.
-    workspace : str or Path, optional
-        The workspace, if the user gave one.
     models : sequence of Path
         Model folders; the last one predicts if none is selected.
     """
-    where = [*shlex.split(paths.option), *([] if workspace is None else ["-w", str(workspace)])]
+    where = shlex.split(paths.option)
     chosen = [] if paths.inference.is_file() else ["-m", str(models[-1])]
     commands = [
         ["nnlite", "predict", "-i", "IMAGES", "-o", "SEGMENTATIONS", *chosen, *where],

@@ -260,7 +260,7 @@ def train(
         raise UserError(f"{what} --force, --preview and callbacks")
     resolved = load_settings(recipe, changed)  # a mistake in it is reported first
     if configuration is None or given is None:
-        return describe_training(select_dataset(workspace, dataset, only_reads=True), configuration, workspace)
+        return describe_training(select_dataset(workspace, dataset, only_reads=True), configuration)
     if configuration.isdecimal():  # the number of a fold or dataset
         order = "nnlite train [DATASET] CONFIGURATION FOLD"
         raise UserError(f"{configuration} is no configuration", fix=f"Give `{order}`; several folds are -f 0 1.")
