@@ -12,13 +12,15 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from nnunet_lite.errors import UserError, suggest
 from nnunet_lite.files import must_be, read_text
 from nnunet_lite.system import expand_home
+
+_Key = TypeVar("_Key")
 
 # ------------------------------------------------------------------------------------------------ types of values
 
@@ -516,10 +518,19 @@ def flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
-def changed_values(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return the old and the new value of each key where they differ; None where a key is missing."""
+def changed_values(before: Mapping[_Key, Any], after: Mapping[_Key, Any]) -> dict[_Key, tuple[Any, Any]]:
+    """Return the old and the new value of each key where they differ, for messages; None where a key is missing."""
     values = {key: (before.get(key), after.get(key)) for key in dict.fromkeys((*before, *after))}
-    return {key: (old, new) for key, (old, new) in values.items() if old != new}
+    pairs = {key: (old, new) for key, (old, new) in values.items() if old != new}
+    rounded = {key: (_rounded(old), _rounded(new)) for key, (old, new) in pairs.items()}
+    return {key: short if short[0] != short[1] else pairs[key] for key, short in rounded.items()}
+
+
+def _rounded(value: Any) -> Any:
+    """Round a number, or those in a list, to the six digits that `:g` prints."""
+    if isinstance(value, list | tuple):
+        return [_rounded(each) for each in value]
+    return float(f"{value:g}") if isinstance(value, float) else value
 
 
 def _parse(key: str, value: Any) -> Any:

@@ -158,7 +158,7 @@ OUTPUTS = {
     "a header alone": bad_output("-i scan.nii.gz -o seg.mhd", "Use .mha"),
     "a picture for a volume": bad_output("-i scan.nii.gz -o seg.png", "seg.png", "cannot be written", "Use .nii.gz"),
     "DICOM of a NIfTI image": bad_output("-i scan.nii.gz -o seg.dcm", "scan.nii.gz", "is no DICOM series"),
-    "contours of a NIfTI image": bad_output("-i scan.nii.gz -o new --format rtstruct", "is no DICOM series"),
+    "contours of a NIfTI image": bad_output("-i scan.nii.gz -o new --format rtstruct", "Use --format nifti"),
     "NIfTI for a DICOM segmentation": bad_output("-i scan.nii.gz -o seg.nii.gz --format dicom-seg", "end in .dcm"),
     "a DICOM segmentation for contours": bad_output("-i scan.nii.gz -o seg.dcm --format rtstruct", ".rtstruct.dcm"),
     "an unknown format": bad_output("-i scan.nii.gz -o new --format stl", "stl", "seg.nrrd"),

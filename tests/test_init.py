@@ -19,6 +19,7 @@ from samples import TINIEST, Command, as_options, blocks, save_arrays, scan
 from test_dicom_masks import LABELS, box, patient, save_contours
 
 import nnunet_lite
+from nnunet_lite import log
 from nnunet_lite.data.cases import find_cases
 from nnunet_lite.data.dataset import read_dataset
 from nnunet_lite.data.dicom_writers import write_dicom_seg
@@ -260,11 +261,14 @@ def test_the_list_of_cases_is_updated_and_the_names_stay(command: Command, tmp_p
     assert written["labels"] == {"background": 0, "liver": 1, "tumour": 4} and written["numTraining"] == 6
     assert written["channel_names"] == {"0": "CT", "1": "t2"} and "P9" in written["dataset"]
     shutil.copytree(tmp_path / "data" / "P1", tmp_path / "data" / "P8")
-    code, _, err = command("check", "data", cwd=tmp_path)
+    for name in (".DS_Store", "README"):
+        (tmp_path / "data" / name).write_text("no image")
     what = (
         f"3 files came after `nnlite init` listed the cases in {table}, and are not in the dataset; run `nnlite init "
     )
-    assert code == 0 and f"warning: {tmp_path / 'data'}: {what}{tmp_path / 'data'}` again" in err
+    warning = f"warning: {tmp_path / 'data'}: {what}{tmp_path / 'data'}` again"
+    assert command("run", "data", "-c", "3d", cwd=tmp_path)[2].count(warning) == 1, "`run` and `plan` look for them"
+    log.warn_once.cache_clear()
     assert command("init", "data", cwd=tmp_path)[0] == 0 and what not in command("check", "data", cwd=tmp_path)[2]
     edit(table, lambda content: content.update(source={"url": "https://example.org"}))  # of another program
     assert command("check", "data", cwd=tmp_path)[0] == 0

@@ -277,7 +277,11 @@ def test_another_patch_gets_its_topology_and_keeps_the_widths_of_the_stages_that
 @pytest.mark.parametrize(
     ("patch", "batch", "message"),
     [
-        ((100, 64, 64), None, "100x64x64 cannot be pooled.* The nearest are 96x64x64 and 112x64x64"),
+        (
+            (100, 64, 64),
+            None,
+            "^3d_fullres: patch size 100x64x64 cannot be pooled.* The nearest are 96x64x64 and 112x64x64",
+        ),
         ((64, 64), None, "64x64 is no patch. Give 3 positive numbers"),
         ((0, 64, 64), None, "0x64x64 is no patch"),
         ((4, 4, 4), None, "too small to pool"),
@@ -316,5 +320,20 @@ def test_another_patch_keeps_the_size_of_the_kernels() -> None:
     configurations = {"3d_fullres": c.model_copy(update={"network": by_hand})}
     changed = override_sizes(plan.model_copy(update={"configurations": configurations}), "3d_fullres", (64, 64, 64))
     assert changed.configuration("3d_fullres").network.kernels == by_hand.kernels, "not 5x5x5 in all stages"
+
+
+def test_another_patch_keeps_strides_that_were_edited_where_they_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = simple((200, 200, 200), (1, 1, 1))
+    c = plan.configurations["3d_fullres"]
+    strides = ((1, 1, 1), (1, 2, 2), *c.network.strides[2:])
+    by_hand = c.network.model_copy(update={"strides": strides})
+    plan = plan.with_configuration("3d_fullres", c.model_copy(update={"network": by_hand}))
+    kept = override_sizes(plan, "3d_fullres", (48, 96, 96)).configuration("3d_fullres")
+    assert (kept.network, kept.patch_size) == (by_hand, (48, 96, 96)) and not capsys.readouterr().err
+    lost = override_sizes(plan, "3d_fullres", (64, 64, 40)).configuration("3d_fullres")
+    assert lost.network.strides == topology_of((1, 1, 1), (64, 64, 40)).strides
+    assert "3d_fullres: patch size 64x64x40 does not fit the strides that were set by hand" in capsys.readouterr().err
+    one_voxel = override_sizes(plan, "3d_fullres", (16, 32, 32)).configuration("3d_fullres")
+    assert Configuration.model_validate(one_voxel.model_dump()).network.strides != strides
     with pytest.raises(UserError, match=r"must be a multiple of 16x16x16.*nearest are 64x64x64 and 80x64x64"):
         override_sizes(plan, "3d_fullres", (72, 64, 64))

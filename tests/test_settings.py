@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 
 from nnunet_lite.errors import UserError
-from nnunet_lite.settings import Settings, differences, keys, load_settings, recipe_folder, recipes, with_changes
+from nnunet_lite.settings import (
+    Settings,
+    changed_values,
+    differences,
+    keys,
+    load_settings,
+    recipe_folder,
+    recipes,
+    with_changes,
+)
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -265,3 +274,14 @@ def test_keys_are_all_legal() -> None:
     tree = Settings().model_dump()
     assert len(keys()) > 40
     assert with_changes(Settings(), {k: tree[k.split(".")[0]][k.split(".")[1]] for k in keys()}) == Settings()
+
+
+def test_numbers_that_changed_are_rounded_unless_they_look_equal_then() -> None:
+    before = {"spacing": [5.5534009841132495, 1.0], "lr": 0.1 + 0.2, "same": 1 / 3, "epochs": 1000}
+    after = {"spacing": [2, 1.0], "lr": 0.3, "same": 1 / 3, "patch": (32, 32)}
+    assert changed_values(before, after) == {
+        "spacing": ([5.5534, 1.0], [2, 1.0]),
+        "lr": (0.1 + 0.2, 0.3),
+        "epochs": (1000, None),
+        "patch": (None, [32, 32]),
+    }

@@ -530,6 +530,7 @@ def test_every_fold_is_trained(tiny_workspace: Path, command: Command, tmp_path:
     assert [line for line in out.splitlines() if line.startswith("fold ")] == [
         f"fold {fold}, whole images:" for fold in range(3)
     ]
+    assert "whole images:\n" not in err and "fold 1: Scores of " in err, "each table once"
     trained = sorted((paths.models / "3d_fullres-default").glob("fold_*/cases.json"))
     assert [read_json(file)["validation"] for file in trained] == [len(f["val"]) for f in read_json(paths.splits)]
     shutil.rmtree(trained[2].parent)  # as if it had been stopped before

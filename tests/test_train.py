@@ -16,7 +16,7 @@ from samples import TINIEST, Copy, rewrite_nifti
 import nnunet_lite
 from nnunet_lite.commands import train as commands
 from nnunet_lite.commands.train import _warn_of_edits, fold_names
-from nnunet_lite.commands.training_run import plan_for_settings, plan_runs
+from nnunet_lite.commands.training_run import check_earlier_runs, plan_for_settings, plan_runs
 from nnunet_lite.data.dataset import stored_dataset
 from nnunet_lite.errors import Busy, Stopped, UserError
 from nnunet_lite.evaluation.scores import Scores
@@ -316,6 +316,16 @@ def test_a_model_gets_further_folds_after_a_label_map_was_corrected(
         assert not said[fold] or (f"`nnlite train 3d_fullres {fold} " in err and "--restart` trains it" in err)
     case, folds = file.name.removesuffix(".nii.gz"), read_json(planned.with_name("splits.json"))
     assert said == {0: case in folds[0]["train"], 1: case in folds[1]["train"], 2: False} and any(said.values())
+    fold = next(fold for fold in (0, 1) if said[fold])
+    capfd.readouterr()
+    longer = {"training.epochs": 2}
+    train(workspace, fold, settings=longer)
+    resolved = load_settings("default", SETTINGS | longer)
+    check_earlier_runs(plan_runs(planned_paths(workspace), resolved, ["3d_fullres"], str(fold)))  # as `run` does
+    assert capfd.readouterr().err.count(f"fold_{fold} was trained on former files") == 2, "its first epoch was"
+    train(workspace, fold, settings=longer, restart=True)
+    train(workspace, fold, settings=longer)
+    assert "former files" not in capfd.readouterr().err
     as_ct = [
         plan.model_copy(update={"channels": (plan.channels[0].model_copy(update={"normalization": "ct"}),)})
         for plan in (before, after)

@@ -27,10 +27,10 @@ from nnunet_lite.commands.training_run import (
     plan_runs,
     preprocessing_step,
     training_step,
+    warn_of_changes,
 )
 from nnunet_lite.data.dataset import Dataset, read_dataset, stored_dataset
-from nnunet_lite.data.problems import name_cases
-from nnunet_lite.data.raw_files import read_stamps, scan_raw_cases
+from nnunet_lite.data.raw_files import read_stamps
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.cross_validation import validate_fold
 from nnunet_lite.evaluation.scores import Scores, four_digits, read_summary
@@ -59,7 +59,6 @@ from nnunet_lite.training.splits import (
     ALL,
     DEFAULT_RULE,
     FoldRule,
-    changed_since_trained,
     check_folds,
     read_record,
     read_splits,
@@ -288,6 +287,7 @@ def train(
         system.restarted = False
         for run in own:
             run.check_resume(force)
+        warn_of_changes([*first_stage, *own])
     for run in first_stage:
         train_and_validate(run, force=force)
     return _train_here(own, force, preview, process_age() if not first_stage else 0.0)
@@ -310,8 +310,8 @@ def _train_here(runs: Sequence[TrainingRun], force: bool, preview: bool, start: 
         start = 0.0
         if found is not None:
             scores[run.split.name] = found
-            if len(runs) > 1:
-                log.info(f"fold {run.split.name}, whole images:\n{found.to_text()}")
+            if len(runs) > 1:  # their tables follow at the end
+                log.info(f"fold {run.split.name}: {found!r}")
     return TrainedFolds(scores)
 
 
@@ -412,7 +412,6 @@ def train_and_validate(
         if run.is_trained():
             longer = "" if run.lengthen else f"; {_longer(run.settings)} makes it longer"
             log.info(f"{run.fold_folder}: training is finished{longer}" + "; no preview is drawn" * preview)
-            _warn_of_changes(run)
         else:
             _preprocess_and_train(run, seed, ranks, device, preview, start)
             if ranks.rank == 0 and models.read_weights_header(run.fold_folder / models.MODEL).get("epochs") == 1:
@@ -537,17 +536,6 @@ def _warn_of_edits(planned: Dataset) -> None:
     if words := " and ".join(word for word, is_other in changes.items() if is_other):
         what = f"its {words} are not those of the plan, which are trained"
         log.warn(f"{planned.root}: {what}; `nnlite plan` takes them up")
-
-
-def _warn_of_changes(run: TrainingRun) -> None:
-    """Warn of a finished fold that was trained on former files of cases, such as uncorrected label maps."""
-    cases = [case for case in run.dataset.cases if case.id in run.split.training]
-    raw, _ = scan_raw_cases(cases, read_stamps(run.paths.raw))
-    if changed := changed_since_trained(run.fold_folder, raw):
-        again = f"`{models.training_command(run.folder, run.split.name)}{run.paths.option} --restart`"
-        log.warn(
-            f"{run.fold_folder} was trained on former files of {name_cases(changed)}; {again} trains it on those of now"
-        )
 
 
 def _in_words(key: str, before: Any, after: Any) -> str:

@@ -17,6 +17,8 @@ from nnunet_lite import log
 from nnunet_lite.commands import options
 from nnunet_lite.commands.steps import Step
 from nnunet_lite.data.dataset import Dataset, stored_dataset
+from nnunet_lite.data.problems import name_cases
+from nnunet_lite.data.raw_files import read_stamps, scan_raw_cases
 from nnunet_lite.errors import UserError
 from nnunet_lite.inference.first_stage import FirstStage, find_first_stage
 from nnunet_lite.inference.teachers import Teacher, find_teachers
@@ -45,6 +47,7 @@ from nnunet_lite.training.splits import (
     DEFAULT_RULE,
     FoldRule,
     Split,
+    changed_since_trained,
     read_split,
     refuse_excluded,
     refuse_other_cases,
@@ -277,6 +280,19 @@ def check_earlier_runs(runs: Sequence[TrainingRun]) -> None:
             fix = "Repeat the old settings (--exclude leaves out new cases), use a recipe file of your own, whose name "
             fix += f"the new models get, or rename the folder to old_{run.folder.name} to train it again."
             raise UserError(error.what, error.file, fix) from None
+    warn_of_changes(runs)
+
+
+def warn_of_changes(runs: Sequence[TrainingRun]) -> None:
+    """Warn of folds that were trained on former files of cases, such as uncorrected label maps."""
+    begun = [run for run in runs if models.is_begun(run.fold_folder)]
+    cases = {case.id: case for run in begun for case in run.dataset.cases if case.id in run.split.training}
+    raw = scan_raw_cases([*cases.values()], read_stamps(runs[0].paths.raw))[0]
+    for run in begun:
+        if changed := changed_since_trained(run.fold_folder, {id: raw[id] for id in run.split.training if id in raw}):
+            again = f"`{models.training_command(run.folder, run.split.name)}{run.paths.option} --restart`"
+            what = f"{run.fold_folder} was trained on former files of {name_cases(changed)}"
+            log.warn(f"{what}; {again} trains it on those of now")
 
 
 def plan_for_settings(paths: Paths, settings: Settings) -> Plan:

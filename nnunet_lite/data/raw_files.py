@@ -185,7 +185,7 @@ def warn_of_new_files(dataset: Dataset, workspace: Path) -> None:
             if n > 0:
                 what = f"{plural(n, 'file')} came after `nnlite init` listed the cases in {table}"
                 again = f"run `nnlite init {shlex.quote(source)}` again, with the options of the first time"
-                log.warn(f"{source}: {what}, and are not in the dataset; {again}")
+                log.warn_once(f"{source}: {what}, and are not in the dataset; {again}")
 
 
 def dataset_paths(workspace: Path, dataset: Dataset) -> Paths:

@@ -264,8 +264,8 @@ def require_series(image: Path | None) -> Path:
     """Return the image of a DICOM-SEG or RTSTRUCT file; refuse what is no DICOM series, and a missing extra."""
     require_dicom()
     if image is None or not is_dicom(image):
-        who = "is" if image else "the image is"
-        raise UserError(f"{who} no DICOM series, so it can have no DICOM-SEG or RTSTRUCT", image, "Use .nii.gz.")
+        what = f"{'is' if image else 'the image is'} no DICOM series, so it can have no DICOM-SEG or RTSTRUCT"
+        raise UserError(what, image, "Use --format nifti, or a name with .nii.gz.")
     return image
 
 

@@ -15,6 +15,7 @@ from math import prod
 
 import numpy as np
 
+from nnunet_lite import log
 from nnunet_lite.data.labels import Labels
 from nnunet_lite.errors import UserError, suggest
 from nnunet_lite.planning import topology as rules
@@ -459,7 +460,7 @@ def override_sizes(
     """
     changed = plan.configuration(configuration)
     if patch_size is not None and tuple(patch_size) != changed.patch_size:
-        changed = _with_patch(changed, tuple(patch_size))
+        changed = _with_patch(configuration, changed, tuple(patch_size))
     if batch_size is not None and batch_size != changed.batch_size:
         if batch_size < 1:
             raise UserError(f"a batch size of {batch_size} is not possible", fix="Give 1 or more.")
@@ -509,22 +510,27 @@ def limit_sizes(
     return changed.with_configuration(configuration, shortened)
 
 
-def _with_patch(configuration: Configuration, patch: tuple[int, ...]) -> Configuration:
-    size, spacing, kind = join_by_x(patch), configuration.spacing, configuration.network.kind
+def _with_patch(name: str, configuration: Configuration, patch: tuple[int, ...]) -> Configuration:
+    """Return a configuration with another patch, and with strides for it unless they were set by hand and fit it."""
+    network, spacing, kind = configuration.network, configuration.spacing, configuration.network.kind
+    size = f"{name}: patch size {join_by_x(patch)}"
     if len(patch) != configuration.dimensions or min(patch) < 1:
         fix = f"Give {configuration.dimensions} positive numbers of voxels."
-        raise UserError(f"patch size {size} is no patch", fix=fix)
-    topology = rules.topology_of(spacing, patch, kind)
-    if topology.patch != patch:
-        below, above = (join_by_x(legal) for legal in rules.neighbouring_patches(spacing, patch, kind))
-        what = f"patch size {size} cannot be pooled: it must be a multiple of {join_by_x(topology.divisor)}"
-        raise UserError(what, fix=f"The nearest are {below} and {above}.")
-    if len(topology.strides) == 1:
-        raise UserError(f"patch size {size} is too small to pool", fix="Give at least 8 voxels along an axis.")
-    network = _adapt_network(
-        configuration.network, rules.topology_of(spacing, configuration.patch_size, kind), topology
-    )
-    return _with_reason(configuration, f"patch {size} was set by hand", patch_size=patch, network=network)
+        raise UserError(f"{size} is no patch", fix=fix)
+    old, topology = (rules.topology_of(spacing, each, kind) for each in (configuration.patch_size, patch))
+    coarsest = [divmod(n, d) for n, d in zip(patch, network.divisor, strict=True)]
+    by_hand = network.strides != old.strides
+    if not by_hand or any(rest for _, rest in coarsest) or prod(n for n, _ in coarsest) == 1:
+        if topology.patch != patch:
+            below, above = (join_by_x(legal) for legal in rules.neighbouring_patches(spacing, patch, kind))
+            what = f"{size} cannot be pooled: it must be a multiple of {join_by_x(topology.divisor)}"
+            raise UserError(what, fix=f"The nearest are {below} and {above}.")
+        if len(topology.strides) == 1:
+            raise UserError(f"{size} is too small to pool", fix="Give at least 8 voxels along an axis.")
+        if by_hand:
+            log.warn_once(f"{size} does not fit the strides that were set by hand; they are those of the rule now")
+        network = _adapt_network(network, old, topology)
+    return _with_reason(configuration, f"patch {join_by_x(patch)} was set by hand", patch_size=patch, network=network)
 
 
 def _adapt_network(network: Network, old: Topology, topology: Topology) -> Network:

@@ -27,6 +27,7 @@ from nnunet_lite.planning.fingerprint import Fingerprint
 from nnunet_lite.planning.nnunet import read_plan
 from nnunet_lite.planning.planner import PRESETS, apply_options, make_plan
 from nnunet_lite.planning.schema import Channel, Options, Plan, configuration_changes, configuration_content
+from nnunet_lite.settings import changed_values
 from nnunet_lite.workspace import Paths
 
 Entry = tuple[str | int, ...]  # the place of a value in plans.json, such as ("channels", 0, "normalization")
@@ -318,7 +319,8 @@ def _edit_in_words(entry: Entry, planned: Plan, edited: Plan) -> str:
         return f"{entry[1]} ({_change_in_words(str(entry[1]), planned, edited)})"
     of_dataset = entry[0] == "labels" or entry[-1] == "name"
     where = "; change it in the dataset.json of the raw data" * of_dataset
-    return f"{'.'.join(map(str, entry))} ({_entries(planned).get(entry)} -> {_entries(edited).get(entry)}{where})"
+    before, after = changed_values(_entries(planned), _entries(edited))[entry]
+    return f"{'.'.join(map(str, entry))} ({before} -> {after}{where})"
 
 
 def _change_in_words(name: str, before: Plan, after: Plan) -> str:

@@ -654,7 +654,7 @@ def record_cases(
 ) -> None:
     """Write which cases a fold is trained on, hashes of their files, and the weights that it learns from.
 
-    What a fold that is resumed has seen and learned from is kept.
+    Of a fold that is resumed, the files that it began with, and what it has seen and learned from, are kept.
 
     Parameters
     ----------
@@ -671,7 +671,7 @@ def record_cases(
     training, held_out = ([raw[i].digests[0] for i in ids] for ids in (split.training, split.validation))
     new = {_FILES: files, _IMAGES: training, HELD_OUT: [] if split.name == ALL else held_out, LEARNED: learned}
     before = read_cases(fold_folder) if (fold_folder / CHECKPOINT).is_file() else {}
-    kept = {key: before[key] for key in (SEEN, LEARNED) if key in before}
+    kept = {key: before[key] for key in (_FILES, SEEN, LEARNED) if key in before}
     write_json(fold_folder / CASES, {**_fingerprint(split), **new, **kept})
 
 
@@ -702,7 +702,7 @@ def record_seen(fold_folder: Path, name: str, sources: Iterable[Path], maybe_all
 
 def changed_since_trained(fold_folder: Path, raw: Mapping[str, RawCase]) -> list[str]:
     """Return the training cases of a fold whose files are others now; `raw` has the stamps that they have now."""
-    known = read_json(fold_folder / CASES).get(_FILES) if (fold_folder / CASES).is_file() else None
+    known = read_cases(fold_folder).get(_FILES)
     return [] if known is None else [name for name, case in raw.items() if hash_of(case.digests) not in known]
 
 
