@@ -68,8 +68,7 @@ SettingOverrides = Annotated[
     setting("--set", parser=_setting, metavar="KEY=VALUE", help="Any setting; may be repeated."),
 ]
 Scheduler = Annotated[
-    str | None,
-    hardware(metavar="ADDRESS", help="Dask scheduler whose workers do it: tcp://host:8786, or its file."),
+    str | None, hardware(metavar="ADDRESS", help="Dask scheduler whose workers do it: tcp://host:8786, or its file.")
 ]
 WhichCheckpoint = Annotated[
     Literal["final", "best"],
@@ -90,8 +89,7 @@ PatchSize = Annotated[
 ]
 ModelName = Annotated[str | None, output(help="Name of the model folder.", show_default="CONFIGURATION-RECIPE")]
 AcceptGeometry = Annotated[
-    bool,
-    data("--accept-geometry", help="Take files of a case by their voxels if origin or direction differ."),
+    bool, data("--accept-geometry", help="Take files of a case by their voxels if origin or direction differ.")
 ]
 Exclude = Annotated[str | Sequence[str] | None, data(metavar="CASE", help="Leave out this case; may be repeated.")]
 Accept = Annotated[
@@ -108,8 +106,7 @@ StratifyBy = Annotated[
     str | Path | None, data(metavar="CSV", help="Folds with equal shares of strata: columns case, stratum.")
 ]
 Splits = Annotated[
-    str | Path | None,
-    data(help="Folds to use: splits.json, splits_final.json or a CSV with columns case, fold."),
+    str | Path | None, data(help="Folds to use: splits.json, splits_final.json or a CSV with columns case, fold.")
 ]
 
 

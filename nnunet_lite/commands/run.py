@@ -243,11 +243,7 @@ def _begun(paths: Paths, recipe: str) -> bool:
 
 
 def _steps(
-    runs: Sequence[TrainingRun],
-    paths: Paths,
-    workers: int | None,
-    device: str | None,
-    cluster: Cluster | None,
+    runs: Sequence[TrainingRun], paths: Paths, workers: int | None, device: str | None, cluster: Cluster | None
 ) -> list[Step]:
     """Return the steps after the plan."""
     trainings = [training_step(run, train_and_validate) for run in runs]

@@ -286,8 +286,7 @@ def check_earlier_runs(runs: Sequence[TrainingRun]) -> None:
 def warn_of_changes(runs: Sequence[TrainingRun]) -> None:
     """Warn of folds that were trained on former files of cases, such as uncorrected label maps."""
     begun = [run for run in runs if models.is_begun(run.fold_folder)]
-    cases = {case.id: case for run in begun for case in run.dataset.cases if case.id in run.split.training}
-    raw = scan_raw_cases([*cases.values()], read_stamps(runs[0].paths.raw))[0]
+    raw, _ = scan_raw_cases(runs[0].dataset.cases if begun else (), read_stamps(runs[0].paths.raw))
     for run in begun:
         if changed := changed_since_trained(run.fold_folder, {id: raw[id] for id in run.split.training if id in raw}):
             again = f"`{models.training_command(run.folder, run.split.name)}{run.paths.option} --restart`"
