@@ -19,8 +19,8 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.models.nnssl import read_nnssl
 from nnunet_lite.models.nnunet import nnunet_tensor_names, read_checkpoint
 from nnunet_lite.networks.unet import UNet
+from nnunet_lite.planning import topology as rules
 from nnunet_lite.planning.nnunet import read_network
-from nnunet_lite.planning.planner import override_sizes
 from nnunet_lite.planning.schema import Network, Plan
 
 LABELS = Labels(names={"background": 0, "lung": 1})
@@ -120,9 +120,10 @@ def test_resenc_l_is_the_network_of_our_preset(tmp_path: Path) -> None:
     fixtures = json.loads((Path(__file__).parent / "data" / "plan_fixtures.json").read_text())
     plans = (reference_plan(fixture, "resenc_l") for fixture in fixtures)
     own = next(plan for plan in plans if "3d_fullres" in plan.configurations)
-    cubic = own.configuration("3d_fullres").model_copy(update={"spacing": (1.0, 1.0, 1.0)})
+    expected = rules.default_network("residual", rules.topology_of((1.0, 1.0, 1.0), (160, 160, 160), "residual"))
+    changes = {"spacing": (1.0, 1.0, 1.0), "patch_size": (160, 160, 160), "network": expected}
+    cubic = own.configuration("3d_fullres").model_copy(update=changes)
     own = own.model_copy(update={"configurations": {"3d_fullres": cubic}})
-    expected = override_sizes(own, "3d_fullres", (160, 160, 160)).configuration("3d_fullres").network
     with torch.device("meta"):
         state = UNet(expected, 1, 1).state_dict()
     zeros = {name: torch.zeros(1).expand(value.shape) for name, value in state.items()}  # takes no space on disk

@@ -571,10 +571,10 @@ def warn_of_other_weights(fold_folder: Path, source: Path, learned: Mapping[str,
         Folds of that model, and the fingerprints that their weights had.
     """
     if changed := [fold for fold, weights in learned.items() if weights_fingerprint(source, fold) not in ("", weights)]:
-        what = f"{fold_folder.name.replace('_', ' ')} of {fold_folder.parent.name} learned from other weights of"
-        role = "its first stage" if read_run(fold_folder.parent).get("previous") == source.name else "its teacher"
-        fix = "train it again with --restart to learn from the present ones"
-        log.warn(f"{what} {source.name}, {role} (fold {', '.join(changed)}); {fix}")
+        model, fold = fold_folder.parent, fold_folder.name.replace("_", " ")
+        role = "its first stage" if read_run(model).get("previous") == source.name else "its teacher"
+        what = f"{fold} of {model.name} learned from other weights of {source.name}, {role}"
+        log.warn(f"{what} (fold {', '.join(changed)}); train it again with --restart to learn from the present ones")
 
 
 def trained_folds(folder: Path, checkpoint: Checkpoint = "final") -> list[str]:
