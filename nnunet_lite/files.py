@@ -239,10 +239,11 @@ def must_be_writable(folder: Path) -> None:
         The folder, or the nearest one above it that exists, is read-only for this user, or a broken link; it is named.
     """
     places = (folder.absolute(), *folder.absolute().parents)
-    nearest = next(place for place in places if os.path.isdir(place))  # noqa: PTH112  # is_dir may raise
-    if broken := next((place for place in places if place.is_symlink() and not os.path.exists(place)), None):  # noqa: PTH110
+    # functions of os.path: methods of Path may raise
+    nearest = next((place for place in places if os.path.isdir(place)), None)  # noqa: PTH112
+    if broken := next((p for p in places if os.path.islink(p) and not os.path.exists(p)), None):  # noqa: PTH110, PTH114
         raise UserError("is a link to a folder that does not exist", broken, "Mount its disk, or correct the link.")
-    if not os.access(nearest, os.W_OK):
+    if nearest is not None and not os.access(nearest, os.W_OK):  # on Windows a drive may be missing
         raise UserError("is read-only for you", nearest, "Write elsewhere, or change the rights of this folder.")
 
 

@@ -301,6 +301,12 @@ def test_waiting_for_a_lock_is_said_with_quiet_too(
     assert "another process is preprocessing here" in capfd.readouterr().err
 
 
+def test_only_what_is_known_to_be_read_only_is_refused(tmp_path: Path) -> None:
+    files.must_be_writable(tmp_path / "new" / "folder")
+    files.must_be_writable(tmp_path / ("x" * 300) / "folder")  # whose state cannot be read: making it says why
+    assert not [*tmp_path.iterdir()]
+
+
 def test_a_link_to_a_disk_that_is_not_mounted_is_named(tmp_path: Path) -> None:
     (tmp_path / "workspace").symlink_to(tmp_path / "disk")
     for folder in (tmp_path / "workspace", tmp_path / "workspace" / "data"):

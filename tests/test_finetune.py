@@ -239,6 +239,17 @@ def test_a_model_of_the_same_dataset_changes_nothing_of_its_plan(own: Plan) -> N
     assert configuration_changes(planned, adopted(own, own).configuration("3d_fullres")) == {}
 
 
+def test_a_run_that_rounded_the_adopted_median_shape_is_resumed(own: Plan, cascade: Plan) -> None:
+    """Versions before December 2026 did."""
+    finer = cascade.configuration("3d_fullres").model_copy(update={"spacing": (0.7, 0.7, 0.7)})
+    plan = adopted(own, cascade.with_configuration("3d_fullres", finer))
+    planned = plan.configuration("3d_fullres")
+    rounded = planned.model_copy(update={"median_shape": tuple(float(round(n)) for n in planned.median_shape)})
+    assert rounded != planned and plan.with_configuration("3d_fullres", rounded).trains_as(plan)
+    larger = planned.model_copy(update={"median_shape": tuple(n + 1 for n in planned.median_shape)})
+    assert not plan.with_configuration("3d_fullres", larger).trains_as(plan)
+
+
 def test_images_are_turned_and_a_channel_of_another_name_keeps_its_normalization(own: Plan, cascade: Plan) -> None:
     plan = adopted(own, renamed(cascade, "MRI", orientation="PIR"))
     assert (own.orientation, plan.orientation) == ("RAS", "PIR")

@@ -270,6 +270,10 @@ def test_the_list_of_cases_is_updated_and_the_names_stay(command: Command, tmp_p
     assert command("run", "data", "-c", "3d", cwd=tmp_path)[2].count(warning) == 1, "`run` and `plan` look for them"
     log.warn_once.cache_clear()
     assert command("init", "data", cwd=tmp_path)[0] == 0 and what not in command("check", "data", cwd=tmp_path)[2]
+    scan = tmp_path / "data" / "P1" / "scan"
+    scan.write_bytes(bytes(128) + b"DICM")  # new files are not looked for from now on
+    assert command("init", "data", cwd=tmp_path)[0] == 0 and "source" not in json.loads(table.read_text())
+    scan.unlink()
     edit(table, lambda content: content.update(source={"url": "https://example.org"}))  # of another program
     assert command("check", "data", cwd=tmp_path)[0] == 0
     before = table.read_bytes()

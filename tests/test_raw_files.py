@@ -16,7 +16,7 @@ from samples import TINIEST, Copy, Counts
 import nnunet_lite
 from nnunet_lite.commands.run import next_commands
 from nnunet_lite.data.dataset import read_dataset
-from nnunet_lite.data.raw_files import dataset_paths, reason_to_plan
+from nnunet_lite.data.raw_files import dataset_paths, known_stamps, reason_to_plan
 from nnunet_lite.errors import UserError
 from nnunet_lite.files import read_json
 from nnunet_lite.models.folder import first_training
@@ -168,6 +168,17 @@ def test_the_content_of_files_decides_and_not_their_times(planned: Planned) -> N
     change_voxels(raw / "imagesTr")
     os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns - 1))
     assert "has changed since it was planned (" in reason(raw, paths)
+
+
+def test_a_file_that_preprocessing_has_read_is_not_read_again(planned: Planned) -> None:
+    raw, paths = planned
+    label = min((raw / "labelsTr").iterdir())
+    os.utime(label, (1e9, 1e9))
+    nnunet_lite.preprocess("2d", workspace=paths.root.parent, workers=0)
+    stamps = known_stamps(paths)
+    assert stamps[label.name.removesuffix(".nii.gz")].files[1].changed == label.stat().st_mtime_ns and len(stamps) == 3
+    (paths.preprocessed / "raw.json").write_text("{}")  # as another plan may leave it, while cases are loaded
+    assert len(known_stamps(paths)) == 3
 
 
 @pytest.mark.parametrize(("folder", "kind"), [("imagesTr", "missing_image"), ("labelsTr", "missing_label")])

@@ -168,7 +168,8 @@ def _updated(old: Any, new: dict[str, Any], table: Path, then: str) -> tuple[dic
     }
     lines = [(head, f"{len(names)}: {few(names, 9)}") for head, names in changes.items() if names]
     cases = {key: new[key] for key in ("numTraining", "file_ending", "dataset", "source") if key in new}
-    return {**old, **cases}, lines or [("unchanged", "the list of cases is the same as before")]
+    kept = {key: value for key, value in old.items() if key != "source"}  # of files that may be counted no more
+    return {**kept, **cases}, lines or [("unchanged", "the list of cases is the same as before")]
 
 
 def _warn_of_halves(found: Discovery, source: Path) -> None:

@@ -30,7 +30,7 @@ from nnunet_lite.commands.training_run import (
     warn_of_changes,
 )
 from nnunet_lite.data.dataset import Dataset, read_dataset, stored_dataset
-from nnunet_lite.data.raw_files import read_stamps
+from nnunet_lite.data.raw_files import known_stamps
 from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.cross_validation import validate_fold
 from nnunet_lite.evaluation.scores import Scores, four_digits, read_summary
@@ -473,7 +473,7 @@ def _preprocess_and_train(
     sources: list[Teacher | FirstStage] = [*run.teachers, *filter(None, [run.first])]
     learned = {one.folder.name: {k: models.weights_fingerprint(one.folder, k) for k in one.folds} for one in sources}
     if ranks.rank == 0:
-        record_cases(run.fold_folder, split, read_stamps(store / "raw.json"), learned)
+        record_cases(run.fold_folder, split, known_stamps(run.paths), learned)
         for teacher in run.teachers:
             record_seen(run.fold_folder, teacher.folder.name, [teacher.folder / f"fold_{k}" for k in teacher.folds])
     job = Job(

@@ -18,7 +18,7 @@ from nnunet_lite.commands import options
 from nnunet_lite.commands.steps import Step
 from nnunet_lite.data.dataset import Dataset, stored_dataset
 from nnunet_lite.data.problems import name_cases
-from nnunet_lite.data.raw_files import read_stamps, scan_raw_cases
+from nnunet_lite.data.raw_files import known_stamps, scan_raw_cases
 from nnunet_lite.errors import UserError
 from nnunet_lite.inference.first_stage import FirstStage, find_first_stage
 from nnunet_lite.inference.teachers import Teacher, find_teachers
@@ -286,12 +286,12 @@ def check_earlier_runs(runs: Sequence[TrainingRun]) -> None:
 def warn_of_changes(runs: Sequence[TrainingRun]) -> None:
     """Warn of folds that were trained on former files of cases, such as uncorrected label maps."""
     begun = [run for run in runs if models.is_begun(run.fold_folder)]
-    raw, _ = scan_raw_cases(runs[0].dataset.cases if begun else (), read_stamps(runs[0].paths.raw))
+    raw, _ = scan_raw_cases(runs[0].dataset.cases if begun else (), known_stamps(runs[0].paths))
     for run in begun:
         if changed := changed_since_trained(run.fold_folder, {id: raw[id] for id in run.split.training if id in raw}):
             again = f"`{models.training_command(run.folder, run.split.name)}{run.paths.option} --restart`"
             what = f"{run.fold_folder} was trained on former files of {name_cases(changed)}"
-            log.warn(f"{what}; {again} trains it on those of now")
+            log.warn(f"{what}; {again} trains it on the present ones")
 
 
 def plan_for_settings(paths: Paths, settings: Settings) -> Plan:

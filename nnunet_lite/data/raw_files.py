@@ -128,6 +128,11 @@ def read_stamps(file: Path) -> dict[str, RawCase]:
         return {}
 
 
+def known_stamps(paths: Paths) -> dict[str, RawCase]:
+    """Return the latest stamps of a dataset: those of preprocessing, otherwise those of planning."""
+    return read_stamps(paths.raw) | read_stamps(paths.preprocessed / "raw.json")
+
+
 def write_stamps(file: Path, raw: Mapping[str, RawCase]) -> None:
     """Write a raw.json."""
     write_text(file, _STAMPS.dump_json(dict(raw), indent=1).decode() + "\n")

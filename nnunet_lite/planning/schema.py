@@ -331,6 +331,8 @@ class Plan(Strict):
 
         def values(plan: Plan) -> dict[str, Any]:
             content = plan.model_dump(mode="json", exclude=unused)
+            for configuration in content["configurations"].values():  # runs before December 2026 rounded an adopted one
+                configuration["median_shape"] = [round(n) for n in configuration["median_shape"]]
             for channel, entry in zip(plan.channels, content["channels"], strict=True):
                 if channel.statistics_used is None:
                     del entry["statistics"]

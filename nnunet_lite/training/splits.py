@@ -702,8 +702,9 @@ def record_seen(fold_folder: Path, name: str, sources: Iterable[Path], maybe_all
 
 def changed_since_trained(fold_folder: Path, raw: Mapping[str, RawCase]) -> list[str]:
     """Return the training cases of a fold whose files are others now; `raw` has the stamps that they have now."""
-    known = read_cases(fold_folder).get(_FILES)
-    return [] if known is None else [name for name, case in raw.items() if hash_of(case.digests) not in known]
+    recorded = read_cases(fold_folder)
+    known = set(recorded.get(_FILES, ()))
+    return [name for name, case in raw.items() if hash_of(case.digests) not in known] if _FILES in recorded else []
 
 
 def are_other_cases(one: Path, other: Path) -> bool:
