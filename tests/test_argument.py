@@ -23,7 +23,7 @@ from nnunet_lite.errors import UserError
 from nnunet_lite.evaluation.members import find_members
 from nnunet_lite.files import read_json, write_json
 from nnunet_lite.models.argument import find_model, find_models, unpacked
-from nnunet_lite.models.folder import model_folders, stage_path
+from nnunet_lite.models.folder import model_folder, model_folders, stage_path
 from nnunet_lite.models.lookup import read_model
 from nnunet_lite.training.finetune import open_source
 from nnunet_lite.training.splits import load_splits
@@ -101,6 +101,9 @@ def test_a_name_with_a_dataset_is_that_of_a_model_of_this_dataset(results: Path,
     for name in ("a+b", "a,b", "a:b", "a\nb", "a\\b", "a" * 81):  # these separate names, those no zip may have
         with pytest.raises(UserError, match="is no name for a model folder"):
             nnunet_lite.import_model(copy, name=name, workspace=place)
+    paths = Paths(place / "Dataset009_Spleen")
+    (paths.models / "mine").rename(paths.models / "a:b")  # as a version that took the name left it
+    assert model_folder(paths, "a:b") == paths.models / "a:b"
 
 
 @pytest.mark.parametrize("folder", ["", "models/", "zenodo/7/weights/best of 3/"])

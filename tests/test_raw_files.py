@@ -15,10 +15,10 @@ from samples import TINIEST, Copy, Counts
 
 import nnunet_lite
 from nnunet_lite.commands.run import next_commands
-from nnunet_lite.data.dataset import read_dataset
+from nnunet_lite.data.dataset import dataset_to_json, read_dataset
 from nnunet_lite.data.raw_files import dataset_paths, known_stamps, reason_to_plan
 from nnunet_lite.errors import UserError
-from nnunet_lite.files import read_json
+from nnunet_lite.files import read_json, write_json
 from nnunet_lite.models.folder import first_training
 from nnunet_lite.planning import fingerprint
 from nnunet_lite.workspace import Paths, find_raw, planned_paths
@@ -252,3 +252,6 @@ def test_a_dataset_has_the_name_of_a_folder(copy_dataset: Copy, tmp_path: Path, 
             step(raw, workspace=tmp_path / "ws", workers=0)
         assert "\n" not in str(refused.value.what)
     assert not (tmp_path / "ws").exists()
+    dataset, planned = read_dataset(raw), tmp_path / "ws" / name / "dataset.json"
+    write_json(planned, dataset_to_json(dataset))  # by a version that took the name
+    assert dataset_paths(tmp_path / "ws", dataset).dataset == planned

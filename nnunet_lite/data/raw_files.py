@@ -210,12 +210,13 @@ def dataset_paths(workspace: Path, dataset: Dataset) -> Paths:
         is in the workspace.
     """
     paths, root = Paths(workspace / dataset.name), dataset.root
-    if not is_folder_name(dataset.name):
+    planned = paths.dataset.is_file()  # maybe by a version that took other names, too
+    if not (planned or is_folder_name(dataset.name)):
         what = f"{dataset.name!r:.90} is no name for a dataset, which takes it from its folder"
         raise UserError(what, root, "Rename the folder: at most 80 letters, without / \\ and :, not hidden.")
     if paths.root.resolve() == root.resolve():
         raise UserError(f"is itself in the workspace {workspace}", root, "Give another folder with --workspace.")
-    if not paths.dataset.is_file():
+    if not planned:
         return paths
     with understood(paths.dataset, "Move it away."):
         stored = dataset_from_json(read_json(paths.dataset))

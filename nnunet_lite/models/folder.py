@@ -386,11 +386,13 @@ def model_folder(paths: Paths, name: str) -> Path:
     Raises
     ------
     UserError
-        The name is not that of a folder inside models/.
+        The name is not that of a folder inside models/. One that an earlier version took is, if the folder exists.
     """
-    if not is_folder_name(name) or name.startswith(OLD) or {*"+,"} & {*name}:  # these separate names
+    folder = paths.models / name
+    is_legal = is_folder_name(name) or folder in model_folders(paths)
+    if not is_legal or name.startswith(OLD) or {*"+,"} & {*name}:  # these separate names
         raise UserError(f"{name!r} is no name for a model folder", fix="Use letters, digits, '-' and '_'.")
-    return paths.models / name
+    return folder
 
 
 def first_training(paths: Paths, configuration: str | None = None) -> str:
