@@ -29,6 +29,7 @@ from nnunet_lite.models.folder import (
     run_length,
     set_aside,
     training_command,
+    why_not_held_out,
 )
 from nnunet_lite.planning.schema import Plan
 from nnunet_lite.settings import Settings, differences, load_settings, with_changes
@@ -263,3 +264,17 @@ def test_only_what_a_beginning_wrote_is_removed(tmp_path: Path) -> None:
         assert (tmp_path / "mine" / "run.json").is_file()
         assert first.exists() == (kept == "fold_0/checkpoint_final.pth")
         shutil.rmtree(tmp_path / "mine")
+
+
+def test_the_record_of_what_was_seen(tmp_path: Path) -> None:
+    """It comes with a zip of others, too."""
+    file = tmp_path / "fold_0" / "cases.json"
+    file.parent.mkdir()
+    for content in ({}, {"seen": ["a"], "held_out_images": ["b"]}, ["a"]):
+        file.write_text(json.dumps(content))
+        assert why_not_held_out(file.parent) == ""
+    file.write_text(json.dumps({"seen": ["a", "b"], "held_out_images": ["b", "c"]}))
+    assert why_not_held_out(file.parent) == "fold 0 holds out 1 case that its initial weights or teachers have seen"
+    file.write_text(json.dumps({"seen": 5}))
+    with pytest.raises(UserError, match="is not as nnlite writes it"):
+        why_not_held_out(file.parent)

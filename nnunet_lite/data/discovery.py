@@ -91,7 +91,18 @@ class Files:
 
 
 def files_below(root: Path, skip: Iterable[Path] = ()) -> Files:
-    """List the files in a folder and below it, without hidden ones.
+    """Sort the files in a folder and below it, without hidden ones, by what they are; `skip` as in `images_below`."""
+    images, rest = images_below(root, skip)
+    used = {other for path in images for other in companions(path)}
+    classes = {path: dicom_class(path) for path in rest if not is_image(path) and path not in used}
+    dicom = {path: uid for path, uid in classes.items() if uid is not None}
+    series = {path.parent for path, uid in dicom.items() if is_scan(uid)}
+    others = [path for path, uid in classes.items() if uid is None]
+    return Files(root, sorted({*images, *series}), dict(sorted(dicom.items())), sorted(others))
+
+
+def images_below(root: Path, skip: Iterable[Path] = ()) -> tuple[list[Path], list[Path]]:
+    """List the images in a folder and below it, and the other files, without hidden ones; no file is opened.
 
     Parameters
     ----------
@@ -102,8 +113,8 @@ def files_below(root: Path, skip: Iterable[Path] = ()) -> Files:
 
     Returns
     -------
-    Files
-        Sorted.
+    tuple of list of Path
+        The images, and the rest, with headers and DICOM files.
     """
     entered = {root.resolve(), *(folder.resolve() for folder in skip)}
     found: list[Path] = []
@@ -113,12 +124,8 @@ def files_below(root: Path, skip: Iterable[Path] = ()) -> Files:
         entered.update(new.values())
         found += [Path(folder) / name for name in names if name[0] != "."]
     images = [path for path in found if is_image(path) and not header_of(path)]
-    used = {*images, *(other for path in images for other in companions(path))}
-    classes = {path: dicom_class(path) for path in found if not is_image(path) and path not in used}
-    dicom = {path: uid for path, uid in classes.items() if uid is not None}
-    series = {path.parent for path, uid in dicom.items() if is_scan(uid)}
-    others = [path for path, uid in classes.items() if uid is None]
-    return Files(root, sorted({*images, *series}), dict(sorted(dicom.items())), sorted(others))
+    known = set(images)
+    return images, [path for path in found if path not in known]
 
 
 def cases_by_name(files: Files, images: Sequence[str] = (), labels: Sequence[str] = ()) -> Discovery:

@@ -21,7 +21,7 @@ from nnunet_lite import log
 from nnunet_lite.data.cases import Case
 from nnunet_lite.data.dataset import Dataset, dataset_from_json, dataset_to_json, stored_dataset
 from nnunet_lite.data.dicom import series_folders
-from nnunet_lite.data.discovery import files_below
+from nnunet_lite.data.discovery import images_below
 from nnunet_lite.data.images import is_dicom, read_geometry
 from nnunet_lite.data.names import companions, visible
 from nnunet_lite.data.problems import name_cases, plural
@@ -186,7 +186,7 @@ def warn_of_new_files(dataset: Dataset, workspace: Path) -> None:
     table = dataset.root / "dataset.json"
     match read_json(table).get("source") if table.is_file() else None:  # other programs may write that key, too
         case {"folder": str(source), "files": int(listed)}:
-            n = len(files_below(Path(source), (workspace, dataset.root)).images) - listed
+            n = len(images_below(Path(source), (workspace, dataset.root))[0]) - listed
             if n > 0:
                 what = f"{plural(n, 'file')} came after `nnlite init` listed the cases in {table}"
                 again = f"run `nnlite init {shlex.quote(source)}` again, with the options of the first time"

@@ -613,7 +613,8 @@ def why_not_held_out(fold_folder: Path) -> str:
         "fold 0 holds out 4 cases that ...", or nothing.
     """
     known = read_cases(fold_folder)
-    n = len(set(known.get(SEEN, ())).intersection(known.get(HELD_OUT, ())))
+    with understood(fold_folder / CASES):
+        n = len(set(known.get(SEEN, ())).intersection(known.get(HELD_OUT, ())))
     cases, fold = plural(n, "case"), fold_folder.name.replace("_", " ")
     return f"{fold} holds out {cases} that its initial weights or teachers have seen" if n else ""
 
