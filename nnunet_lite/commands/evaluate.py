@@ -94,9 +94,9 @@ def evaluate(
     nnlite evaluate images references -m model.zip --output scores.csv
     """
     written = None if output is None else Path(output)
-    if written is not None and written.suffix.lower() not in (".json", ".csv"):
-        raise UserError("scores are written as .json or .csv", written, f"Use {written.name}.csv.")
     if written is not None:
+        if written.suffix.lower() not in (".json", ".csv"):
+            raise UserError("scores are written as .json or .csv", written, f"Use {written.name}.csv.")
         must_be_writable(written.parent)
     if tolerance is not None and not surface:
         raise UserError("--tolerance is of the surface Dice, which --no-surface leaves out", fix="Give one of the two.")

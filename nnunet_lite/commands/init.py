@@ -201,8 +201,10 @@ def _summary(source: Path, cases: Sequence[Case], values: dict[str, Any], change
         for case in cases[:_CASES_SHOWN]
     ]
     unnamed = [name for name in values["labels"] if re.fullmatch(r"label_\d+", name)]
-    number = f"if these {len(unnamed)} values number cells, set them to 1, see docs/howto/microscopy.md; otherwise "
-    number *= len(unnamed) > _MANY_LABELS
+    to_do = f"name the labels in {values['path']}/dataset.json before you plan"
+    if len(unnamed) > _MANY_LABELS:
+        cells = f"if these {len(unnamed)} values number cells, set them to 1, see docs/howto/microscopy.md"
+        to_do = f"{cells}; otherwise {to_do}"
     rest = [f"and {plural(len(cases) - _CASES_SHOWN, 'more case')}"] if len(cases) > _CASES_SHOWN else []
     lines = [
         ("channels", few(list(values["channel_names"].values()), 9)),
@@ -212,7 +214,7 @@ def _summary(source: Path, cases: Sequence[Case], values: dict[str, Any], change
         *(("left out", f"{reason}: {few(names, 9)}") for reason, names in values["left_out"].items()),
         *changes,
         ("written", f"{values['path']}/dataset.json"),
-        *([("to do", f"{number}name the labels in {values['path']}/dataset.json before you plan")] if unnamed else []),
+        *([("to do", to_do)] if unnamed else []),
         ("next", values["next"]),
     ]
     return "\n".join([f"{source.name}: {plural(len(cases), 'case')}", *(f"{head:<10}{text}" for head, text in lines)])

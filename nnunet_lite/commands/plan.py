@@ -285,9 +285,9 @@ def plan(
         raise UserError(f"--format {format} is given without a file", fix="Say where to write it: --output FILE.")
     if (from_fingerprint is None) != (dataset_json is None):
         raise UserError("--from-fingerprint and --dataset-json need each other")
-    if output is not None and Path(output).suffix.lower() != ".json":
-        raise UserError("a plan is written as .json", Path(output), f"Use {Path(output).name}.json.")
     if output is not None:
+        if Path(output).suffix.lower() != ".json":
+            raise UserError("a plan is written as .json", Path(output), f"Use {Path(output).name}.json.")
         must_be_writable(Path(output).parent)
     if from_fingerprint is not None:
         of_data = {

@@ -288,7 +288,8 @@ def warn_of_changes(runs: Sequence[TrainingRun]) -> None:
     begun = [run for run in runs if models.is_begun(run.fold_folder)]
     raw, _ = scan_raw_cases(runs[0].dataset.cases if begun else (), known_stamps(runs[0].paths))
     for run in begun:
-        if changed := changed_since_trained(run.fold_folder, {id: raw[id] for id in run.split.training if id in raw}):
+        present = {case_id: raw[case_id] for case_id in run.split.training if case_id in raw}
+        if changed := changed_since_trained(run.fold_folder, present):
             again = f"`{models.training_command(run.folder, run.split.name)}{run.paths.option} --restart`"
             what = f"{run.fold_folder} was trained on former files of {name_cases(changed)}"
             log.warn(f"{what}; {again} trains it on the present ones")

@@ -91,7 +91,20 @@ class Files:
 
 
 def files_below(root: Path, skip: Iterable[Path] = ()) -> Files:
-    """Sort the files in a folder and below it, without hidden ones, by what they are; `skip` as in `images_below`."""
+    """Sort the files in a folder and below it, without hidden ones, by what they are.
+
+    Parameters
+    ----------
+    root : Path
+        The folder. Links are followed.
+    skip : iterable of Path
+        Folders that are not searched.
+
+    Returns
+    -------
+    Files
+        Each list is sorted.
+    """
     images, rest = images_below(root, skip)
     used = {other for path in images for other in companions(path)}
     classes = {path: dicom_class(path) for path in rest if not is_image(path) and path not in used}

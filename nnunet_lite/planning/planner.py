@@ -518,9 +518,9 @@ def _with_patch(name: str, configuration: Configuration, patch: tuple[int, ...])
         fix = f"Give {configuration.dimensions} positive numbers of voxels."
         raise UserError(f"{size} is no patch", fix=fix)
     old, topology = (rules.topology_of(spacing, each, kind) for each in (configuration.patch_size, patch))
-    coarsest = [divmod(n, d) for n, d in zip(patch, network.divisor, strict=True)]
-    by_hand = network.strides != old.strides
-    if not by_hand or any(rest for _, rest in coarsest) or prod(n for n, _ in coarsest) == 1:
+    by_hand, divisor = network.strides != old.strides, network.divisor
+    fits = patch != divisor and not any(n % d for n, d in zip(patch, divisor, strict=True))  # equal: one voxel remains
+    if not (by_hand and fits):
         if topology.patch != patch:
             below, above = (join_by_x(legal) for legal in rules.neighbouring_patches(spacing, patch, kind))
             what = f"{size} cannot be pooled: it must be a multiple of {join_by_x(topology.divisor)}"
